@@ -1,0 +1,1 @@
+//! The KV cache of running sequences: pages, tiers, fork and truncate.

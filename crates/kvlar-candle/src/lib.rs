@@ -1,0 +1,1 @@
+//! candle adapters for kvlar, and an engine for Llama-family checkpoints.

@@ -1,0 +1,1 @@
+//! Plain CPU reference of every kvlar op: the oracle.

@@ -1,0 +1,1 @@
+//! Safe launchers for the kvlar kernels: what inference engines link.

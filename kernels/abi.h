@@ -1,0 +1,191 @@
+// The structs that kernels and Rust share. Plain C: fixed-width integers, floats, nested structs.
+//
+// A pointer is KVLAR_ADDR(T): a T* in a kernel, a uint64_t for bindgen, so that the Rust side is
+// plain data. Every entry point takes exactly one of these structs, by value. Strides of rows in
+// pages are bytes; strides of dense activations (q, k, v, out) are elements. Padding is explicit.
+#ifndef KVLAR_ABI_H
+#define KVLAR_ABI_H
+#include <stdint.h>
+
+#if defined(__CUDACC__) || defined(KVLAR_SIMT)
+#define KVLAR_ADDR(T) T *
+#define KVLAR_CHECK_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), #type " changed size")
+#else
+#define KVLAR_ADDR(T) uint64_t
+#define KVLAR_CHECK_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type " changed size")
+#endif
+
+#define KVLAR_ABI_VERSION 1
+#define KVLAR_MAX_SEGMENTS 4
+
+// Bits of the status word: what a kernel had to clamp.
+enum {
+  KVLAR_STATUS_BAD_PAGE = 1,    // a page id outside [0, page_count)
+  KVLAR_STATUS_BAD_LENGTH = 2,  // a length outside [0, max_rows]
+  KVLAR_STATUS_BAD_SLOT = 4,    // a slot beyond max_rows (negative means: skip)
+};
+
+// What the bytes of a stored row mean.
+enum {
+  KVLAR_CODEC_BF16 = 0,
+  KVLAR_CODEC_F16 = 1,
+  KVLAR_CODEC_INT8 = 2,  // token-wise: u8 codes, then (f16 scale, f16 zero) a group in the page's params
+};
+
+// Element types of activations.
+enum { KVLAR_DTYPE_BF16 = 0, KVLAR_DTYPE_F16 = 1, KVLAR_DTYPE_F32 = 2 };
+
+enum { KVLAR_ROPE_NONE = 0, KVLAR_ROPE_HALF = 1, KVLAR_ROPE_INTERLEAVED = 2 };
+
+// Which rows a (sequence, cache group) holds: shared by keys, values, scales and scores.
+typedef struct {
+  KVLAR_ADDR(const int32_t) table;    // page ids [seq][head?][page]; null = page p of the sequence
+  int64_t table_seq_stride;           // elements
+  int64_t table_head_stride;          // 0 = one table for all heads
+  KVLAR_ADDR(const int32_t) lengths;  // rows held, [seq][head?]
+  int64_t length_seq_stride;
+  int64_t length_head_stride;         // 0 = one length for all heads
+  KVLAR_ADDR(int32_t) positions;      // position of each row, [seq?][head?][page][row in page]; null = row index
+  int64_t position_seq_stride;        // 0 where page ids are global
+  int64_t position_head_stride;
+  uint32_t page_rows_log2;
+  uint32_t max_rows;                  // capacity: lengths and slots are clamped to it
+} KvlarRows;
+KVLAR_CHECK_SIZE(KvlarRows, 80);
+
+// Where the bytes of those rows are. Row r of page p of head h of sequence s starts at
+// data + s * seq_stride + h * head_stride + p * page_stride + r * row_stride, 16-byte aligned.
+typedef struct {
+  KVLAR_ADDR(void) data;
+  int64_t seq_stride;
+  int64_t head_stride;
+  int64_t page_stride;
+  uint32_t row_stride;
+  uint32_t params_offset;  // of the scales and zeros, from the page's (and head's) start
+  uint32_t params_stride;  // bytes of scales and zeros a row
+  uint32_t page_count;     // valid page ids (for a null table: pages a sequence)
+} KvlarPool;
+KVLAR_CHECK_SIZE(KvlarPool, 48);
+
+typedef struct {
+  KVLAR_ADDR(const float) inv_freq;  // [rotary_dim / 2]
+  float attention_factor;            // multiplies cos and sin
+  uint32_t rotary_dim;               // dims beyond it are left as they are
+  uint32_t layout;                   // KVLAR_ROPE_*
+  uint32_t reserved;
+} KvlarRope;
+KVLAR_CHECK_SIZE(KvlarRope, 24);
+
+// Rows of one storage format. The rows of a sequence are its segments' rows, one after the other.
+typedef struct {
+  KvlarRows rows;
+  KvlarPool keys;
+  KvlarPool values;
+  uint32_t codec;  // KVLAR_CODEC_* of keys and values
+  uint32_t reserved[3];
+} KvlarSegment;
+KVLAR_CHECK_SIZE(KvlarSegment, 192);
+
+// attend: out = softmax(scale * q k^T, masked) v, and its log-sum-exp.
+typedef struct {
+  KvlarSegment segments[KVLAR_MAX_SEGMENTS];
+  KVLAR_ADDR(const void) q;  // [seqs][kv_heads * group][query_rows][head_dim], rotated
+  int64_t q_seq_stride;
+  int64_t q_head_stride;
+  int64_t q_row_stride;
+  KVLAR_ADDR(void) out;      // [seqs][kv_heads * group][query_rows][value_dim]
+  int64_t out_seq_stride;
+  int64_t out_head_stride;
+  int64_t out_row_stride;
+  KVLAR_ADDR(float) lse;                  // [seqs][kv_heads * group][query_rows]; may be null
+  KVLAR_ADDR(const int32_t) q_positions;  // [seqs][query_rows]; null = the last query_rows rows'
+  KVLAR_ADDR(const float) sink_logits;    // [kv_heads * group]; may be null
+  KVLAR_ADDR(int32_t) work;               // the work list, see attend/work_list.cuh
+  KVLAR_ADDR(float) partials;             // [slot][column][value_dim], then as many (max, sum) pairs
+  KVLAR_ADDR(uint32_t) counters;          // [unit]: splits arrived; zero before and after a launch
+  KVLAR_ADDR(uint32_t) status;
+  float scale;
+  float softcap;       // 0 = off
+  int32_t window;      // 0 = off
+  uint32_t segment_count;
+  uint32_t seqs;
+  uint32_t kv_heads;
+  uint32_t group;      // query heads a kv head
+  uint32_t query_rows;
+  uint32_t head_dim;
+  uint32_t value_dim;
+  uint32_t query_tiles;      // tiles of packed (row, head) columns a kv head
+  uint32_t slots;            // partial results that `partials` has room for
+  uint32_t own_cell_tiles;   // 0 = balanced; else tiles a split, whatever else is in the batch
+  uint32_t ctas;             // CTAs that share the work
+  uint32_t out_dtype;        // KVLAR_DTYPE_*
+  uint32_t reserved;
+} KvlarAttend;
+KVLAR_CHECK_SIZE(KvlarAttend, 952);
+
+// append: rotate keys, encode keys and values, write both (and positions) at the rows of `slots`.
+typedef struct {
+  KvlarRows rows;
+  KvlarPool key_pool;
+  KvlarPool value_pool;
+  KVLAR_ADDR(const void) k;  // [seqs][kv_heads][new_rows][head_dim], before RoPE
+  int64_t k_seq_stride;
+  int64_t k_head_stride;
+  int64_t k_row_stride;
+  KVLAR_ADDR(const void) v;  // [seqs][kv_heads][new_rows][value_dim]
+  int64_t v_seq_stride;
+  int64_t v_head_stride;
+  int64_t v_row_stride;
+  KVLAR_ADDR(const int32_t) positions;  // [seqs][new_rows]
+  KVLAR_ADDR(const int32_t) slots;      // row index a new row goes to, [seqs][head?][new_rows]; negative = skip
+  int64_t slot_seq_stride;
+  int64_t slot_head_stride;             // 0 = one for all heads
+  KvlarRope rope;
+  KVLAR_ADDR(uint32_t) status;
+  uint32_t key_codec;
+  uint32_t value_codec;
+  uint32_t key_group;    // values that share a scale and zero; divides head_dim
+  uint32_t value_group;
+  uint32_t seqs;
+  uint32_t kv_heads;
+  uint32_t new_rows;
+  uint32_t head_dim;
+  uint32_t value_dim;
+  uint32_t dtype;        // KVLAR_DTYPE_* of k and v
+} KvlarAppend;
+KVLAR_CHECK_SIZE(KvlarAppend, 344);
+
+// encode: dense rows to stored rows; decode: stored rows to dense fp32.
+typedef struct {
+  KvlarRows rows;    // of encode only the table and the page size are used
+  KvlarPool pool;
+  KVLAR_ADDR(void) x;     // [seqs][heads][row_count][dim]
+  int64_t x_seq_stride;
+  int64_t x_head_stride;
+  int64_t x_row_stride;
+  KVLAR_ADDR(uint32_t) status;
+  uint32_t codec;
+  uint32_t group;
+  uint32_t seqs;
+  uint32_t heads;
+  uint32_t row_count;  // rows beyond the length decode to 0
+  uint32_t dim;
+  uint32_t dtype;      // KVLAR_DTYPE_* of x; decode writes fp32
+  uint32_t reserved;
+} KvlarTranscode;
+KVLAR_CHECK_SIZE(KvlarTranscode, 200);
+
+// merge: attention results over disjoint sets of rows into the result over their union.
+typedef struct {
+  KVLAR_ADDR(const float) parts;      // [part_count][row_count][dim]
+  KVLAR_ADDR(const float) part_lse;   // [part_count][row_count]
+  KVLAR_ADDR(float) out;              // [row_count][dim]
+  KVLAR_ADDR(float) lse;              // [row_count]
+  uint32_t part_count;
+  uint32_t row_count;
+  uint32_t dim;
+  uint32_t reserved;
+} KvlarMerge;
+KVLAR_CHECK_SIZE(KvlarMerge, 48);
+
+#endif

@@ -1,0 +1,1 @@
+//! Parity, contract, golden and end-to-end tests of kvlar.
