@@ -81,8 +81,9 @@ typedef struct {
   KvlarRows rows;
   KvlarPool keys;
   KvlarPool values;
-  uint32_t codec;  // KVLAR_CODEC_* of keys and values
-  uint32_t reserved[3];
+  uint32_t codec;      // KVLAR_CODEC_* of keys and values
+  uint32_t tile_rows;  // rows that a warp takes at a time, from the kernel's tiling
+  uint32_t reserved[2];
 } KvlarSegment;
 KVLAR_CHECK_SIZE(KvlarSegment, 192);
 
@@ -119,7 +120,7 @@ typedef struct {
   uint32_t own_cell_tiles;   // 0 = balanced; else tiles a split, whatever else is in the batch
   uint32_t ctas;             // CTAs that share the work
   uint32_t out_dtype;        // KVLAR_DTYPE_*
-  uint32_t reserved;
+  uint32_t columns;          // packed (row, head) columns a query tile: 8 or 16
 } KvlarAttend;
 KVLAR_CHECK_SIZE(KvlarAttend, 952);
 
