@@ -1,0 +1,209 @@
+// Decode attention over paged rows: out = softmax(scale * q k^T, masked) v, and lse = ln sum exp(logit).
+//
+//   q [seqs][kv_heads * group][query_rows][d] (rotated), rows as KvlarRows / KvlarPool say, out [..][dv].
+//   (FlashAttention-2, Dao 2023, §3; split rows as in Flash-Decoding; balanced cuts as in stream-K.)
+//
+// One CTA takes a contiguous share of the work list (work_list.cuh), unit by unit. Its warps take tiles
+// in turn, each through a private ring of cp.async stages: no barrier in the loop. Rows are M and the
+// packed (query row, head) columns N of the tensor-core tiles, so a kv head's rows are read once for its
+// whole group. At the end of a unit the warps' states merge in shared memory; a unit cut into splits is
+// merged by the CTA that arrives last, in split order, so that results are equal bit for bit from run to run.
+//
+// Floor: bytes of the rows / read bandwidth. Llama-3.1-8B shape (8 kv heads, d = 128, 128K rows, batch 1):
+// bf16 0.54 GB, 125 us at 4.3 TB/s; int8 0.27 GB, 63 us. In flight: (kStages - 1) x 8 KB x 4 warps x 2 CTAs =
+// 128 KB an SM. Main-loop instructions per 16 rows and the issue time they imply: ledger/static.json.
+#pragma once
+#include "attend/warp.cuh"
+#include "attend/work_list.cuh"
+
+namespace kvlar::attend {
+
+template <int D, int NT, class T, bool kInt8> struct Cta {
+  using Warp = WarpAttend<D, NT, T, kInt8>;
+  using Tiles = Tiling<D, kInt8>;
+  static constexpr int kColumns = 8 * NT, kWarps = Tiles::kWarps, kThreads = Tiles::kThreads;
+  static constexpr int kScratchRow = D + 4;  // floats a column in the merge of warps: conflict-free stores
+  static_assert(kWarps * kColumns * (kScratchRow + 2) * 4 <= Tiles::kSharedBytes, "the merge reuses the ring");
+
+  const KvlarAttend& p;
+  typename Warp::Shared& shared;
+  unsigned char* const raw;
+  const int t;
+
+  __device__ Cta(const KvlarAttend& params, typename Warp::Shared& unit, unsigned char* memory)
+      : p(params), shared(unit), raw(memory), t(int(threadIdx.x)) {}
+
+  __device__ float* scratch(int warp, int column) const {
+    return reinterpret_cast<float*>(raw) + (warp * kColumns + column) * kScratchRow;
+  }
+  __device__ float* scratch_state(int warp, int column) const {  // (top, sum)
+    return reinterpret_cast<float*>(raw) + kWarps * kColumns * kScratchRow + (warp * kColumns + column) * 2;
+  }
+  __device__ float* partial(int slot, int column) const {
+    return p.partials + (int64_t(slot) * kColumns + column) * p.value_dim;
+  }
+  __device__ float* partial_state(int slot, int column) const {
+    return p.partials + int64_t(p.slots) * kColumns * p.value_dim + (int64_t(slot) * kColumns + column) * 2;
+  }
+
+  // Head dimensions below D: columns that no copy writes must read as 0.
+  __device__ void clear_padding() const {
+    if (int(p.head_dim) == D && int(p.value_dim) == D) return;
+    for (int i = t; i < Tiles::kSharedBytes / 16; i += kThreads) reinterpret_cast<uint4*>(raw)[i] = make_uint4(0, 0, 0, 0);
+  }
+
+  __device__ void load_shared(int unit) const {
+    if (t == 0) {
+      load_unit(p, unit, shared.unit);
+      FOR_EACH_SEGMENT(p, s) {
+        const KvlarPool &k = p.segments[s].keys, &v = p.segments[s].values;
+        shared.keys[s] = static_cast<const char*>(k.data) + shared.unit.seq * k.seq_stride + shared.unit.head * k.head_stride;
+        shared.values[s] = static_cast<const char*>(v.data) + shared.unit.seq * v.seq_stride + shared.unit.head * v.head_stride;
+      }
+    }
+  }
+
+  // Sums of the lane's rows become sums of the warp's; the int8 offset and zeros enter here, once.
+  __device__ void store_warp(typename Warp::State& state, const Lane& at) const {
+    const int warp = t / 32;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * n + 2 * at.c + e;
+        const float sum = column_sum(state.sum[n][e]);
+        float shift = 0.f;
+        if constexpr (kInt8) shift = column_sum(state.zero[n][e]) - 1024.f * column_sum(state.weight[n][e]);
+        float* row = scratch(warp, column);
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i) {
+          row[Warp::Dims::at(i, at.g, 0)] = state.o[i][n][e] + shift;
+          row[Warp::Dims::at(i, at.g, 1)] = state.o[i][n][e + 2] + shift;
+        }
+        if (at.g == 0) {
+          scratch_state(warp, column)[0] = state.top[n][e];
+          scratch_state(warp, column)[1] = sum;
+        }
+      }
+  }
+
+  // ---- results
+
+  // The factor that turns a merged, unnormalized output into the result, and the column's lse.
+  __device__ float normalize(int column, float top, float sum, bool first_thread) const {
+    const int i = shared.unit.query_tile * kColumns + column;
+    const int row = i / int(p.group), head = shared.unit.head * int(p.group) + i % int(p.group);
+    float scale = 1.f;
+    if (p.sink_logits) {  // one more logit in the denominator
+      const float sink = __ldg(p.sink_logits + head) * kLog2E, raised = fmaxf(top, sink);
+      scale = ptx::ex2_approx(top - raised);
+      sum = sum * scale + ptx::ex2_approx(sink - raised);
+      top = raised;
+    }
+    if (first_thread && p.lse)
+      p.lse[(int64_t(shared.unit.seq) * p.kv_heads * p.group + head) * p.query_rows + row] =
+          sum == 0.f ? -INFINITY : (top + __log2f(sum)) * kLn2;
+    return sum == 0.f ? 0.f : scale / sum;
+  }
+
+  __device__ void write_out(int column, int dim, float4 x, float factor) const {
+    const int i = shared.unit.query_tile * kColumns + column;
+    const int row = i / int(p.group), head = shared.unit.head * int(p.group) + i % int(p.group);
+    const int64_t at = shared.unit.seq * p.out_seq_stride + head * p.out_head_stride + row * p.out_row_stride + dim;
+    x.x *= factor; x.y *= factor; x.z *= factor; x.w *= factor;
+    if (p.out_dtype == KVLAR_DTYPE_F32) *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = x;
+    else *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + at) = make_uint2(Half16<T>::pack(x.x, x.y), Half16<T>::pack(x.z, x.w));
+  }
+
+  __device__ static void add_scaled(float4& sum, float factor, float4 x) {
+    sum.x = fmaf(factor, x.x, sum.x); sum.y = fmaf(factor, x.y, sum.y);
+    sum.z = fmaf(factor, x.z, sum.z); sum.w = fmaf(factor, x.w, sum.w);
+  }
+
+  // Merges the warps' states; the whole unit becomes the result, a part of it a partial result.
+  __device__ void merge_warps(const Share& share) const {
+    const int quads = int(p.value_dim) / 4, columns = columns_in_use(p, shared.unit.query_tile);
+    for (int i = t; i < columns * quads; i += kThreads) {
+      const int column = i / quads, dim = i % quads * 4;
+      float top = kFloor, sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, scratch_state(w, column)[0]);
+      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float factor = ptx::ex2_approx(scratch_state(w, column)[0] - top);
+        sum = fmaf(factor, scratch_state(w, column)[1], sum);
+        add_scaled(x, factor, *reinterpret_cast<const float4*>(scratch(w, column) + dim));
+      }
+      if (share.splits == 1) {
+        write_out(column, dim, x, normalize(column, top, sum, dim == 0));
+      } else {
+        const int slot = slot_of_split(share, share.split);
+        __stcg(reinterpret_cast<float4*>(partial(slot, column) + dim), x);
+        if (dim == 0) __stcg(reinterpret_cast<float2*>(partial_state(slot, column)), make_float2(top, sum));
+      }
+    }
+  }
+
+  // The last CTA of a unit merges its partial results, in split order.
+  __device__ void merge_splits(const Share& share) const {
+    const int quads = int(p.value_dim) / 4, columns = columns_in_use(p, shared.unit.query_tile);
+    for (int i = t; i < columns * quads; i += kThreads) {
+      const int column = i / quads, dim = i % quads * 4;
+      float top = kFloor, sum = 0.f;
+#pragma unroll 4
+      for (int s = 0; s < share.splits; ++s) top = fmaxf(top, __ldcg(partial_state(slot_of_split(share, s), column)));
+      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+      for (int s = 0; s < share.splits; ++s) {
+        const int slot = slot_of_split(share, s);
+        const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state(slot, column)));
+        const float factor = ptx::ex2_approx(state.x - top);
+        sum = fmaf(factor, state.y, sum);
+        add_scaled(x, factor, __ldcg(reinterpret_cast<const float4*>(partial(slot, column) + dim)));
+      }
+      write_out(column, dim, x, normalize(column, top, sum, dim == 0));
+    }
+  }
+
+  __device__ void run() const {
+    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1), cta = int(blockIdx.x);
+    if (cta >= ctas) return;  // the whole CTA, before any barrier
+    const int32_t* record = cta_records(p) + 4 * cta;
+    int cell = __ldg(record), unit = __ldg(record + 2);
+    const int cell_end = __ldg(record + 1);
+    clear_padding();
+    while (cell < cell_end) {
+      const int start = __ldg(cell_starts(p) + unit), end = __ldg(cell_starts(p) + unit + 1);
+      load_shared(unit);
+      __syncthreads();
+      const Share share = share_of(p, cells, ctas, cta, cell, cell_end, start, end, shared.unit.tile_count);
+      {
+        Warp warp(p, shared, raw);
+        warp.load_queries();
+        warp.clear();
+        warp.take_tiles(shared.unit.first_tile + share.tile, shared.unit.first_tile + share.tile_end);
+        __syncthreads();  // all rings are drained: their memory becomes scratch
+        store_warp(warp.state, warp.at);
+      }
+      __syncthreads();
+      merge_warps(share);
+      if (share.splits > 1 && ptx::arrive_last(p.counters + unit, uint32_t(share.splits))) merge_splits(share);
+      __syncthreads();  // scratch and unit are free again
+      clear_padding();
+      cell += share.cells;
+      if (cell >= end) ++unit;
+    }
+  }
+};
+
+}  // namespace kvlar::attend
+
+// One entry point; GPU_EXPORT(name) follows it.
+#define KVLAR_ATTEND_ENTRY(name, D, NT, T, kInt8)                                                                    \
+  extern "C" __global__ void __launch_bounds__(kvlar::attend::Tiling<D, kInt8>::kThreads, 2)                           \
+      name(const __grid_constant__ KvlarAttend p) {                                                                   \
+    GPU_DYN_SMEM(raw);                                                                                                \
+    __shared__ kvlar::attend::WarpAttend<D, NT, T, kInt8>::Shared shared;                                             \
+    kvlar::attend::Cta<D, NT, T, kInt8>(p, shared, raw).run();                                                        \
+  }

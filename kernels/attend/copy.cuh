@@ -1,0 +1,71 @@
+// Global to shared memory: the rows of a tile, by cp.async.
+#pragma once
+#include "attend/tiles.cuh"
+#include "attend/unit.cuh"
+
+namespace kvlar::attend {
+
+// A tile's rows in global memory. Pages hold at least 16 rows and tiles start at multiples of 16, so each
+// block of 16 rows lies in one page.
+struct TileRows {
+  int segment, row;  // first row, within the segment
+  int valid;         // rows of the tile that exist
+  int page0, page1, page2, page3;  // no array: indexed ones do not stay in registers across unrolled loops
+
+  __device__ __forceinline__ int page(int block) const { return block == 0 ? page0 : block == 1 ? page1 : block == 2 ? page2 : page3; }
+};
+
+// Copies rows of `chunks` 16-byte chunks (at most kChunks, the template's). Rows past `valid` become 0 where
+// kTail; full tiles skip that arithmetic. Lanes of a row are neighbours: 8 of them fetch a 128-byte line.
+template <int kChunks, int kRows, class Layout, bool kTail>
+__device__ __forceinline__ void copy_rows(ptx::smem tile, const char* base, const KvlarPool& pool, const TileRows& rows,
+                                 int page_mask, int chunks) {
+  constexpr int kLanes = kChunks < 8 ? kChunks : 8, kPassRows = 32 / kLanes;
+  const int lane = int(threadIdx.x) & 31, r = lane / kLanes, c = lane % kLanes;
+#pragma unroll
+  for (int b = 0; b < kRows / 16; ++b) {
+    if (kTail && 16 * b >= rows.valid) {  // nothing to read: the whole block is zero
+#pragma unroll
+      for (int i = 0; i < 16; i += kPassRows)
+#pragma unroll
+        for (int j = 0; j < kChunks; j += kLanes)
+          if (c + j < chunks) ptx::cp_async16(tile + uint32_t(Layout::at(16 * b + i + r, c + j)), base, 0);
+    } else {
+      const char* block = base + int64_t(rows.page(b)) * pool.page_stride +
+                          uint64_t(uint32_t((rows.row + 16 * b) & page_mask)) * pool.row_stride;
+      const char* source = block + uint32_t(r) * uint64_t(pool.row_stride) + 16 * c;
+  #pragma unroll
+      for (int i = 0; i < 16; i += kPassRows) {
+  #pragma unroll
+        for (int j = 0; j < kChunks; j += kLanes)
+          if (c + j < chunks) {
+            const ptx::smem to = tile + uint32_t(Layout::at(16 * b + i + r, c + j));
+            if (!kTail) ptx::cp_async16_stream(to, source + 16 * j);
+            else if (16 * b + i + r < rows.valid) ptx::cp_async16_stream(to, source + 16 * j);
+            else ptx::cp_async16(to, block, 0);
+          }
+        source += kPassRows * uint64_t(pool.row_stride);
+      }
+    }
+  }
+}
+
+// Four bytes a row: (scale, zero) pairs, or positions. Lane l fetches rows l, l + 32, ...
+template <int kRows>
+__device__ __forceinline__ void copy_words(ptx::smem to, const char* base, int64_t page_stride, uint32_t stride, const TileRows& rows,
+                                  int page_mask) {
+  const int lane = int(threadIdx.x) & 31;
+#pragma unroll
+  for (int i = 0; i < kRows; i += 32) {
+    const int r = i + lane;
+    if (r >= kRows) continue;
+    const bool exists = r < rows.valid;
+    int page = rows.page0;
+#pragma unroll
+    for (int b = 1; b < kRows / 16; ++b) page = r / 16 == b ? rows.page(b) : page;
+    const char* source = base + int64_t(page) * page_stride + uint64_t(uint32_t((rows.row + r) & page_mask)) * stride;
+    ptx::cp_async4(to + uint32_t(4 * r), exists ? source : base, exists ? 4 : 0);
+  }
+}
+
+}  // namespace kvlar::attend
