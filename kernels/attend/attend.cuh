@@ -46,12 +46,6 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
     return p.partials + int64_t(p.slots) * kColumns * p.value_dim + (int64_t(slot) * kColumns + column) * 2;
   }
 
-  // Head dimensions below D: columns that no copy writes must read as 0.
-  __device__ void clear_padding() const {
-    if (int(p.head_dim) == D && int(p.value_dim) == D) return;
-    for (int i = t; i < Tiles::kSharedBytes / 16; i += kThreads) reinterpret_cast<uint4*>(raw)[i] = make_uint4(0, 0, 0, 0);
-  }
-
   __device__ void load_shared(int unit) const {
     if (t == 0) {
       load_unit(p, unit, shared.unit);
@@ -172,7 +166,6 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
     const int32_t* record = cta_records(p) + 4 * cta;
     int cell = __ldg(record), unit = __ldg(record + 2);
     const int cell_end = __ldg(record + 1);
-    clear_padding();
     while (cell < cell_end) {
       const int start = __ldg(cell_starts(p) + unit), end = __ldg(cell_starts(p) + unit + 1);
       load_shared(unit);
@@ -190,8 +183,7 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
       merge_warps(share);
       if (share.splits > 1 && ptx::arrive_last(p.counters + unit, uint32_t(share.splits))) merge_splits(share);
       __syncthreads();  // scratch and unit are free again
-      clear_padding();
-      cell += share.cells;
+        cell += share.cells;
       if (cell >= end) ++unit;
     }
   }

@@ -16,6 +16,7 @@ struct Unit {
   int lowest_query, highest_query;        // positions, over the columns in use
   int length[KVLAR_MAX_SEGMENTS];
   int first_row[KVLAR_MAX_SEGMENTS];      // rows of earlier segments
+  int tiles[KVLAR_MAX_SEGMENTS];
 };
 
 __device__ inline void report(const KvlarAttend& p, uint32_t what) { if (p.status) atomicOr(p.status, what); }
@@ -74,7 +75,7 @@ __device__ inline int tile_of_row(const KvlarAttend& p, const Unit& u, int row) 
   int tiles = 0;
   FOR_EACH_SEGMENT(p, s) {
     const int height = int(p.segments[s].tile_rows), r = max(0, min(row - u.first_row[s], u.length[s]));
-    tiles += row - u.first_row[s] < u.length[s] ? r / height : tiles_of(u.length[s], height);
+    tiles += row - u.first_row[s] < u.length[s] ? r / height : u.tiles[s];
   }
   return tiles;
 }
@@ -89,6 +90,7 @@ __device__ inline void load_unit(const KvlarAttend& p, int index, Unit& u) {
   FOR_EACH_SEGMENT(p, s) {
     u.length[s] = held_rows(p, s, u.seq, u.head);
     u.first_row[s] = total;
+    u.tiles[s] = tiles_of(u.length[s], int(p.segments[s].tile_rows));
     total += u.length[s];
     by_index = by_index && !p.segments[s].rows.positions;
   }

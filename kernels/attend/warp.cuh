@@ -116,17 +116,15 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
 
   // ---- rows
 
+  __device__ __forceinline__ bool holds_int8(int segment) const { return kInt8 && p.segments[segment].codec == KVLAR_CODEC_INT8; }
+  __device__ __forceinline__ int height_of(int segment) const { return holds_int8(segment) ? Tiles::kInt8Rows : Tiles::kDenseRows; }
+
   // Where a tile lies; its pages are looked up by `find_pages`.
   __device__ __forceinline__ void place(int tile, Rows& rows) const {
     const Unit& u = shared.unit;
     rows.segment = 0;
-    int height = int(p.segments[0].tile_rows), tiles = tiles_of(u.length[0], height);
-    while (tile >= tiles && rows.segment + 1 < int(p.segment_count)) {
-      tile -= tiles;
-      ++rows.segment;
-      height = int(p.segments[rows.segment].tile_rows);
-      tiles = tiles_of(u.length[rows.segment], height);
-    }
+    for (int tiles; rows.segment + 1 < int(p.segment_count) && tile >= (tiles = u.tiles[rows.segment]); ++rows.segment) tile -= tiles;
+    const int height = height_of(rows.segment);
     rows.row = tile * height;
     rows.valid = min(height, u.length[rows.segment] - rows.row);
   }
@@ -144,30 +142,31 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
     if constexpr (kBlocks > 3) rows.page3 = page(3);
   }
 
-  template <bool kTail> __device__ __forceinline__ void copy_tile(const Rows& rows, ptx::smem stage, const KvlarSegment& s) const {
+  template <bool kGuarded> __device__ __forceinline__ void copy_tile(const Rows& rows, ptx::smem stage, const KvlarSegment& s) const {
     const char *keys = shared.keys[rows.segment], *values = shared.values[rows.segment];
     const int mask = (1 << s.rows.page_rows_log2) - 1;
-    if (kInt8 && s.codec == KVLAR_CODEC_INT8) {
+    if (holds_int8(rows.segment)) {
       constexpr int kRows = Tiles::kInt8Rows;
-      copy_rows<D / 16, kRows, Int8KeyLayout<D>, kTail>(stage, keys, s.keys, rows, mask, int(p.head_dim + 15) / 16);
-      copy_words<kRows>(stage + Tiles::kKeyParams, keys + s.keys.params_offset, s.keys.page_stride, s.keys.params_stride, rows, mask);
-      copy_rows<D / 16, kRows, Int8ValueLayout<D>, kTail>(stage + Tiles::kValues, values, s.values, rows, mask, int(p.value_dim + 15) / 16);
-      copy_words<kRows>(stage + Tiles::kValueParams, values + s.values.params_offset, s.values.page_stride, s.values.params_stride, rows, mask);
+      copy_rows<D / 16, kRows, Int8KeyLayout<D>, kGuarded>(lane, stage, keys, s.keys, rows, mask, int(p.head_dim + 15) / 16);
+      copy_words<kRows>(lane, stage + Tiles::kKeyParams, keys + s.keys.params_offset, s.keys.page_stride, s.keys.params_stride, rows, mask);
+      copy_rows<D / 16, kRows, Int8ValueLayout<D>, kGuarded>(lane, stage + Tiles::kValues, values, s.values, rows, mask, int(p.value_dim + 15) / 16);
+      copy_words<kRows>(lane, stage + Tiles::kValueParams, values + s.values.params_offset, s.values.page_stride, s.values.params_stride, rows, mask);
     } else {
       constexpr int kRows = Tiles::kDenseRows;
-      copy_rows<D / 8, kRows, DenseLayout<D>, kTail>(stage, keys, s.keys, rows, mask, int(p.head_dim) / 8);
-      copy_rows<D / 8, kRows, DenseLayout<D>, kTail>(stage + Tiles::kValues, values, s.values, rows, mask, int(p.value_dim) / 8);
+      copy_rows<D / 8, kRows, DenseLayout<D>, kGuarded>(lane, stage, keys, s.keys, rows, mask, int(p.head_dim) / 8);
+      copy_rows<D / 8, kRows, DenseLayout<D>, kGuarded>(lane, stage + Tiles::kValues, values, s.values, rows, mask, int(p.value_dim) / 8);
     }
   }
 
   __device__ __forceinline__ void issue(const Rows& rows, int stage) const {
     const KvlarSegment& s = p.segments[rows.segment];
     const ptx::smem to = ring_s + uint32_t(stage * Tiles::kStageBytes);
-    if (rows.valid == int(s.tile_rows)) copy_tile<false>(rows, to, s); else copy_tile<true>(rows, to, s);
+    const bool whole = rows.valid == height_of(rows.segment) && int(p.head_dim) == D && int(p.value_dim) == D;
+    if (whole) copy_tile<false>(rows, to, s); else copy_tile<true>(rows, to, s);
     if (s.rows.positions) {
       const Unit& u = shared.unit;
       const int32_t* base = s.rows.positions + u.seq * s.rows.position_seq_stride + u.head * s.rows.position_head_stride;
-      copy_words<Tiles::kMaxRows>(to + Tiles::kPositions, reinterpret_cast<const char*>(base), int64_t(4) << s.rows.page_rows_log2, 4,
+      copy_words<Tiles::kMaxRows>(lane, to + Tiles::kPositions, reinterpret_cast<const char*>(base), int64_t(4) << s.rows.page_rows_log2, 4,
                                   rows, (1 << s.rows.page_rows_log2) - 1);
     }
   }
@@ -341,7 +340,7 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
     int issued = first + warp, stage = 0;
     Rows next{};
     if (issued < end) find(issued, next);
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) {
       if (issued < end) {
         issue(next, i);
@@ -363,7 +362,7 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
       ptx::cp_async_commit();
       const unsigned char* data = ring + stage * Tiles::kStageBytes;
       const ptx::smem data_s = ring_s + uint32_t(stage * Tiles::kStageBytes);
-      if (kInt8 && p.segments[rows.segment].codec == KVLAR_CODEC_INT8) consume<kInt8>(data, data_s, rows);
+      if (holds_int8(rows.segment)) consume<kInt8>(data, data_s, rows);
       else consume<false>(data, data_s, rows);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
