@@ -1,0 +1,94 @@
+//! The CPU build of the kernels.
+
+use super::*;
+
+/// Rust source of the lookup from entry name to descriptor.
+pub fn table(tree: &Tree) -> String {
+    let names = || tree.units.iter().flat_map(|u| &u.entries);
+    let mut s = String::from("unsafe extern \"C\" {\n");
+    for e in names() {
+        let _ = writeln!(s, "    static kvlar_simt_kernel_{e}: Descriptor;");
+    }
+    s += "}\n\nfn descriptor(entry: &str) -> Option<*const Descriptor> {\n    Some(match entry {\n";
+    for e in names() {
+        let _ = writeln!(s, "        {e:?} => &raw const kvlar_simt_kernel_{e},");
+    }
+    s + "        _ => return None,\n    })\n}\n"
+}
+
+pub fn build(tree: &Tree, out: &Path) {
+    if env::var("CARGO_CFG_TARGET_ARCH").as_deref() != Ok("x86_64") {
+        println!("cargo:warning=kvlar: the kernel emulation needs an x86-64 CPU; built without it");
+        return;
+    }
+    let sanitizer = env::var("KVLAR_SIMT_SAN").unwrap_or_default();
+    let mut base = cc::Build::new();
+    base.cpp(true).std("c++17").warnings(false).include(&tree.root).debug(true).opt_level(2);
+    for flag in ["-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"] {
+        base.flag(flag);
+    }
+    base.define("KVLAR_SIMT", None);
+    if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") && std::is_x86_feature_detected!("f16c") {
+        base.flag("-march=x86-64-v3");
+    }
+    match sanitizer.as_str() {
+        "" => {}
+        "address" => _ = base.define("KVLAR_SIMT_ASAN", None),
+        "thread" => _ = base.define("KVLAR_SIMT_TSAN", None),
+        other => panic!("KVLAR_SIMT_SAN is {other:?}; it can be `address` or `thread`"),
+    }
+    for define in env::var("KVLAR_SIMT_DEFINES").unwrap_or_default().split_whitespace() {
+        let (name, value) = define.split_once('=').map_or((define, None), |(n, v)| (n, Some(v)));
+        base.define(name, value);
+    }
+    let Ok(compiler) = base.try_get_compiler() else {
+        println!("cargo:warning=kvlar: no C++ compiler; built without the kernel emulation");
+        return;
+    };
+    let probe = out.join("probe.cpp");
+    write_if_changed(&probe, "#include <optional>\nint main() { std::optional<int> x; return x ? 1 : 0; }\n");
+    let mut check = compiler.to_command();
+    if !check.arg("-fsyntax-only").arg(&probe).output().is_ok_and(|r| r.status.success()) {
+        println!("cargo:warning=kvlar: {} does not compile C++17; built without the kernel emulation", compiler.path().display());
+        return;
+    }
+
+    // The runtime is machinery, not code under test: it is never sanitized.
+    let instrument: &[&str] = match sanitizer.as_str() {
+        "address" => &["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        "thread" => &["-O1", "-fsanitize=thread"],
+        _ => &[],
+    };
+    let version = compiler.to_command().arg("--version").output().map(|r| r.stdout).unwrap_or_default();
+    let objects = out.join("objects");
+    fs::create_dir_all(&objects).expect("writable OUT_DIR");
+    let (mut jobs, mut all) = (Vec::new(), Vec::new());
+    let mut add = |path: &str, hash: &str, flags: &[&str]| {
+        let mut command = compiler.to_command();
+        command.args(flags).args(["-x", "c++", "-c"]).arg(tree.root.join(path));
+        let key = short_digest(&format!("{hash} {command:?} {version:?}"));
+        let object = objects.join(format!("{}-{key}.o", path.replace(['/', '.'], "_")));
+        all.push(object.clone());
+        jobs.push((command, object));
+    };
+    for path in ["simt/runtime.cpp", "simt/collectives.cpp"] {
+        add(path, &digest_with_headers(&tree.root, path), &["-O3"]);
+    }
+    for u in &tree.units {
+        add(&u.path, &u.hash, instrument);
+    }
+    if let Err(text) = run_all(jobs) {
+        panic!("a kernel does not compile for the CPU:\n{text}");
+    }
+    for stale in sorted(&objects).into_iter().filter(|p| !all.contains(p)) {
+        let _ = fs::remove_file(stale);
+    }
+    let mut archive = cc::Build::new();
+    archive.cpp(true).objects(&all).compile("kvlar_simt");
+    println!("cargo:rustc-cfg=kvlar_simt");
+    match sanitizer.as_str() {
+        "address" => println!("cargo:rustc-link-lib=dylib=asan\ncargo:rustc-link-lib=dylib=ubsan"),
+        "thread" => println!("cargo:rustc-link-lib=dylib=tsan"),
+        _ => {}
+    }
+}
