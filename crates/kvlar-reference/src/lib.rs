@@ -1,1 +1,26 @@
-//! Plain CPU reference of every kvlar op: the oracle.
+//! Plain CPU reference of every kvlar op: the oracle that kernels are checked against.
+//!
+//! Everything is computed in f64 from values already rounded to their storage type ([`Dtype::round`]); outputs are
+//! f32 and not rounded further. Codecs alone are defined in f32 with a fixed order of operations, so that device,
+//! emulation and this crate agree bit for bit. Tensors are dense and row-major; shapes are given in each op.
+
+#![forbid(unsafe_code)]
+
+mod append;
+mod attend;
+mod codec;
+pub mod compare;
+mod dtype;
+mod error;
+mod merge;
+mod rope;
+pub mod testing;
+pub mod tolerance;
+
+pub use append::{AppendInput, Appended, append};
+pub use attend::{AttendInput, Attended, HeadQuery, Masking, attend, attend_row};
+pub use codec::{Codec, EncodedRow, decode_row, encode_row};
+pub use dtype::Dtype;
+pub use error::ReferenceError;
+pub use merge::merge;
+pub use rope::{Rope, RopeLayout, RopeScaling, Yarn};

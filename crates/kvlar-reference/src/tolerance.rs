@@ -1,0 +1,56 @@
+//! The one table of tolerances, derived from storage type, format and reduction length.
+
+use crate::{Codec, Dtype};
+
+/// Bounds of [`crate::compare::compare`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tolerance {
+    /// An element may be off by this,
+    pub absolute: f64,
+    /// or by this times its value.
+    pub relative: f64,
+    /// Bound of the cosine distance.
+    pub cosine: f64,
+}
+
+impl Tolerance {
+    /// Equal but for the sign of zero.
+    pub const EXACT: Self = Self { absolute: 0.0, relative: 0.0, cosine: 1e-12 };
+
+    /// Attention output. Weights are rounded to the 16-bit type of the value product (f16 for integer rows), each by
+    /// its unit roundoff u; errors of different rows are independent, so the output is off by about u · |v| / √n at
+    /// n rows, and by u · |v| at one. 4 u |v| covers the tails for |v| up to `magnitude`; the accumulation in fp32
+    /// adds 2⁻²⁴ √n, and the exponential 2⁻²² · |logit| (below 64).
+    pub fn attend(dtype: Dtype, codec: Codec, rows: usize, magnitude: f64) -> Self {
+        let weight = if codec == Codec::Int8 { Dtype::F16 } else { dtype };
+        let u = weight.unit_roundoff();
+        let accumulate = 2f64.powi(-24) * (rows.max(1) as f64).sqrt() + 2f64.powi(-16);
+        // int8 sums (1024 + code) · weight and takes 1024 · weight away: 2⁻²³ · 1024 / 128 of the value.
+        let cancel = if codec == Codec::Int8 { 2f64.powi(-20) * 256.0 } else { 0.0 };
+        let absolute = magnitude * (4.0 * u + accumulate + cancel);
+        Self { absolute, relative: 4.0 * u, cosine: 16.0 * u * u + 1e-9 }
+    }
+
+    /// lse: the products are exact, fp32 sums over d and n are not; queries of integer rows are exact in f16 but for
+    /// underflow.
+    pub fn lse(codec: Codec) -> Self {
+        let absolute = if codec == Codec::Int8 { 2e-3 } else { 1e-3 };
+        Self { absolute, relative: 1e-5, cosine: 1e-6 }
+    }
+
+    /// A merged output or lse: fp32 arithmetic only.
+    pub fn merge() -> Self {
+        Self { absolute: 1e-5, relative: 1e-5, cosine: 1e-9 }
+    }
+
+    /// A decoded row after rotation: the rotation is fp32 (2⁻²² relative to the pair's norm), which may move a value
+    /// across a rounding boundary: one ulp of a 16-bit format, one code of int8 (and one ulp of its scale and zero).
+    pub fn append(codec: Codec, magnitude: f64) -> Self {
+        let step = match codec {
+            Codec::Bf16 => 2f64.powi(-7),
+            Codec::F16 => 2f64.powi(-10),
+            Codec::Int8 => 2.0 / 255.0 * 1.01 + 2f64.powi(-10),
+        };
+        Self { absolute: magnitude * step, relative: step, cosine: step * step }
+    }
+}
