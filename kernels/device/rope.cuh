@@ -1,0 +1,48 @@
+// Rotary position embedding of one row (KvlarRope). Angles keep full precision up to position 2^24, and every
+// operation is rounded on its own, so that the device and the emulation agree bit for bit.
+#pragma once
+#include "abi.h"
+#include "device/gpu.cuh"
+
+namespace kvlar {
+
+// sin and cos of position * inv_freq, to about 1e-7 absolute. The product is kept as high + low; reduction modulo
+// pi/2 takes three constants (Cody and Waite), polynomials the rest. sincosf would spill its slow path to memory.
+__device__ inline void sin_cos_of(int position, float inv_freq, float& sin, float& cos) {
+  const float p = float(position), high = __fmul_rn(p, inv_freq), low = __fmaf_rn(p, inv_freq, -high);
+  const float turns = rintf(__fmul_rn(high, 0.636619772f));
+  float r = __fmaf_rn(-turns, 1.57079637f, high);  // pi/2 = 1.57079637 - 4.37113883e-8 - 1.71512489e-15
+  r = __fmaf_rn(turns, 4.37113883e-8f, r);
+  r = __fmaf_rn(turns, 1.71512489e-15f, r);
+  r = __fadd_rn(r, low);
+  const float s = __fmul_rn(r, r);
+  float odd = __fmaf_rn(s, 2.75573192e-6f, -1.98412698e-4f);
+  odd = __fmaf_rn(s, odd, 8.33333333e-3f);
+  odd = __fmaf_rn(s, odd, -0.166666667f);
+  odd = __fmaf_rn(__fmul_rn(s, r), odd, r);
+  float even = __fmaf_rn(s, 2.48015873e-5f, -1.38888889e-3f);
+  even = __fmaf_rn(s, even, 4.16666667e-2f);
+  even = __fmaf_rn(s, even, -0.5f);
+  even = __fmaf_rn(s, even, 1.f);
+  const int quadrant = int(turns) & 3;
+  sin = quadrant & 1 ? even : odd;
+  cos = quadrant & 1 ? odd : even;
+  if (quadrant & 2) sin = -sin;
+  if (quadrant == 1 || quadrant == 2) cos = -cos;
+}
+
+// Dimension `i` of the rotated row; `row` is the unrotated one, readable in full.
+__device__ inline float rotated(const KvlarRope& rope, const float* row, int i, int position) {
+  const int rotary = int(rope.rotary_dim), half = rotary / 2;
+  if (i >= rotary) return row[i];
+  const bool split = rope.layout == KVLAR_ROPE_HALF, second = split ? i >= half : (i & 1) != 0;
+  const int pair = split ? (second ? i - half : i) : i / 2;
+  const float partner = row[split ? (second ? i - half : i + half) : i ^ 1];
+  float sin, cos;
+  sin_cos_of(position, __ldg(rope.inv_freq + pair), sin, cos);
+  sin = __fmul_rn(sin, rope.attention_factor);
+  cos = __fmul_rn(cos, rope.attention_factor);
+  return __fmaf_rn(row[i], cos, second ? __fmul_rn(partner, sin) : -__fmul_rn(partner, sin));
+}
+
+}  // namespace kvlar

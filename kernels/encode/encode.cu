@@ -1,0 +1,54 @@
+// encode: dense rows into stored rows of any codec; decode: stored rows into dense fp32.
+//
+//   x [seqs][heads][row_count][dim] <-> rows 0 .. row_count of each (sequence, head). A warp takes one row.
+//
+// Floor: bytes read and written / bandwidth; for int8 and bf16 input 3 B a value.
+#include "device/row_codec.cuh"
+
+namespace kvlar {
+
+struct RowIndex { int seq, head, row; bool exists; };
+
+__device__ inline RowIndex row_index(const KvlarTranscode& p) {
+  const int64_t i = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
+  return {int(i / p.row_count / p.heads), int(i / p.row_count % p.heads), int(i % p.row_count),
+          i < int64_t(p.seqs) * p.heads * p.row_count};
+}
+
+}  // namespace kvlar
+
+extern "C" __global__ void __launch_bounds__(128) kvlar_encode(const __grid_constant__ KvlarTranscode p) {
+  using namespace kvlar;
+  __shared__ float scratch[4][kMaxDim];
+  const int lane = int(threadIdx.x) % 32;
+  const RowIndex at = row_index(p);
+  if (!at.exists) return;
+  const int page = checked_page(p.rows, p.pool.page_count, at.seq, at.head, at.row, p.status);
+  if (page < 0) return;
+  float x[kLaneDims];
+  const int64_t offset = at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride;
+  load_dense(x, static_cast<const char*>(p.x) + offset * (p.dtype == KVLAR_DTYPE_F32 ? 4 : 2), p.dtype, int(p.dim), lane);
+  const int in_page = at.row & ((1 << p.rows.page_rows_log2) - 1);
+  store_row(place_row(p.pool, at.seq, at.head, page, in_page), p.codec, x, scratch[threadIdx.x / 32], int(p.dim), int(p.group), lane);
+}
+GPU_EXPORT(kvlar_encode)
+
+extern "C" __global__ void __launch_bounds__(128) kvlar_decode(const __grid_constant__ KvlarTranscode p) {
+  using namespace kvlar;
+  const int lane = int(threadIdx.x) % 32;
+  const RowIndex at = row_index(p);
+  if (!at.exists) return;
+  float x[kLaneDims] = {};
+  const int length = p.rows.lengths ? __ldg(p.rows.lengths + at.seq * p.rows.length_seq_stride + at.head * p.rows.length_head_stride)
+                                    : int(p.row_count);
+  if (at.row < length) {
+    const int page = checked_page(p.rows, p.pool.page_count, at.seq, at.head, at.row, p.status);
+    const int in_page = at.row & ((1 << p.rows.page_rows_log2) - 1);
+    if (page >= 0) load_row(x, place_row(p.pool, at.seq, at.head, page, in_page), p.codec, int(p.dim), int(p.group), lane);
+  }
+  if (kLaneDims * lane >= int(p.dim)) return;
+  float* out = static_cast<float*>(p.x) + at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride + kLaneDims * lane;
+  reinterpret_cast<float4*>(out)[0] = make_float4(x[0], x[1], x[2], x[3]);
+  reinterpret_cast<float4*>(out)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+GPU_EXPORT(kvlar_decode)
