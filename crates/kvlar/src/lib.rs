@@ -1,1 +1,51 @@
 //! Safe launchers for the kvlar kernels: what inference engines link.
+//!
+//! An op is a *shape* (plain data), which [plans](AttendShape::plan) itself for a [`Device`]: all validation happens
+//! there, and it picks the kernel, grid and shared memory. A plan is `Copy`, holds no handles and is reused across
+//! layers and steps. `launch` only enqueues: no allocation, no synchronization, no read of device memory.
+//!
+//! ```
+//! use kvlar::{Device, EncodeShape, Codec, Dtype, Pool, Rows};
+//! let device = Device::reference();
+//! let stream = device.stream()?;
+//! let x = device.alloc(4 * 64 * 4)?; // 4 rows of 64 values
+//! let mut rows = device.alloc(4 * 128)?;
+//! let shape = EncodeShape { codec: Codec::Bf16, group: 64, dtype: Dtype::F32, seqs: 1, heads: 1, rows: 4, dim: 64 };
+//! shape.plan(&device)?.encode(&stream, x.view(), &Rows::contiguous(None, 4), &Pool::contiguous(rows.view_mut(), 1, 4, 128))?;
+//! # Ok::<(), kvlar::Error>(())
+//! ```
+//!
+//! Three devices run one op: [`Device::cuda`], [`Device::simt`] (the same kernels emulated on the CPU) and
+//! [`Device::reference`] (plain Rust, which interprets the same parameter structs).
+
+mod append;
+mod attend;
+mod buffer;
+mod device;
+mod error;
+mod formats;
+mod merge;
+mod paged;
+mod reference;
+mod stream;
+mod strides;
+mod transcode;
+mod workspace;
+
+pub use append::{AppendArgs, AppendPlan, AppendShape, Rope};
+pub use attend::{AttendArgs, AttendPlan, AttendShape, MAX_SEGMENTS, Schedule, Segment, SegmentShape, WorkList};
+pub use buffer::{Buffer, Memory, View, ViewMut};
+pub use device::{Backend, Device, DeviceInfo, SimtOptions};
+pub use error::Error;
+pub use formats::{Codec, Dtype};
+pub use kvlar_kernels::params as abi;
+pub use kvlar_reference::RopeLayout;
+pub use merge::{MergePlan, MergeShape};
+pub use paged::{Pool, Rows};
+pub use stream::{Graph, Stream};
+pub use strides::Strides;
+pub use transcode::{EncodeShape, TranscodePlan};
+pub use workspace::{Status, Workspace, WorkspaceSize};
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,18 @@
+//! Attention of a few query rows over cached rows.
+
+mod plan;
+mod shape;
+mod tiling;
+mod work;
+
+pub use plan::{AttendArgs, AttendPlan, Segment};
+pub use shape::{AttendShape, Schedule, SegmentShape};
+pub use work::WorkList;
+
+/// Rows of a cache may lie in this many segments.
+pub const MAX_SEGMENTS: usize = crate::abi::KVLAR_MAX_SEGMENTS as usize;
+
+/// The activation type of an attend kernel; `None` for other entry points.
+pub(crate) fn dtype_of(entry: &str) -> Option<crate::Dtype> {
+    tiling::Tiling::dtype_of(entry)
+}

@@ -1,0 +1,236 @@
+//! Plans and launches of attention.
+
+use super::tiling::Tiling;
+use super::{AttendShape, WorkList};
+use crate::device::Launch;
+use crate::error::invalid;
+use crate::paged::within;
+use crate::workspace::WorkspaceSize;
+use crate::{Codec, Device, Error, Memory, Pool, Result, Rows, Stream, Strides, View, ViewMut, Workspace, abi};
+
+/// A validated attention. `Copy`, holds no handles; reusable across layers, steps and graph replays.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttendPlan {
+    pub(super) shape: AttendShape,
+    pub(super) tiling: Tiling,
+    pub(super) launch: Launch,
+    pub(super) query_tiles: usize,
+    /// (sequence, kv head, query tile)s.
+    pub(super) units: usize,
+    /// Partial results that may be in flight.
+    pub(super) slots: usize,
+    pub(super) own_cell_tiles: usize,
+}
+
+/// Rows of one storage format, as [`super::SegmentShape`] says.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment<'a> {
+    /// Which rows; lengths are required.
+    pub rows: Rows<'a>,
+    /// Their keys.
+    pub keys: Pool<View<'a>>,
+    /// Their values.
+    pub values: Pool<View<'a>>,
+}
+
+/// Arguments of [`AttendPlan::launch`].
+#[derive(Debug)]
+pub struct AttendArgs<'a> {
+    /// `[B, Hq, S, d]`, rotated.
+    pub q: View<'a>,
+    /// `None`: dense, as above.
+    pub q_strides: Option<Strides>,
+    /// `[B, Hq, S, dv]`.
+    pub out: ViewMut<'a>,
+    /// `None`: dense, as above.
+    pub out_strides: Option<Strides>,
+    /// f32 `[B, Hq, S]`: ln Σ exp(logit).
+    pub lse: Option<ViewMut<'a>>,
+    /// As many as the shape has.
+    pub segments: &'a [Segment<'a>],
+    /// i32 `[B, S]`; `None`: the positions of the last S rows.
+    pub q_positions: Option<View<'a>>,
+    /// f32 `[Hq]`: an extra logit in the denominator.
+    pub sink_logits: Option<View<'a>>,
+}
+
+const SCHEDULE: Launch = Launch { entry: "kvlar_attend_schedule", grid: 1, block: 1024, shared_bytes: 0 };
+
+impl AttendPlan {
+    /// What it was made from.
+    pub fn shape(&self) -> &AttendShape {
+        &self.shape
+    }
+
+    /// The kernel's entry point.
+    pub fn entry(&self) -> &'static str {
+        self.launch.entry
+    }
+
+    /// Scratch that launches need.
+    pub fn workspace(&self) -> WorkspaceSize {
+        let columns = self.tiling.columns;
+        WorkspaceSize { zeroed: 4 * self.units, scratch: 4 * self.slots * columns * (self.shape.value_dim + 2) }
+    }
+
+    /// Bytes of a work list.
+    pub fn work_list_bytes(&self) -> usize {
+        4 * (8 + self.units + 1 + 4 * self.launch.grid as usize)
+    }
+
+    /// Memory for a work list of this plan.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn work_list(&self, device: &Device) -> Result<WorkList> {
+        WorkList::new(device, self.work_list_bytes())
+    }
+
+    /// Enqueues the making of the work list from the lengths (and positions) of `args`: once a step, before the launches
+    /// of all layers that have these lengths.
+    ///
+    /// # Errors
+    /// Those of [`AttendPlan::launch`].
+    pub fn schedule(&self, stream: &Stream, args: &AttendArgs<'_>, work: &mut WorkList, workspace: &mut Workspace) -> Result<()> {
+        work.fits(self)?;
+        let params = self.params(args, work, workspace)?;
+        if self.units > 0 {
+            // SAFETY: every address was checked against the shape.
+            unsafe { stream.enqueue(SCHEDULE, &params)? };
+        }
+        work.built_for = Some(*self);
+        Ok(())
+    }
+
+    /// Enqueues one launch. The lengths must be those that the work list was built from.
+    ///
+    /// # Errors
+    /// [`Error::Bounds`], [`Error::Alignment`], [`Error::Invalid`] for arguments that do not fit the plan;
+    /// [`Error::Mismatch`] for a work list that was not built for it.
+    pub fn launch(&self, stream: &Stream, args: &mut AttendArgs<'_>, work: &WorkList, workspace: &mut Workspace) -> Result<()> {
+        if work.built_for != Some(*self) {
+            return Err(Error::Mismatch { arg: "work list", what: "plan (call schedule first)" });
+        }
+        let params = self.params(args, work, workspace)?;
+        if self.units == 0 {
+            return Ok(());
+        }
+        // SAFETY: every address was checked against the shape.
+        unsafe { stream.enqueue(self.launch, &params) }
+    }
+
+    /// Enqueues [`AttendPlan::schedule`] with the caller's own parameter struct, for engines with their own tensors.
+    ///
+    /// # Errors
+    /// Those of the launch.
+    ///
+    /// # Safety
+    /// `params` agrees with the plan ([`AttendPlan::params`] fills in all that is not an address or a stride), and its
+    /// addresses are valid on the stream's device until the launch has run.
+    pub unsafe fn schedule_raw(&self, stream: &Stream, params: &abi::KvlarAttend) -> Result<()> {
+        // SAFETY: the caller's promise.
+        if self.units == 0 { Ok(()) } else { unsafe { stream.enqueue(SCHEDULE, params) } }
+    }
+
+    /// Enqueues [`AttendPlan::launch`] with the caller's own parameter struct.
+    ///
+    /// # Errors
+    /// Those of the launch.
+    ///
+    /// # Safety
+    /// As for [`AttendPlan::schedule_raw`]; the work list was built by it from the same lengths.
+    pub unsafe fn launch_raw(&self, stream: &Stream, params: &abi::KvlarAttend) -> Result<()> {
+        // SAFETY: the caller's promise.
+        if self.units == 0 { Ok(()) } else { unsafe { stream.enqueue(self.launch, params) } }
+    }
+
+    /// Checks the arguments and gives the kernel's parameter struct.
+    ///
+    /// # Errors
+    /// Those of [`AttendPlan::launch`].
+    pub fn params(&self, args: &AttendArgs<'_>, work: &WorkList, workspace: &Workspace) -> Result<abi::KvlarAttend> {
+        let s = &self.shape;
+        work.fits(self)?;
+        let scratch = workspace.scratch(self.workspace())?;
+        let q = args.q_strides.unwrap_or(Strides::heads_first(s.q_heads, s.query_rows, s.head_dim));
+        let out = args.out_strides.unwrap_or(Strides::heads_first(s.q_heads, s.query_rows, s.value_dim));
+        q.check("q", &args.q, s.dtype, [s.seqs, s.q_heads, s.query_rows, s.head_dim])?;
+        out.check("out", &args.out, s.out_dtype, [s.seqs, s.q_heads, s.query_rows, s.value_dim])?;
+        if let Some(lse) = &args.lse {
+            within("lse", lse, 4 * s.seqs * s.q_heads * s.query_rows, 4)?;
+        }
+        if let Some(positions) = &args.q_positions {
+            within("q_positions", positions, 4 * s.seqs * s.query_rows, 4)?;
+        }
+        if let Some(sinks) = &args.sink_logits {
+            within("sink_logits", sinks, 4 * s.q_heads, 4)?;
+        }
+        let mut params = self.bare_params();
+        if args.segments.len() != params.segment_count as usize {
+            return invalid("segments", format!("{} instead of {}", args.segments.len(), params.segment_count));
+        }
+        for ((segment, shape), to) in args.segments.iter().zip(s.segments()).zip(&mut params.segments) {
+            self.segment(segment, shape.codec, shape.max_rows, to)?;
+        }
+        params.q = args.q.address();
+        (params.q_seq_stride, params.q_head_stride, params.q_row_stride) = q.abi();
+        params.out = args.out.address();
+        (params.out_seq_stride, params.out_head_stride, params.out_row_stride) = out.abi();
+        params.lse = args.lse.as_ref().map_or(0, Memory::address);
+        params.q_positions = args.q_positions.map_or(0, |x| x.address());
+        params.sink_logits = args.sink_logits.map_or(0, |x| x.address());
+        params.work = work.buffer.address();
+        params.partials = scratch.scratch;
+        params.counters = scratch.zeroed;
+        params.status = scratch.status;
+        Ok(params)
+    }
+
+    /// The parameter struct with everything that follows from the shape; addresses and strides are 0.
+    pub fn bare_params(&self) -> abi::KvlarAttend {
+        let s = &self.shape;
+        let mut params = abi::KvlarAttend {
+            scale: s.scale,
+            softcap: s.softcap,
+            window: s.window as i32,
+            segment_count: s.segments().count() as u32,
+            seqs: s.seqs as u32,
+            kv_heads: s.kv_heads as u32,
+            group: s.group() as u32,
+            query_rows: s.query_rows as u32,
+            head_dim: s.head_dim as u32,
+            value_dim: s.value_dim as u32,
+            query_tiles: self.query_tiles as u32,
+            slots: self.slots as u32,
+            own_cell_tiles: self.own_cell_tiles as u32,
+            ctas: self.launch.grid,
+            out_dtype: s.out_dtype.abi(),
+            columns: self.tiling.columns as u32,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        for (segment, to) in s.segments().zip(&mut params.segments) {
+            to.codec = segment.codec.abi();
+            to.tile_rows = self.tiling.tile_rows(segment.codec) as u32;
+        }
+        params
+    }
+
+    fn segment(&self, from: &Segment<'_>, codec: Codec, max_rows: usize, to: &mut abi::KvlarSegment) -> Result<()> {
+        let s = &self.shape;
+        if from.rows.lengths.is_none() {
+            return invalid("rows", "attend needs lengths");
+        }
+        if from.rows.max_rows > max_rows {
+            return invalid("rows", format!("{} rows in a segment planned for {max_rows}", from.rows.max_rows));
+        }
+        from.rows.check("rows", s.seqs, s.kv_heads, from.keys.page_count.min(from.values.page_count))?;
+        let stored = |dim: usize| (codec.row_bytes(dim), codec.params_bytes(dim, dim));
+        let (k, v) = (stored(s.head_dim), stored(s.value_dim));
+        from.keys.check("keys", &from.rows, s.seqs, s.kv_heads, k.0, k.1)?;
+        from.values.check("values", &from.rows, s.seqs, s.kv_heads, v.0, v.1)?;
+        to.rows = from.rows.abi();
+        to.keys = from.keys.abi();
+        to.values = from.values.abi();
+        Ok(())
+    }
+}

@@ -1,0 +1,173 @@
+//! What attention plans are made from.
+
+use super::plan::AttendPlan;
+use super::tiling::Tiling;
+use super::MAX_SEGMENTS;
+use crate::append::check_dim;
+use crate::device::Launch;
+use crate::error::{invalid, unsupported};
+use crate::{Codec, Device, Dtype, Result};
+
+/// How rows are shared among CTAs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Schedule {
+    /// Every CTA takes the same number of tiles, whatever the lengths: the fastest.
+    #[default]
+    Balanced,
+    /// How a sequence is cut depends on its own length alone: its result does not depend on its batch.
+    Own,
+}
+
+/// Rows of one storage format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentShape {
+    /// Of keys and values: the type of q, or int8 with one scale a row (`group` = its dimension).
+    pub codec: Codec,
+    /// Capacity a (sequence, kv head).
+    pub max_rows: usize,
+}
+
+/// What [`AttendPlan`] is made from. Start from [`AttendShape::new`] and change fields.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttendShape {
+    /// Type of q: bf16 or f16.
+    pub dtype: Dtype,
+    /// Type of out: f32 or that of q.
+    pub out_dtype: Dtype,
+    /// B.
+    pub seqs: usize,
+    /// Hq; query head h reads kv head h / (Hq / Hk).
+    pub q_heads: usize,
+    /// Hk.
+    pub kv_heads: usize,
+    /// S: query rows a sequence.
+    pub query_rows: usize,
+    /// d; a multiple of 8 up to 256.
+    pub head_dim: usize,
+    /// dv; likewise.
+    pub value_dim: usize,
+    /// The rows of a sequence are its segments' rows, one segment after the other.
+    pub segments: [Option<SegmentShape>; MAX_SEGMENTS],
+    /// Multiplies q·k.
+    pub scale: f32,
+    /// c in c·tanh(x / c), after scaling; 0 = off.
+    pub softcap: f32,
+    /// A row is visible if q_position − position < window; 0 = off.
+    pub window: u32,
+    /// How rows are shared among CTAs.
+    pub schedule: Schedule,
+}
+
+impl AttendShape {
+    /// `heads` = (Hq, Hk), one segment; value_dim = head_dim, scale 1/√d, all else off, out in f32.
+    pub fn new(dtype: Dtype, seqs: usize, heads: (usize, usize), query_rows: usize, head_dim: usize, rows: SegmentShape) -> Self {
+        Self {
+            dtype,
+            out_dtype: Dtype::F32,
+            seqs,
+            q_heads: heads.0,
+            kv_heads: heads.1,
+            query_rows,
+            head_dim,
+            value_dim: head_dim,
+            segments: [Some(rows), None, None, None],
+            scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+            softcap: 0.0,
+            window: 0,
+            schedule: Schedule::Balanced,
+        }
+    }
+
+    /// The segments that there are.
+    pub fn segments(&self) -> impl Iterator<Item = SegmentShape> {
+        self.segments.into_iter().flatten()
+    }
+
+    /// Query heads a kv head.
+    pub(super) fn group(&self) -> usize {
+        self.q_heads / self.kv_heads.max(1)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.dtype == Dtype::F32 {
+            return unsupported("attend", "type f32 of q: bf16 and f16 are");
+        }
+        if self.out_dtype != Dtype::F32 && self.out_dtype != self.dtype {
+            return unsupported("attend", format!("{} out for {} q: f32 or the same is", self.out_dtype, self.dtype));
+        }
+        check_dim("attend", "head_dim", self.head_dim)?;
+        check_dim("attend", "value_dim", self.value_dim)?;
+        if self.kv_heads == 0 || self.q_heads == 0 || !self.q_heads.is_multiple_of(self.kv_heads) {
+            return invalid("q_heads", format!("{} query heads are not a multiple of {} kv heads", self.q_heads, self.kv_heads));
+        }
+        if self.query_rows == 0 {
+            return invalid("query_rows", "no query rows");
+        }
+        if !(self.softcap >= 0.0 && self.softcap.is_finite()) {
+            return invalid("softcap", format!("{} is not a finite number of at least 0", self.softcap));
+        }
+        if !self.scale.is_finite() {
+            return invalid("scale", format!("{} is not finite", self.scale));
+        }
+        if self.window > i32::MAX as u32 {
+            return invalid("window", format!("{} is above 2^31 - 1", self.window));
+        }
+        if self.segments[0].is_none() || self.segments.windows(2).any(|w| w[0].is_none() && w[1].is_some()) {
+            return invalid("segments", "there must be one, and none may be missing before another");
+        }
+        for s in self.segments() {
+            if s.codec != Codec::Int8 && Some(s.codec) != self.dtype.into() {
+                return unsupported("attend", format!("{:?} rows for {} q: int8 or the type of q are", s.codec, self.dtype));
+            }
+            if s.max_rows > 1 << 30 {
+                return invalid("max_rows", format!("{} rows are more than 2^30", s.max_rows));
+            }
+        }
+        Ok(())
+    }
+
+    /// Validates, and picks the kernel, its grid and how much scratch it needs.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`] for a combination without a kernel; [`crate::Error::Invalid`] for a contradiction.
+    pub fn plan(&self, device: &Device) -> Result<AttendPlan> {
+        self.check()?;
+        let packed = self.group() * self.query_rows;
+        let int8 = self.segments().any(|s| s.codec == Codec::Int8);
+        let tiling = Tiling::of(self.head_dim.max(self.value_dim), packed, int8);
+        let info = device.info();
+        let shared = tiling.shared_bytes(info);
+        let Some(entry) = tiling.entry(self.dtype) else {
+            return unsupported("attend", format!("{} with head dimension {}", self.dtype, self.head_dim));
+        };
+        if shared > info.shared_per_block as usize {
+            return unsupported("attend", format!("{entry} needs {shared} bytes of shared memory, {} has {}", info.name, info.shared_per_block));
+        }
+        let query_tiles = packed.div_ceil(tiling.columns);
+        let units = self.seqs * self.kv_heads * query_tiles;
+        let max_tiles: usize = self.segments().map(|s| s.max_rows.div_ceil(tiling.tile_rows(s.codec))).sum();
+        if units.saturating_mul(max_tiles.max(1)) > i32::MAX as usize {
+            return invalid("segments", format!("{units} units of {max_tiles} tiles are more than 2^31"));
+        }
+        // A split is at least 16 tiles, and a unit has at most 64: functions of the capacity, never of the batch.
+        let own_cell_tiles = match self.schedule {
+            Schedule::Balanced => 0,
+            Schedule::Own => max_tiles.div_ceil(64).max(16),
+        };
+        let ctas = info.sm_count as usize * tiling.ctas_per_sm(info);
+        let slots = match self.schedule {
+            Schedule::Balanced => 2 * ctas,
+            Schedule::Own => units * max_tiles.div_ceil(own_cell_tiles).max(1),
+        };
+        let grid = if units == 0 { 0 } else { ctas as u32 };
+        Ok(AttendPlan {
+            shape: *self,
+            tiling,
+            launch: Launch { entry, grid, block: 32 * tiling.warps() as u32, shared_bytes: shared as u32 },
+            query_tiles,
+            units,
+            slots,
+            own_cell_tiles,
+        })
+    }
+}

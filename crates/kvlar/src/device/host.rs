@@ -1,0 +1,102 @@
+//! The CPU backends: memory is the process's own, launches run to their end at once.
+
+use super::{DeviceInfo, Driver, Launch, RawStream, SimtOptions};
+use crate::{Error, Result, reference};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+
+/// Alignment of allocations, as of cuMemAlloc.
+const ALIGN: usize = 256;
+
+pub(super) struct Host {
+    /// `None`: the reference.
+    emulated: Option<SimtOptions>,
+}
+
+impl Host {
+    pub fn emulated(options: SimtOptions) -> Self {
+        Self { emulated: Some(options) }
+    }
+    pub fn reference() -> Self {
+        Self { emulated: None }
+    }
+}
+
+/// Plans are made as for a Hopper GPU with few SMs.
+pub(super) fn info(name: &str, sm_count: u32) -> DeviceInfo {
+    DeviceInfo { name: name.into(), compute_capability: None, sm_count, shared_per_block: 227 << 10, shared_per_sm: 228 << 10 }
+}
+
+fn layout(bytes: usize) -> Result<Layout> {
+    Layout::from_size_align(bytes, ALIGN).map_err(|_| Error::OutOfMemory { bytes })
+}
+
+impl Driver for Host {
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        // SAFETY: the size is not 0 (Buffer::new).
+        let p = unsafe { alloc_zeroed(layout(bytes)?) };
+        if p.is_null() { Err(Error::OutOfMemory { bytes }) } else { Ok(p as u64) }
+    }
+
+    fn free(&self, address: u64, bytes: usize) {
+        if let Ok(layout) = layout(bytes) {
+            // SAFETY: allocated above with the same layout; freed once, by Buffer::drop.
+            unsafe { dealloc(address as *mut u8, layout) }
+        }
+    }
+
+    fn create_stream(&self) -> Result<RawStream> {
+        Ok(std::ptr::null_mut())
+    }
+    fn destroy_stream(&self, _: RawStream) {}
+    fn synchronize(&self, _: RawStream) -> Result<()> {
+        Ok(())
+    }
+
+    fn upload(&self, _: RawStream, to: u64, from: &[u8]) -> Result<()> {
+        // SAFETY: Stream checked the range against its buffer, which nobody else can be using: launches have ended.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
+        Ok(())
+    }
+
+    fn download(&self, _: RawStream, from: u64, to: &mut [u8]) -> Result<()> {
+        // SAFETY: as for upload.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    fn copy(&self, _: RawStream, from: u64, to: u64, bytes: usize) -> Result<()> {
+        // SAFETY: as for upload; the ranges may overlap.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
+    fn fill(&self, _: RawStream, at: u64, byte: u8, bytes: usize) -> Result<()> {
+        // SAFETY: as for upload.
+        unsafe { std::ptr::write_bytes(at as *mut u8, byte, bytes) };
+        Ok(())
+    }
+
+    unsafe fn launch(&self, _: RawStream, launch: Launch, params: &[u8]) -> Result<()> {
+        match self.emulated {
+            None => {
+                // SAFETY: the caller's promise.
+                unsafe { reference::run(launch.entry, params) }
+            }
+            Some(o) => {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    kvlar_kernels::simt::launch(
+                        launch.entry,
+                        [launch.grid, 1, 1],
+                        [launch.block, 1, 1],
+                        launch.shared_bytes,
+                        params,
+                        o.seed,
+                        o.workers,
+                    )
+                }
+                .map_err(Error::Emulation)
+            }
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! attend.
+
+use super::memory::{dense, int, read, store_dense, write};
+use super::rows::{HeadRows, Place, codec, dtype};
+use crate::{Dtype, Result, abi};
+use kvlar_reference::{HeadQuery, Masking, attend_row};
+use rayon::prelude::*;
+
+/// A (sequence, kv head)'s rows, decoded, segment after segment.
+struct Cached {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    positions: Vec<i32>,
+}
+
+/// # Safety
+/// As for [`super::run`].
+pub unsafe fn attend(p: &abi::KvlarAttend, q_dtype: Dtype) -> Result<()> {
+    let pairs = p.seqs * p.kv_heads;
+    (0..pairs).into_par_iter().try_for_each(|i| {
+        // SAFETY: the caller's promise; each pair writes its own outputs.
+        unsafe { attend_head(p, q_dtype, i64::from(i / p.kv_heads), i64::from(i % p.kv_heads)) }
+    })
+}
+
+/// # Safety
+/// As for [`super::run`].
+unsafe fn attend_head(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i64, kv_head: i64) -> Result<()> {
+    let (d, dv) = (p.head_dim as usize, p.value_dim as usize);
+    let out_dtype = dtype(p.out_dtype)?;
+    // SAFETY: the caller's promise.
+    let cached = unsafe { load(p, seq, kv_head)? };
+    let masking = Masking { scale: f64::from(p.scale), softcap: f64::from(p.softcap), window: i64::from(p.window) };
+    let (group, rows) = (i64::from(p.group), i64::from(p.query_rows));
+    let (mut logits, mut out) = (Vec::new(), vec![0f64; dv]);
+    for (head, s) in (0..group).flat_map(|g| (0..rows).map(move |s| (kv_head * group + g, s))) {
+        // SAFETY (to the end of the loop): the caller's promise.
+        let q = unsafe { dense(p.q, seq * p.q_seq_stride + head * p.q_head_stride + s * p.q_row_stride, d, q_dtype) };
+        let position = match p.q_positions {
+            0 => {
+                let row = cached.positions.len() as i64 - rows + s;
+                usize::try_from(row).map_or(row, |row| i64::from(cached.positions[row]))
+            }
+            address => i64::from(unsafe { int(address, seq * rows + s) }),
+        };
+        let sink = (p.sink_logits != 0).then(|| unsafe { read::<f32>(p.sink_logits + 4 * head as u64, 1)[0] });
+        let query = HeadQuery { q: &q, position, sink };
+        let lse = attend_row(query, &cached.keys, &cached.values, &cached.positions, masking, &mut logits, &mut out);
+        let result: Vec<f32> = out.iter().map(|&x| x as f32).collect();
+        let at = seq * p.out_seq_stride + head * p.out_head_stride + s * p.out_row_stride;
+        unsafe { store_dense(p.out, at, &result, out_dtype) };
+        if p.lse != 0 {
+            let at = ((seq * i64::from(p.kv_heads) * group + head) * rows + s) as u64;
+            unsafe { write(p.lse + 4 * at, &[lse as f32]) };
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for [`super::run`].
+unsafe fn load(p: &abi::KvlarAttend, seq: i64, head: i64) -> Result<Cached> {
+    let (d, dv) = (p.head_dim as usize, p.value_dim as usize);
+    let mut all = Cached { keys: Vec::new(), values: Vec::new(), positions: Vec::new() };
+    for segment in &p.segments[..p.segment_count as usize] {
+        let codec = codec(segment.codec)?;
+        let keys = HeadRows { rows: &segment.rows, pool: &segment.keys, seq, head, status: p.status };
+        let values = HeadRows { pool: &segment.values, ..keys };
+        // A bad page id reads page 0, as the kernels do.
+        let or_first = |place: Option<Place>, row: usize| {
+            place.unwrap_or(Place { page: 0, in_page: (row & ((1 << segment.rows.page_rows_log2) - 1)) as i64 })
+        };
+        // SAFETY (to the end of the loop): the caller's promise.
+        let length = unsafe { keys.length(0) };
+        let first = all.positions.len();
+        for row in 0..length {
+            let place = or_first(unsafe { keys.place(row) }, row);
+            let value_place = or_first(unsafe { values.place(row) }, row);
+            all.keys.extend(unsafe { keys.load(place, codec, d, d)? });
+            all.values.extend(unsafe { values.load(value_place, codec, dv, dv)? });
+            all.positions.push(match segment.rows.positions {
+                0 => (first + row) as i32,
+                address => unsafe { int(address, keys.position_at(place)) },
+            });
+        }
+    }
+    Ok(all)
+}

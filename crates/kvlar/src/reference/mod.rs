@@ -1,0 +1,51 @@
+//! The reference backend: interprets the parameter structs of the kernels with plain Rust (`kvlar_reference`).
+
+mod attend;
+mod memory;
+mod rows;
+mod write;
+
+use crate::{Error, Result, abi};
+use bytemuck::pod_read_unaligned;
+use kvlar_reference::ReferenceError;
+use memory::{read, write};
+
+/// Runs one launch.
+///
+/// # Safety
+/// `params` is the entry's parameter struct, and every address in it is valid for what the kernel touches.
+pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
+    // SAFETY (all): the caller's promise.
+    match entry {
+        "kvlar_attend_schedule" => Ok(()), // rows are not shared among CTAs here
+        "kvlar_append" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
+        "kvlar_encode" => unsafe { write::encode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
+        "kvlar_decode" => unsafe { write::decode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
+        "kvlar_merge" => unsafe { merge(&pod_read_unaligned::<abi::KvlarMerge>(params)) },
+        _ => match crate::attend::dtype_of(entry) {
+            Some(dtype) => unsafe { attend::attend(&pod_read_unaligned::<abi::KvlarAttend>(params), dtype) },
+            None => Err(Error::Reference(format!("no op {entry}"))),
+        },
+    }
+}
+
+/// # Safety
+/// As for [`run`].
+unsafe fn merge(p: &abi::KvlarMerge) -> Result<()> {
+    let (n, rows, dim) = (p.part_count as usize, p.row_count as usize, p.dim as usize);
+    // SAFETY: the caller's promise.
+    let (parts, part_lse) = unsafe { (read::<f32>(p.parts, n * rows * dim), read::<f32>(p.part_lse, n * rows)) };
+    let (out, lse) = kvlar_reference::merge(&parts, &part_lse, n, rows, dim)?;
+    // SAFETY: the caller's promise.
+    unsafe {
+        write(p.out, &out);
+        write(p.lse, &lse);
+    }
+    Ok(())
+}
+
+impl From<ReferenceError> for Error {
+    fn from(e: ReferenceError) -> Self {
+        Self::Reference(e.to_string())
+    }
+}

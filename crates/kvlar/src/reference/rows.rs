@@ -1,0 +1,121 @@
+//! Rows behind `KvlarRows` and `KvlarPool`, with the kernels' clamping and reporting.
+
+use super::memory::{int, read, write};
+use crate::{Codec, Error, Result, abi};
+use kvlar_reference::{decode_row, encode_row};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Sets bits of the status word, if there is one.
+///
+/// # Safety
+/// `address` is 0 or that of a u32.
+pub unsafe fn report(address: u64, bits: u32) {
+    if address != 0 {
+        // SAFETY: the caller's promise; several threads may report.
+        unsafe { AtomicU32::from_ptr(address as *mut u32) }.fetch_or(bits, Ordering::Relaxed);
+    }
+}
+
+/// One (sequence, head)'s rows in one pool.
+#[derive(Clone, Copy)]
+pub struct HeadRows<'a> {
+    pub rows: &'a abi::KvlarRows,
+    pub pool: &'a abi::KvlarPool,
+    pub seq: i64,
+    pub head: i64,
+    pub status: u64,
+}
+
+/// Where a row is.
+#[derive(Clone, Copy)]
+pub struct Place {
+    pub page: i64,
+    pub in_page: i64,
+}
+
+impl HeadRows<'_> {
+    /// Rows held, clamped to the capacity; `default` without lengths.
+    ///
+    /// # Safety
+    /// As for [`super::run`].
+    pub unsafe fn length(&self, default: usize) -> usize {
+        let r = self.rows;
+        if r.lengths == 0 {
+            return default;
+        }
+        // SAFETY: the caller's promise.
+        let n = unsafe { int(r.lengths, self.seq * r.length_seq_stride + self.head * r.length_head_stride) };
+        if n < 0 || n as u32 > r.max_rows {
+            // SAFETY: the caller's promise.
+            unsafe { report(self.status, abi::KVLAR_STATUS_BAD_LENGTH) };
+        }
+        n.clamp(0, r.max_rows as i32) as usize
+    }
+
+    /// Where `row` is; `None` (reported) if its page is none of the pool's.
+    ///
+    /// # Safety
+    /// As for [`super::run`].
+    pub unsafe fn place(&self, row: usize) -> Option<Place> {
+        let r = self.rows;
+        let mut page = (row >> r.page_rows_log2) as i64;
+        if r.table != 0 {
+            let at = self.seq * r.table_seq_stride + self.head * r.table_head_stride + page;
+            // SAFETY: the caller's promise.
+            page = i64::from(unsafe { int(r.table, at) });
+        }
+        if page < 0 || page >= i64::from(self.pool.page_count) {
+            // SAFETY: the caller's promise.
+            unsafe { report(self.status, abi::KVLAR_STATUS_BAD_PAGE) };
+            return None;
+        }
+        Some(Place { page, in_page: (row & ((1 << r.page_rows_log2) - 1)) as i64 })
+    }
+
+    /// Element of the positions that belongs to a row.
+    pub fn position_at(&self, place: Place) -> i64 {
+        let r = self.rows;
+        self.seq * r.position_seq_stride + self.head * r.position_head_stride + (place.page << r.page_rows_log2) + place.in_page
+    }
+
+    fn addresses(&self, place: Place) -> (u64, u64) {
+        let p = self.pool;
+        let page = p.data.wrapping_add_signed(self.seq * p.seq_stride + self.head * p.head_stride + place.page * p.page_stride);
+        let codes = page + place.in_page as u64 * u64::from(p.row_stride);
+        (codes, page + u64::from(p.params_offset) + place.in_page as u64 * u64::from(p.params_stride))
+    }
+
+    /// The decoded row.
+    ///
+    /// # Safety
+    /// As for [`super::run`].
+    pub unsafe fn load(&self, place: Place, codec: Codec, dim: usize, group: usize) -> Result<Vec<f32>> {
+        let (codes, params) = self.addresses(place);
+        // SAFETY: the caller's promise.
+        let (codes, params) = unsafe { (read::<u8>(codes, codec.row_bytes(dim)), read::<u8>(params, codec.params_bytes(dim, group))) };
+        Ok(decode_row(&codes, &params, dim, codec.reference(), group)?)
+    }
+
+    /// Encodes and stores a row.
+    ///
+    /// # Safety
+    /// As for [`super::run`].
+    pub unsafe fn store(&self, place: Place, x: &[f32], codec: Codec, group: usize) -> Result<()> {
+        let row = encode_row(x, codec.reference(), group)?;
+        let (codes, params) = self.addresses(place);
+        // SAFETY: the caller's promise.
+        unsafe {
+            write(codes, &row.codes);
+            write(params, &row.params);
+        }
+        Ok(())
+    }
+}
+
+pub fn codec(id: u32) -> Result<Codec> {
+    Codec::from_abi(id).ok_or_else(|| Error::Reference(format!("no codec {id}")))
+}
+
+pub fn dtype(id: u32) -> Result<crate::Dtype> {
+    crate::Dtype::from_abi(id).ok_or_else(|| Error::Reference(format!("no dtype {id}")))
+}

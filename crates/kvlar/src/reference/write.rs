@@ -1,0 +1,90 @@
+//! append, encode and decode.
+
+use super::memory::{dense, int, store_dense, write};
+use super::rows::{HeadRows, codec, dtype, report};
+use crate::{Result, abi};
+use kvlar_reference::{Rope, RopeLayout};
+
+/// # Safety
+/// As for [`super::run`].
+pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
+    let (d, dv, n) = (p.head_dim as usize, p.value_dim as usize, i64::from(p.new_rows));
+    let (key_codec, value_codec, dtype) = (codec(p.key_codec)?, codec(p.value_codec)?, dtype(p.dtype)?);
+    let mut rope = Rope::none();
+    if p.rope.layout != abi::KVLAR_ROPE_NONE {
+        let layout = if p.rope.layout == abi::KVLAR_ROPE_HALF { RopeLayout::Half } else { RopeLayout::Interleaved };
+        // SAFETY: the caller's promise.
+        let inv_freq = unsafe { super::memory::read::<f32>(p.rope.inv_freq, p.rope.rotary_dim as usize / 2) };
+        rope = Rope { inv_freq, attention_factor: p.rope.attention_factor, layout };
+    }
+    for (seq, head) in pairs(p.seqs, p.kv_heads) {
+        let keys = HeadRows { rows: &p.rows, pool: &p.key_pool, seq, head, status: p.status };
+        let values = HeadRows { pool: &p.value_pool, ..keys };
+        for row in 0..n {
+            // SAFETY (to the end of the loop): the caller's promise.
+            let slot = unsafe { int(p.slots, seq * p.slot_seq_stride + head * p.slot_head_stride + row) };
+            let Ok(slot) = u32::try_from(slot) else { continue };
+            if slot >= p.rows.max_rows {
+                unsafe { report(p.status, abi::KVLAR_STATUS_BAD_SLOT) };
+                continue;
+            }
+            let Some(place) = (unsafe { keys.place(slot as usize) }) else { continue };
+            if unsafe { values.place(slot as usize) }.is_none() {
+                continue;
+            }
+            let position = unsafe { int(p.positions, seq * n + row) };
+            let k = unsafe { dense(p.k, seq * p.k_seq_stride + head * p.k_head_stride + row * p.k_row_stride, d, dtype) };
+            let v = unsafe { dense(p.v, seq * p.v_seq_stride + head * p.v_head_stride + row * p.v_row_stride, dv, dtype) };
+            unsafe { keys.store(place, &rope.rotate(&k, i64::from(position)), key_codec, p.key_group as usize)? };
+            unsafe { values.store(place, &v, value_codec, p.value_group as usize)? };
+            if p.rows.positions != 0 {
+                unsafe { write(p.rows.positions.wrapping_add_signed(4 * keys.position_at(place)), &[position]) };
+            }
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for [`super::run`].
+pub unsafe fn encode(p: &abi::KvlarTranscode) -> Result<()> {
+    let (codec, dtype) = (codec(p.codec)?, dtype(p.dtype)?);
+    for (seq, head) in pairs(p.seqs, p.heads) {
+        let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
+        for row in 0..i64::from(p.row_count) {
+            // SAFETY (both): the caller's promise.
+            let Some(place) = (unsafe { rows.place(row as usize) }) else { continue };
+            let at = seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride;
+            unsafe { rows.store(place, &dense(p.x, at, p.dim as usize, dtype), codec, p.group as usize)? };
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for [`super::run`].
+pub unsafe fn decode(p: &abi::KvlarTranscode) -> Result<()> {
+    let codec = codec(p.codec)?;
+    for (seq, head) in pairs(p.seqs, p.heads) {
+        let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
+        // SAFETY: the caller's promise.
+        let length = unsafe { rows.length(p.row_count as usize) };
+        for row in 0..i64::from(p.row_count) {
+            let mut x = vec![0f32; p.dim as usize];
+            if (row as usize) < length {
+                // SAFETY (both): the caller's promise.
+                if let Some(place) = unsafe { rows.place(row as usize) } {
+                    x = unsafe { rows.load(place, codec, p.dim as usize, p.group as usize)? };
+                }
+            }
+            let at = seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride;
+            // SAFETY: the caller's promise.
+            unsafe { store_dense(p.x, at, &x, crate::Dtype::F32) };
+        }
+    }
+    Ok(())
+}
+
+fn pairs(seqs: u32, heads: u32) -> impl Iterator<Item = (i64, i64)> {
+    (0..i64::from(seqs)).flat_map(move |s| (0..i64::from(heads)).map(move |h| (s, h)))
+}

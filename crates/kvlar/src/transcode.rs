@@ -1,0 +1,114 @@
+//! encode: dense rows into stored rows. decode: stored rows into dense f32.
+
+use crate::append::{check_dim, check_group};
+use crate::device::Launch;
+use crate::error::invalid;
+use crate::paged::within;
+use crate::{Codec, Device, Dtype, Memory, Pool, Result, Rows, Stream, View, ViewMut, abi};
+
+/// What [`TranscodePlan`] is made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncodeShape {
+    /// Format of the stored rows.
+    pub codec: Codec,
+    /// Values that share a scale.
+    pub group: usize,
+    /// Type of the dense rows to encode; decoding gives f32.
+    pub dtype: Dtype,
+    /// B.
+    pub seqs: usize,
+    /// H.
+    pub heads: usize,
+    /// Rows a (sequence, head).
+    pub rows: usize,
+    /// Values a row; a multiple of 8 up to 256.
+    pub dim: usize,
+}
+
+/// A validated encode or decode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TranscodePlan {
+    shape: EncodeShape,
+    grid: u32,
+}
+
+impl EncodeShape {
+    /// Validates.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`] for a row length without a kernel, [`crate::Error::Invalid`] for a group that does not
+    /// divide.
+    pub fn plan(&self, _device: &Device) -> Result<TranscodePlan> {
+        check_dim("encode", "dim", self.dim)?;
+        check_group("group", self.dim, (self.codec, self.group))?;
+        let grid = (self.seqs * self.heads * self.rows).div_ceil(4);
+        if grid > i32::MAX as usize {
+            return invalid("rows", format!("{} rows are too many for one launch", self.rows));
+        }
+        Ok(TranscodePlan { shape: *self, grid: grid as u32 })
+    }
+}
+
+impl TranscodePlan {
+    /// Encodes `x [B, H, rows, dim]` as rows 0.. of each (sequence, head).
+    ///
+    /// # Errors
+    /// [`crate::Error::Bounds`], [`crate::Error::Alignment`], [`crate::Error::Invalid`].
+    pub fn encode(&self, stream: &Stream, x: View<'_>, rows: &Rows<'_>, pool: &Pool<ViewMut<'_>>) -> Result<()> {
+        within("x", &x, self.elements() * self.shape.dtype.bytes(), 16)?;
+        self.launch(stream, "kvlar_encode", x.address(), self.shape.dtype, rows, pool)
+    }
+
+    /// Decodes rows 0.. of each (sequence, head) into `out [B, H, rows, dim]` f32; 0 beyond a length.
+    ///
+    /// # Errors
+    /// [`crate::Error::Bounds`], [`crate::Error::Alignment`], [`crate::Error::Invalid`].
+    pub fn decode(&self, stream: &Stream, rows: &Rows<'_>, pool: &Pool<View<'_>>, out: &mut ViewMut<'_>) -> Result<()> {
+        within("out", out, self.elements() * 4, 16)?;
+        self.launch(stream, "kvlar_decode", out.address(), Dtype::F32, rows, pool)
+    }
+
+    fn elements(&self) -> usize {
+        self.shape.seqs * self.shape.heads * self.shape.rows * self.shape.dim
+    }
+
+    fn launch<M: Memory>(
+        &self,
+        stream: &Stream,
+        entry: &'static str,
+        x: u64,
+        dtype: Dtype,
+        rows: &Rows<'_>,
+        pool: &Pool<M>,
+    ) -> Result<()> {
+        let s = &self.shape;
+        if rows.max_rows < s.rows {
+            return invalid("rows", format!("{} rows in a cache of {}", s.rows, rows.max_rows));
+        }
+        rows.check("rows", s.seqs, s.heads, pool.page_count)?;
+        pool.check("pool", rows, s.seqs, s.heads, s.codec.row_bytes(s.dim), s.codec.params_bytes(s.dim, s.group))?;
+        if self.grid == 0 {
+            return Ok(());
+        }
+        let (n, d) = (s.rows as i64, s.dim as i64);
+        let params = abi::KvlarTranscode {
+            rows: rows.abi(),
+            pool: pool.abi(),
+            x,
+            x_seq_stride: s.heads as i64 * n * d,
+            x_head_stride: n * d,
+            x_row_stride: d,
+            status: 0,
+            codec: s.codec.abi(),
+            group: s.group as u32,
+            seqs: s.seqs as u32,
+            heads: s.heads as u32,
+            row_count: s.rows as u32,
+            dim: s.dim as u32,
+            dtype: dtype.abi(),
+            reserved: 0,
+        };
+        // SAFETY: every address was checked against the shape.
+        unsafe { stream.enqueue(Launch { entry, grid: self.grid, block: 128, shared_bytes: 0 }, &params) }
+    }
+}
