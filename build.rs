@@ -159,9 +159,7 @@ fn run_all(jobs: Vec<(Command, PathBuf)>) -> Result<(), String> {
                     let part = out.with_extension("part");
                     let result = command.arg("-o").arg(&part).output();
                     let problem = match result {
-                        Ok(r) if r.status.success() => {
-                            fs::rename(&part, &out).err().map(|e| format!("{}: {e}", out.display()))
-                        }
+                        Ok(r) if r.status.success() => fs::rename(&part, &out).err().map(|e| format!("{}: {e}", out.display())),
                         Ok(r) => Some(format!(
                             "{command:?}\n{}{}",
                             String::from_utf8_lossy(&r.stdout),

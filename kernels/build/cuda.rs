@@ -56,7 +56,9 @@ pub fn build(tree: &Tree, out: &Path) -> String {
 
 /// `KVLAR_CUDA_ARCHS`, else `CUDA_COMPUTE_CAP`, else the default list. Accepts `80`, `8.6`, `90a`, lists and `all`.
 fn architectures() -> Vec<String> {
-    let given = ["KVLAR_CUDA_ARCHS", "CUDA_COMPUTE_CAP"].iter().find_map(|n| Some((n, env::var(n).ok().filter(|v| !v.trim().is_empty())?)));
+    let given = ["KVLAR_CUDA_ARCHS", "CUDA_COMPUTE_CAP"]
+        .iter()
+        .find_map(|n| Some((n, env::var(n).ok().filter(|v| !v.trim().is_empty())?)));
     let Some((name, text)) = given else { return DEFAULT.iter().map(|a| a.to_string()).collect() };
     if text.trim() == "all" {
         return RELEASE.iter().map(|a| a.to_string()).collect();
@@ -86,5 +88,7 @@ fn find_nvcc() -> PathBuf {
 fn version_of(nvcc: &Path) -> String {
     let text = Command::new(nvcc).arg("--version").output().map(|r| String::from_utf8_lossy(&r.stdout).into_owned());
     let text = text.unwrap_or_else(|e| panic!("{}: {e}", nvcc.display()));
-    text.lines().find_map(|l| l.split(", V").nth(1)).map_or_else(|| panic!("{}: no version in {text:?}", nvcc.display()), |v| format!("nvcc {v}"))
+    text.lines()
+        .find_map(|l| l.split(", V").nth(1))
+        .map_or_else(|| panic!("{}: no version in {text:?}", nvcc.display()), |v| format!("nvcc {v}"))
 }

@@ -5,8 +5,8 @@
 //! x̂ = zero + scale · code. A constant group has scale 0 and decodes to f16(value). A non-finite value, scale or zero
 //! makes the whole group decode to NaN.
 
-use crate::error::{ReferenceError, value};
 use crate::Dtype;
+use crate::error::{ReferenceError, value};
 use half::{bf16, f16};
 use std::fmt;
 use std::str::FromStr;

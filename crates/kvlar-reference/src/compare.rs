@@ -59,7 +59,15 @@ pub fn compare(actual: &[f32], expected: &[f32], tolerance: Tolerance) -> Result
         return Err(Mismatch::Length(actual.len(), expected.len()));
     }
     let pairs = || actual.iter().zip(expected).enumerate();
-    let kind = |x: f32| if x.is_nan() { 2 } else if x.is_infinite() { x.signum() as i32 } else { 0 };
+    let kind = |x: f32| {
+        if x.is_nan() {
+            2
+        } else if x.is_infinite() {
+            x.signum() as i32
+        } else {
+            0
+        }
+    };
     let mut odd = pairs().filter(|(_, (a, e))| kind(**a) != kind(**e));
     if let Some((index, (&actual, &expected))) = odd.next() {
         return Err(Mismatch::NonFinite { index, actual, expected, count: 1 + odd.count() });

@@ -115,7 +115,9 @@ pub enum Error {
         name: &'static str,
     },
     /// A kernel faulted: every further call on this context fails.
-    #[error("the CUDA context is lost ({call}: {name}): an earlier kernel faulted; restart the process (compute-sanitizer finds the kernel)")]
+    #[error(
+        "the CUDA context is lost ({call}: {name}): an earlier kernel faulted; restart the process (compute-sanitizer finds the kernel)"
+    )]
     ContextLost {
         /// The driver function that told.
         call: &'static str,

@@ -67,7 +67,13 @@ impl<'a> Rows<'a> {
     /// As for [`Rows::block_table`].
     pub fn per_head(table: View<'a>, heads: usize, pages: usize, lengths: View<'a>, page_rows: usize) -> Result<Self> {
         let rows = Self::block_table(table, heads * pages, lengths, page_rows)?;
-        Ok(Self { table_head_stride: pages, length_seq_stride: heads, length_head_stride: 1, max_rows: pages * page_rows, ..rows })
+        Ok(Self {
+            table_head_stride: pages,
+            length_seq_stride: heads,
+            length_head_stride: 1,
+            max_rows: pages * page_rows,
+            ..rows
+        })
     }
 
     /// Pages that a (sequence, head) can have.
@@ -161,7 +167,16 @@ impl<M: Memory> Pool<M> {
     pub fn nhd(data: M, page_count: usize, page_rows: usize, heads: usize, row_bytes: usize) -> Self {
         let row_stride = heads * row_bytes;
         let page_stride = page_rows * row_stride;
-        Self { data, seq_stride: 0, head_stride: row_bytes, page_stride, row_stride, params_offset: 0, params_stride: 0, page_count }
+        Self {
+            data,
+            seq_stride: 0,
+            head_stride: row_bytes,
+            page_stride,
+            row_stride,
+            params_offset: 0,
+            params_stride: 0,
+            page_count,
+        }
     }
 
     /// `[page][head][row]`: vLLM's HND layout, with `params_bytes` of scales and zeros a row behind each head's rows.

@@ -5,6 +5,9 @@ use crate::{Buffer, Device, Error, Result};
 use std::cell::RefCell;
 use std::ops::Range;
 
+/// Launches and their parameter structs.
+type Recording = Vec<(Launch, Vec<u8>)>;
+
 /// An ordered queue of work on a [`Device`].
 ///
 /// Launches on different streams are not ordered with each other: synchronize before memory used by one is used by
@@ -15,7 +18,7 @@ pub struct Stream {
     raw: RawStream,
     owned: bool,
     /// Launches of a capture, where the backend has no graphs of its own.
-    recording: RefCell<Option<Vec<(Launch, Vec<u8>)>>>,
+    recording: RefCell<Option<Recording>>,
 }
 
 // SAFETY: a CUstream may be used from any thread; the recording is guarded by exclusive use of the stream.
@@ -144,7 +147,7 @@ impl Drop for Stream {
 #[derive(Debug)]
 enum GraphKind {
     Device(u64),
-    Recorded(Vec<(Launch, Vec<u8>)>),
+    Recorded(Recording),
 }
 
 /// Captured launches, to be run again with the same addresses and whatever the memory then holds.

@@ -1,8 +1,8 @@
 //! What attention plans are made from.
 
+use super::MAX_SEGMENTS;
 use super::plan::AttendPlan;
 use super::tiling::Tiling;
-use super::MAX_SEGMENTS;
 use crate::append::check_dim;
 use crate::device::Launch;
 use crate::error::{invalid, unsupported};
@@ -141,7 +141,10 @@ impl AttendShape {
             return unsupported("attend", format!("{} with head dimension {}", self.dtype, self.head_dim));
         };
         if shared > info.shared_per_block as usize {
-            return unsupported("attend", format!("{entry} needs {shared} bytes of shared memory, {} has {}", info.name, info.shared_per_block));
+            return unsupported(
+                "attend",
+                format!("{entry} needs {shared} bytes of shared memory, {} has {}", info.name, info.shared_per_block),
+            );
         }
         let query_tiles = packed.div_ceil(tiling.columns);
         let units = self.seqs * self.kv_heads * query_tiles;

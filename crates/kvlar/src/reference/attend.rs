@@ -17,10 +17,9 @@ struct Cached {
 /// As for [`super::run`].
 pub unsafe fn attend(p: &abi::KvlarAttend, q_dtype: Dtype) -> Result<()> {
     let pairs = p.seqs * p.kv_heads;
-    (0..pairs).into_par_iter().try_for_each(|i| {
-        // SAFETY: the caller's promise; each pair writes its own outputs.
-        unsafe { attend_head(p, q_dtype, i64::from(i / p.kv_heads), i64::from(i % p.kv_heads)) }
-    })
+    (0..pairs)
+        .into_par_iter()
+        .try_for_each(|i| unsafe { attend_head(p, q_dtype, i64::from(i / p.kv_heads), i64::from(i % p.kv_heads)) })
 }
 
 /// # Safety
@@ -28,13 +27,11 @@ pub unsafe fn attend(p: &abi::KvlarAttend, q_dtype: Dtype) -> Result<()> {
 unsafe fn attend_head(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i64, kv_head: i64) -> Result<()> {
     let (d, dv) = (p.head_dim as usize, p.value_dim as usize);
     let out_dtype = dtype(p.out_dtype)?;
-    // SAFETY: the caller's promise.
     let cached = unsafe { load(p, seq, kv_head)? };
     let masking = Masking { scale: f64::from(p.scale), softcap: f64::from(p.softcap), window: i64::from(p.window) };
     let (group, rows) = (i64::from(p.group), i64::from(p.query_rows));
     let (mut logits, mut out) = (Vec::new(), vec![0f64; dv]);
     for (head, s) in (0..group).flat_map(|g| (0..rows).map(move |s| (kv_head * group + g, s))) {
-        // SAFETY (to the end of the loop): the caller's promise.
         let q = unsafe { dense(p.q, seq * p.q_seq_stride + head * p.q_head_stride + s * p.q_row_stride, d, q_dtype) };
         let position = match p.q_positions {
             0 => {
@@ -70,7 +67,6 @@ unsafe fn load(p: &abi::KvlarAttend, seq: i64, head: i64) -> Result<Cached> {
         let or_first = |place: Option<Place>, row: usize| {
             place.unwrap_or(Place { page: 0, in_page: (row & ((1 << segment.rows.page_rows_log2) - 1)) as i64 })
         };
-        // SAFETY (to the end of the loop): the caller's promise.
         let length = unsafe { keys.length(0) };
         let first = all.positions.len();
         for row in 0..length {

@@ -8,7 +8,6 @@ use half::{bf16, f16};
 /// `count` values at `address` are readable.
 pub unsafe fn read<T: Pod>(address: u64, count: usize) -> Vec<T> {
     let p = address as *const T;
-    // SAFETY: the caller's promise.
     (0..count).map(|i| unsafe { p.add(i).read_unaligned() }).collect()
 }
 
@@ -17,7 +16,6 @@ pub unsafe fn read<T: Pod>(address: u64, count: usize) -> Vec<T> {
 pub unsafe fn write<T: Pod>(address: u64, values: &[T]) {
     let p = address as *mut T;
     for (i, v) in values.iter().enumerate() {
-        // SAFETY: the caller's promise.
         unsafe { p.add(i).write_unaligned(*v) };
     }
 }
@@ -27,7 +25,6 @@ pub unsafe fn write<T: Pod>(address: u64, values: &[T]) {
 /// # Safety
 /// It is readable.
 pub unsafe fn int(address: u64, index: i64) -> i32 {
-    // SAFETY: the caller's promise.
     unsafe { (address as *const i32).offset(index as isize).read_unaligned() }
 }
 
@@ -37,7 +34,6 @@ pub unsafe fn int(address: u64, index: i64) -> i32 {
 /// They are readable.
 pub unsafe fn dense(address: u64, index: i64, count: usize, dtype: Dtype) -> Vec<f32> {
     let at = address.wrapping_add_signed(index * dtype.bytes() as i64);
-    // SAFETY: the caller's promise.
     unsafe {
         match dtype {
             Dtype::F32 => read::<f32>(at, count),
@@ -53,7 +49,6 @@ pub unsafe fn dense(address: u64, index: i64, count: usize, dtype: Dtype) -> Vec
 /// They are writable.
 pub unsafe fn store_dense(address: u64, index: i64, values: &[f32], dtype: Dtype) {
     let at = address.wrapping_add_signed(index * dtype.bytes() as i64);
-    // SAFETY: the caller's promise.
     unsafe {
         match dtype {
             Dtype::F32 => write(at, values),

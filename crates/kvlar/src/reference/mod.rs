@@ -1,4 +1,8 @@
 //! The reference backend: interprets the parameter structs of the kernels with plain Rust (`kvlar_reference`).
+//!
+//! Every unsafe block of this module rests on the one promise of [`run`]: the addresses in the struct are valid for what
+//! the kernel touches.
+#![allow(clippy::undocumented_unsafe_blocks)]
 
 mod attend;
 mod memory;
@@ -15,7 +19,6 @@ use memory::{read, write};
 /// # Safety
 /// `params` is the entry's parameter struct, and every address in it is valid for what the kernel touches.
 pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
-    // SAFETY (all): the caller's promise.
     match entry {
         "kvlar_attend_schedule" => Ok(()), // rows are not shared among CTAs here
         "kvlar_append" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
@@ -33,10 +36,8 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
 /// As for [`run`].
 unsafe fn merge(p: &abi::KvlarMerge) -> Result<()> {
     let (n, rows, dim) = (p.part_count as usize, p.row_count as usize, p.dim as usize);
-    // SAFETY: the caller's promise.
     let (parts, part_lse) = unsafe { (read::<f32>(p.parts, n * rows * dim), read::<f32>(p.part_lse, n * rows)) };
     let (out, lse) = kvlar_reference::merge(&parts, &part_lse, n, rows, dim)?;
-    // SAFETY: the caller's promise.
     unsafe {
         write(p.out, &out);
         write(p.lse, &lse);

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// `address` is 0 or that of a u32.
 pub unsafe fn report(address: u64, bits: u32) {
     if address != 0 {
-        // SAFETY: the caller's promise; several threads may report.
         unsafe { AtomicU32::from_ptr(address as *mut u32) }.fetch_or(bits, Ordering::Relaxed);
     }
 }
@@ -43,10 +42,8 @@ impl HeadRows<'_> {
         if r.lengths == 0 {
             return default;
         }
-        // SAFETY: the caller's promise.
         let n = unsafe { int(r.lengths, self.seq * r.length_seq_stride + self.head * r.length_head_stride) };
         if n < 0 || n as u32 > r.max_rows {
-            // SAFETY: the caller's promise.
             unsafe { report(self.status, abi::KVLAR_STATUS_BAD_LENGTH) };
         }
         n.clamp(0, r.max_rows as i32) as usize
@@ -61,11 +58,9 @@ impl HeadRows<'_> {
         let mut page = (row >> r.page_rows_log2) as i64;
         if r.table != 0 {
             let at = self.seq * r.table_seq_stride + self.head * r.table_head_stride + page;
-            // SAFETY: the caller's promise.
             page = i64::from(unsafe { int(r.table, at) });
         }
         if page < 0 || page >= i64::from(self.pool.page_count) {
-            // SAFETY: the caller's promise.
             unsafe { report(self.status, abi::KVLAR_STATUS_BAD_PAGE) };
             return None;
         }
@@ -91,8 +86,8 @@ impl HeadRows<'_> {
     /// As for [`super::run`].
     pub unsafe fn load(&self, place: Place, codec: Codec, dim: usize, group: usize) -> Result<Vec<f32>> {
         let (codes, params) = self.addresses(place);
-        // SAFETY: the caller's promise.
-        let (codes, params) = unsafe { (read::<u8>(codes, codec.row_bytes(dim)), read::<u8>(params, codec.params_bytes(dim, group))) };
+        let (codes, params) =
+            unsafe { (read::<u8>(codes, codec.row_bytes(dim)), read::<u8>(params, codec.params_bytes(dim, group))) };
         Ok(decode_row(&codes, &params, dim, codec.reference(), group)?)
     }
 
@@ -103,7 +98,6 @@ impl HeadRows<'_> {
     pub unsafe fn store(&self, place: Place, x: &[f32], codec: Codec, group: usize) -> Result<()> {
         let row = encode_row(x, codec.reference(), group)?;
         let (codes, params) = self.addresses(place);
-        // SAFETY: the caller's promise.
         unsafe {
             write(codes, &row.codes);
             write(params, &row.params);

@@ -13,7 +13,6 @@ pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
     let mut rope = Rope::none();
     if p.rope.layout != abi::KVLAR_ROPE_NONE {
         let layout = if p.rope.layout == abi::KVLAR_ROPE_HALF { RopeLayout::Half } else { RopeLayout::Interleaved };
-        // SAFETY: the caller's promise.
         let inv_freq = unsafe { super::memory::read::<f32>(p.rope.inv_freq, p.rope.rotary_dim as usize / 2) };
         rope = Rope { inv_freq, attention_factor: p.rope.attention_factor, layout };
     }
@@ -21,7 +20,6 @@ pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
         let keys = HeadRows { rows: &p.rows, pool: &p.key_pool, seq, head, status: p.status };
         let values = HeadRows { pool: &p.value_pool, ..keys };
         for row in 0..n {
-            // SAFETY (to the end of the loop): the caller's promise.
             let slot = unsafe { int(p.slots, seq * p.slot_seq_stride + head * p.slot_head_stride + row) };
             let Ok(slot) = u32::try_from(slot) else { continue };
             if slot >= p.rows.max_rows {
@@ -52,7 +50,6 @@ pub unsafe fn encode(p: &abi::KvlarTranscode) -> Result<()> {
     for (seq, head) in pairs(p.seqs, p.heads) {
         let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
         for row in 0..i64::from(p.row_count) {
-            // SAFETY (both): the caller's promise.
             let Some(place) = (unsafe { rows.place(row as usize) }) else { continue };
             let at = seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride;
             unsafe { rows.store(place, &dense(p.x, at, p.dim as usize, dtype), codec, p.group as usize)? };
@@ -67,18 +64,15 @@ pub unsafe fn decode(p: &abi::KvlarTranscode) -> Result<()> {
     let codec = codec(p.codec)?;
     for (seq, head) in pairs(p.seqs, p.heads) {
         let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
-        // SAFETY: the caller's promise.
         let length = unsafe { rows.length(p.row_count as usize) };
         for row in 0..i64::from(p.row_count) {
             let mut x = vec![0f32; p.dim as usize];
-            if (row as usize) < length {
-                // SAFETY (both): the caller's promise.
-                if let Some(place) = unsafe { rows.place(row as usize) } {
-                    x = unsafe { rows.load(place, codec, p.dim as usize, p.group as usize)? };
-                }
+            if (row as usize) < length
+                && let Some(place) = unsafe { rows.place(row as usize) }
+            {
+                x = unsafe { rows.load(place, codec, p.dim as usize, p.group as usize)? };
             }
             let at = seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride;
-            // SAFETY: the caller's promise.
             unsafe { store_dense(p.x, at, &x, crate::Dtype::F32) };
         }
     }
