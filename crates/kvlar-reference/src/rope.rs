@@ -78,6 +78,22 @@ pub struct Yarn {
     pub truncate: bool,
 }
 
+impl Yarn {
+    /// With the paper's constants.
+    pub fn new(factor: f64, original_max: f64) -> Self {
+        Self {
+            factor,
+            original_max,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: None,
+            mscale: None,
+            mscale_all_dim: None,
+            truncate: true,
+        }
+    }
+}
+
 impl Rope {
     /// No rotation.
     pub fn none() -> Self {

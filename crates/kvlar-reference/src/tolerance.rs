@@ -17,18 +17,17 @@ impl Tolerance {
     /// Equal but for the sign of zero.
     pub const EXACT: Self = Self { absolute: 0.0, relative: 0.0, cosine: 1e-12 };
 
-    /// Attention output. Weights are rounded to the 16-bit type of the value product (f16 for integer rows), each by
-    /// its unit roundoff u; errors of different rows are independent, so the output is off by about u · |v| / √n at
-    /// n rows, and by u · |v| at one. 4 u |v| covers the tails for |v| up to `magnitude`; the accumulation in fp32
-    /// adds 2⁻²⁴ √n, and the exponential 2⁻²² · |logit| (below 64).
+    /// Attention output. Weights are rounded to the 16-bit type of the value product (f16 for integer rows), each by at
+    /// most its unit roundoff u: the output is off by at most u · Σ weight · |v|, below u · `magnitude` for |v| up to it.
+    /// Accumulation in fp32 adds 2⁻²⁴ √n, and the approximate exponential 2⁻²² · |logit| (below 64).
     pub fn attend(dtype: Dtype, codec: Codec, rows: usize, magnitude: f64) -> Self {
         let weight = if codec == Codec::Int8 { Dtype::F16 } else { dtype };
         let u = weight.unit_roundoff();
         let accumulate = 2f64.powi(-24) * (rows.max(1) as f64).sqrt() + 2f64.powi(-16);
-        // int8 sums (1024 + code) · weight and takes 1024 · weight away: 2⁻²³ · 1024 / 128 of the value.
-        let cancel = if codec == Codec::Int8 { 2f64.powi(-20) * 256.0 } else { 0.0 };
-        let absolute = magnitude * (4.0 * u + accumulate + cancel);
-        Self { absolute, relative: 4.0 * u, cosine: 16.0 * u * u + 1e-9 }
+        // int8 sums (1024 + code) · weight and takes 1024 · weight away: fp32 rounds 1152 · weight where a value needs 128.
+        let cancel = if codec == Codec::Int8 { 2f64.powi(-24) * 1152.0 } else { 0.0 };
+        let absolute = magnitude * (u + accumulate + cancel);
+        Self { absolute, relative: u, cosine: 4.0 * u * u + 1e-9 }
     }
 
     /// lse: the products are exact, fp32 sums over d and n are not; queries of integer rows are exact in f16 but for

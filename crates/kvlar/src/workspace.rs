@@ -78,6 +78,11 @@ impl Workspace {
         self.size
     }
 
+    /// Its memory: the status word, then (256 bytes from the start) what launches leave zeroed, then scratch.
+    pub fn memory(&self) -> &Buffer {
+        &self.buffer
+    }
+
     pub(crate) fn scratch(&self, need: WorkspaceSize) -> Result<Scratch> {
         for (need, have) in [(need.zeroed, self.size.zeroed), (need.scratch, self.size.scratch)] {
             if need > have {

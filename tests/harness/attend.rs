@@ -1,0 +1,411 @@
+//! Cases of attention: random data in random pages, run on a device and by the reference.
+
+use crate::pages::{DevicePages, Layout, Pages};
+use crate::{Lab, reference_dtype};
+use kvlar::{
+    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Schedule, Segment, SegmentShape, Status, Strides, WorkList,
+    Workspace,
+};
+use kvlar_reference::testing::Rng;
+use kvlar_reference::tolerance::Tolerance;
+use kvlar_reference::{AttendInput, Attended};
+
+/// A segment of a case.
+#[derive(Clone, Debug)]
+pub struct SegmentCase {
+    pub codec: Codec,
+    pub layout: Layout,
+    pub capacity: usize,
+    /// `[B]` or `[B, Hk]`.
+    pub lengths: Vec<usize>,
+    /// Store positions, with gaps.
+    pub positions: bool,
+}
+
+/// A case: all that decides the input is here.
+#[derive(Clone, Debug)]
+pub struct AttendCase {
+    pub dtype: Dtype,
+    pub out_dtype: Dtype,
+    pub seqs: usize,
+    pub q_heads: usize,
+    pub kv_heads: usize,
+    pub query_rows: usize,
+    pub head_dim: usize,
+    pub value_dim: usize,
+    pub segments: Vec<SegmentCase>,
+    pub softcap: f32,
+    pub window: u32,
+    pub sinks: bool,
+    pub q_positions: bool,
+    /// q and out as `[B, S, Hq, d]`.
+    pub rows_first: bool,
+    pub schedule: Schedule,
+    pub seed: u64,
+}
+
+impl AttendCase {
+    /// One dense segment in pages of 16, one query row.
+    pub fn new(dtype: Dtype, heads: (usize, usize), head_dim: usize, lengths: &[usize]) -> Self {
+        let codec = Option::<Codec>::from(dtype).expect("a 16-bit type");
+        let capacity = lengths.iter().copied().max().unwrap_or(0).max(1);
+        Self {
+            dtype,
+            out_dtype: Dtype::F32,
+            seqs: lengths.len(),
+            q_heads: heads.0,
+            kv_heads: heads.1,
+            query_rows: 1,
+            head_dim,
+            value_dim: head_dim,
+            segments: vec![SegmentCase { codec, layout: Layout::Hnd(16), capacity, lengths: lengths.to_vec(), positions: false }],
+            softcap: 0.0,
+            window: 0,
+            sinks: false,
+            q_positions: false,
+            rows_first: false,
+            schedule: Schedule::Balanced,
+            seed: 1,
+        }
+    }
+
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
+    pub fn shape(&self) -> AttendShape {
+        let mut segments = [None; kvlar::MAX_SEGMENTS];
+        for (to, s) in segments.iter_mut().zip(&self.segments) {
+            *to = Some(SegmentShape { codec: s.codec, max_rows: s.capacity });
+        }
+        AttendShape {
+            out_dtype: self.out_dtype,
+            value_dim: self.value_dim,
+            segments,
+            softcap: self.softcap,
+            window: self.window,
+            schedule: self.schedule,
+            ..AttendShape::new(
+                self.dtype,
+                self.seqs,
+                (self.q_heads, self.kv_heads),
+                self.query_rows,
+                self.head_dim,
+                SegmentShape { codec: Codec::Bf16, max_rows: 0 },
+            )
+        }
+    }
+
+    fn strides(&self, dim: usize) -> Strides {
+        if self.rows_first {
+            Strides::rows_first(self.q_heads, self.query_rows, dim)
+        } else {
+            Strides::heads_first(self.q_heads, self.query_rows, dim)
+        }
+    }
+}
+
+/// Everything of a case, on the host.
+#[derive(Clone, Debug)]
+pub struct AttendData {
+    pub case: AttendCase,
+    pub q: Vec<f32>,
+    sinks: Option<Vec<f32>>,
+    q_positions: Option<Vec<i32>>,
+    segments: Vec<SegmentData>,
+}
+
+#[derive(Clone, Debug)]
+struct SegmentData {
+    pages: Pages,
+    keys: Vec<u8>,
+    values: Vec<u8>,
+    /// Decoded rows of each (sequence, head).
+    rows: Vec<HeadData>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct HeadData {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl AttendData {
+    pub fn new(case: &AttendCase) -> Self {
+        let mut rng = Rng::new(case.seed);
+        let dtype = reference_dtype(case.dtype);
+        let (b, hk) = (case.seqs, case.kv_heads);
+        let q = dtype.round_all(&rng.normals(b * case.q_heads * case.query_rows * case.head_dim, 1.0));
+        let mut segments = Vec::new();
+        for s in &case.segments {
+            let mut pages = Pages::new(&mut rng, s.layout, b, hk, s.capacity, &s.lengths);
+            if s.positions {
+                let per_head = matches!(s.layout, Layout::PerHead(_));
+                pages = pages.with_positions(|seq, head, row| (row * 2 + row / 5 + seq + if per_head { head } else { 0 }) as i32);
+            }
+            let (d, dv) = (case.head_dim, case.value_dim);
+            let mut keys = vec![0xffu8; pages.pool_bytes(s.codec, d, d)];
+            let mut values = vec![0xffu8; pages.pool_bytes(s.codec, dv, dv)];
+            let mut rows = Vec::new();
+            for (seq, head) in (0..b).flat_map(|s| (0..hk).map(move |h| (s, h))) {
+                let mut all = HeadData::default();
+                for row in 0..pages.length(seq, head) {
+                    let (k, v) = (rng.normals(d, 1.0), rng.normals(dv, 1.0));
+                    all.keys.extend(pages.store(&mut keys, (seq, head, row), &k, s.codec, d));
+                    all.values.extend(pages.store(&mut values, (seq, head, row), &v, s.codec, dv));
+                }
+                rows.push(all);
+            }
+            segments.push(SegmentData { pages, keys, values, rows });
+        }
+        let sinks = case.sinks.then(|| rng.normals(case.q_heads, 2.0));
+        let mut data = Self { case: case.clone(), q, sinks, q_positions: None, segments };
+        if case.q_positions {
+            // Somewhere in the second half of the rows, so that some are hidden; equal ones and gaps occur.
+            let positions = |seq: usize| {
+                let rows = data.dense_head(seq, 0).2;
+                let last = rows.last().copied().unwrap_or(0);
+                (0..case.query_rows).map(move |s| last / 2 + (s * 3 / 2) as i32).collect::<Vec<_>>()
+            };
+            data.q_positions = Some((0..b).flat_map(positions).collect());
+        }
+        data
+    }
+
+    /// A (sequence, kv head)'s keys, values and positions, segment after segment.
+    fn dense_head(&self, seq: usize, head: usize) -> (Vec<f32>, Vec<f32>, Vec<i32>) {
+        let (mut keys, mut values, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        for s in &self.segments {
+            let rows = &s.rows[seq * self.case.kv_heads + head];
+            keys.extend(&rows.keys);
+            values.extend(&rows.values);
+            let first = positions.len();
+            positions.extend((0..s.pages.length(seq, head)).map(|row| match &s.pages.positions {
+                Some(p) => p[s.pages.position_index(seq, head, row)],
+                None => (first + row) as i32,
+            }));
+        }
+        (keys, values, positions)
+    }
+
+    /// By the reference, from dense tensors.
+    pub fn expected(&self) -> Attended {
+        let c = &self.case;
+        let heads: Vec<_> =
+            (0..c.seqs).flat_map(|s| (0..c.kv_heads).map(move |h| (s, h))).map(|(s, h)| self.dense_head(s, h)).collect();
+        let t = heads.iter().map(|h| h.2.len()).max().unwrap_or(0);
+        let pad = |x: &[f32], dim: usize| x.iter().copied().chain(std::iter::repeat(f32::NAN)).take(t * dim).collect::<Vec<_>>();
+        let k: Vec<f32> = heads.iter().flat_map(|h| pad(&h.0, c.head_dim)).collect();
+        let v: Vec<f32> = heads.iter().flat_map(|h| pad(&h.1, c.value_dim)).collect();
+        let positions: Vec<i32> = heads.iter().flat_map(|h| h.2.iter().copied().chain(std::iter::repeat(0)).take(t)).collect();
+        let lengths: Vec<i32> = heads.iter().map(|h| h.2.len() as i32).collect();
+        let input = AttendInput {
+            seqs: c.seqs,
+            q_heads: c.q_heads,
+            kv_heads: c.kv_heads,
+            query_rows: c.query_rows,
+            rows: t,
+            head_dim: c.head_dim,
+            value_dim: c.value_dim,
+            q: &self.q,
+            k: &k,
+            v: &v,
+            lengths: Some(&lengths),
+            positions: Some(&positions),
+            q_positions: self.q_positions.as_deref(),
+            sink_logits: self.sinks.as_deref(),
+            scale: None,
+            softcap: f64::from(c.softcap),
+            window: i64::from(c.window),
+        };
+        kvlar_reference::attend(&input).expect("a valid case")
+    }
+
+    /// Keeps the first rows of each sequence of a contiguous case.
+    pub fn shorten(&mut self, lengths: &[usize]) {
+        let heads = self.case.kv_heads;
+        let (d, dv) = (self.case.head_dim, self.case.value_dim);
+        for segment in &mut self.segments {
+            segment.pages.lengths = lengths.iter().map(|&n| n as i32).collect();
+            for (i, rows) in segment.rows.iter_mut().enumerate() {
+                rows.keys.truncate(lengths[i / heads] * d);
+                rows.values.truncate(lengths[i / heads] * dv);
+            }
+        }
+    }
+
+    /// Takes the first sequence of a contiguous case with the same capacity.
+    pub fn take_first_sequence(&mut self, batch: &Self) {
+        self.q = batch.q[..self.q.len()].to_vec();
+        for (to, from) in self.segments.iter_mut().zip(&batch.segments) {
+            to.keys = from.keys[..to.keys.len()].to_vec();
+            to.values = from.values[..to.values.len()].to_vec();
+            to.rows = from.rows[..to.rows.len()].to_vec();
+        }
+    }
+
+    /// Gives the first sequence a page that does not exist.
+    pub fn with_bad_page(mut self) -> Self {
+        self.segments[0].pages.table[1] = i32::MAX;
+        self
+    }
+
+    /// Bounds for the result: the loosest codec's.
+    pub fn tolerances(&self) -> (Tolerance, Tolerance) {
+        let c = &self.case;
+        let int8 = c.segments.iter().any(|s| s.codec == Codec::Int8);
+        let codec = if int8 { kvlar_reference::Codec::Int8 } else { kvlar_reference::Codec::Bf16 };
+        let rows = c.segments.iter().map(|s| s.capacity).sum();
+        let dtype = reference_dtype(c.dtype);
+        // Dense rows beside integer rows still round their weights to q's type.
+        let weights = Tolerance::attend(dtype, kvlar_reference::Codec::Bf16, rows, 4.0);
+        let mut out = Tolerance::attend(dtype, codec, rows, 4.0);
+        if int8 && c.segments.iter().any(|s| s.codec != Codec::Int8) {
+            out.absolute = out.absolute.max(weights.absolute);
+            out.relative = out.relative.max(weights.relative);
+            out.cosine = out.cosine.max(weights.cosine);
+        }
+        if c.out_dtype != Dtype::F32 {
+            let u = reference_dtype(c.out_dtype).unit_roundoff();
+            out.relative += u;
+            out.absolute += u;
+            out.cosine += u * u;
+        }
+        (out, Tolerance::lse(codec))
+    }
+}
+
+/// A case on a device, ready to launch any number of times.
+#[derive(Debug)]
+pub struct AttendRun<'a> {
+    lab: &'a Lab,
+    pub plan: AttendPlan,
+    data: AttendData,
+    q: Buffer,
+    sinks: Option<Buffer>,
+    q_positions: Option<Buffer>,
+    segments: Vec<(DevicePages, Buffer, Buffer)>,
+    pub out: Buffer,
+    pub lse: Buffer,
+    pub work: WorkList,
+    pub workspace: Workspace,
+}
+
+impl<'a> AttendRun<'a> {
+    pub fn new(lab: &'a Lab, data: &AttendData) -> Self {
+        let c = &data.case;
+        let plan = c.shape().plan(&lab.device).expect("a plan");
+        let rows = c.seqs * c.q_heads * c.query_rows;
+        let q = if c.rows_first { transpose(&data.q, c, c.head_dim) } else { data.q.clone() };
+        Self {
+            lab,
+            plan,
+            q: lab.upload_as(&q, c.dtype),
+            sinks: data.sinks.as_ref().map(|x| lab.upload(x)),
+            q_positions: data.q_positions.as_ref().map(|x| lab.upload(x)),
+            segments: data
+                .segments
+                .iter()
+                .map(|s| (DevicePages::upload(lab, &s.pages), lab.upload(&s.keys), lab.upload(&s.values)))
+                .collect(),
+            out: lab.poisoned(rows * c.value_dim * c.out_dtype.bytes()),
+            lse: lab.poisoned(rows * 4),
+            work: plan.work_list(&lab.device).expect("a work list"),
+            workspace: Workspace::new(&lab.device, plan.workspace()).expect("a workspace"),
+            data: data.clone(),
+        }
+    }
+
+    /// Calls `f` with the arguments and what a launch needs besides.
+    pub fn with_args<R>(&mut self, f: impl FnOnce(&AttendPlan, &mut AttendArgs<'_>, &mut WorkList, &mut Workspace) -> R) -> R {
+        let c = &self.data.case;
+        let segments: Vec<Segment<'_>> = self
+            .segments
+            .iter()
+            .zip(&self.data.segments)
+            .zip(&c.segments)
+            .map(|(((rows, keys, values), host), s)| Segment {
+                rows: rows.rows(),
+                keys: host.pages.pool(keys.view(), s.codec, c.head_dim, c.head_dim),
+                values: host.pages.pool(values.view(), s.codec, c.value_dim, c.value_dim),
+            })
+            .collect();
+        let mut args = AttendArgs {
+            q: self.q.view(),
+            q_strides: Some(c.strides(c.head_dim)),
+            out: self.out.view_mut(),
+            out_strides: Some(c.strides(c.value_dim)),
+            lse: Some(self.lse.view_mut()),
+            segments: &segments,
+            q_positions: self.q_positions.as_ref().map(Buffer::view),
+            sink_logits: self.sinks.as_ref().map(Buffer::view),
+        };
+        f(&self.plan, &mut args, &mut self.work, &mut self.workspace)
+    }
+
+    /// Enqueues the schedule and the launch.
+    pub fn enqueue(&mut self) {
+        let lab = self.lab;
+        self.with_args(|plan, args, work, workspace| {
+            plan.schedule(&lab.stream, args, work, workspace).expect("a schedule");
+            plan.launch(&lab.stream, args, work, workspace).expect("a launch");
+        });
+    }
+
+    /// The result so far.
+    pub fn result(&self) -> Attended {
+        let c = &self.data.case;
+        let out = self.lab.download_as(&self.out, c.out_dtype);
+        let back = AttendCase { q_heads: c.query_rows, query_rows: c.q_heads, ..c.clone() };
+        let out = if c.rows_first { transpose(&out, &back, c.value_dim) } else { out };
+        Attended { out, lse: self.lab.download(&self.lse) }
+    }
+
+    /// What kernels reported.
+    pub fn status(&self) -> Status {
+        self.workspace.status(&self.lab.stream).expect("a status")
+    }
+
+    /// The counters of arrived splits.
+    pub fn counters(&self) -> Vec<u32> {
+        let bytes = self.plan.workspace().zeroed;
+        self.lab.download::<u32>(self.workspace.memory())[64..64 + bytes / 4].to_vec()
+    }
+
+    /// Replaces the lengths of a segment on the device.
+    pub fn set_lengths(&mut self, segment: usize, lengths: &[i32]) {
+        let bytes = bytemuck::cast_slice(lengths);
+        self.lab.stream.upload(&mut self.segments[segment].0.lengths, 0, bytes).expect("upload");
+    }
+}
+
+/// `[B, H, S, d]` to `[B, S, H, d]`.
+fn transpose(x: &[f32], c: &AttendCase, dim: usize) -> Vec<f32> {
+    let (h, s) = (c.q_heads, c.query_rows);
+    let at = |b: usize, i: usize, j: usize| &x[((b * h + j) * s + i) * dim..][..dim];
+    (0..c.seqs)
+        .flat_map(|b| (0..s).flat_map(move |i| (0..h).map(move |j| (b, i, j))))
+        .flat_map(|(b, i, j)| at(b, i, j).to_vec())
+        .collect()
+}
+
+/// Runs a case and compares; the text names the case.
+pub fn check(lab: &Lab, case: &AttendCase) -> Result<(), String> {
+    let data = AttendData::new(case);
+    let mut run = AttendRun::new(lab, &data);
+    run.enqueue();
+    compare(&data, &run.result(), case)?;
+    if !run.status().is_clean() {
+        return Err(format!("{:?}\n{case:?}", run.status()));
+    }
+    Ok(())
+}
+
+/// Compares a result with the reference.
+pub fn compare(data: &AttendData, actual: &Attended, case: &AttendCase) -> Result<(), String> {
+    let (out, lse) = data.tolerances();
+    let expected = data.expected();
+    kvlar_reference::compare::compare(&actual.lse, &expected.lse, lse).map_err(|e| format!("lse: {e}\n{case:?}"))?;
+    kvlar_reference::compare::compare(&actual.out, &expected.out, out).map_err(|e| format!("out: {e}\n{case:?}"))
+}

@@ -1,0 +1,127 @@
+//! What the suites share: devices to run on, poisoned buffers of exact size, random cases.
+//!
+//! A suite is a function of a [`Lab`]; [`on_every_device!`] makes tests of it on the reference backend, on the emulation
+//! under several thread schedules, and on a GPU where there is one. `KVLAR_REQUIRE_GPU=1` turns a missing GPU into a
+//! failure; `KVLAR_SIMT_SEEDS` is the number of schedules (3).
+
+#[allow(missing_docs)]
+pub mod attend;
+#[allow(missing_docs)]
+pub mod pages;
+
+use kvlar::{Backend, Buffer, Device, Dtype, SimtOptions, Stream};
+use std::sync::OnceLock;
+
+/// A device and a stream on it.
+#[derive(Debug)]
+pub struct Lab {
+    /// The device.
+    pub device: Device,
+    /// Its stream.
+    pub stream: Stream,
+}
+
+impl Lab {
+    /// A new stream on `device`.
+    pub fn new(device: Device) -> Self {
+        let stream = device.stream().expect("a stream");
+        Self { device, stream }
+    }
+
+    /// The reference backend.
+    pub fn reference() -> Self {
+        Self::new(Device::reference())
+    }
+
+    /// One for each thread schedule of the emulation; none (said so) in a build without it.
+    pub fn emulated() -> Vec<Self> {
+        let seeds = std::env::var("KVLAR_SIMT_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3u64);
+        let device = |seed| Device::simt(SimtOptions { seed, workers: 1, sm_count: 3 });
+        if let Err(e) = device(0) {
+            eprintln!("skipped: {e}");
+            return Vec::new();
+        }
+        (0..seeds).map(|seed| Self::new(device(seed).expect("the emulation"))).collect()
+    }
+
+    /// The GPU, or `None` (said so); a failure where `KVLAR_REQUIRE_GPU` is set.
+    pub fn gpu_or_skip() -> Option<Self> {
+        static GPU: OnceLock<Result<Device, kvlar::Error>> = OnceLock::new();
+        match GPU.get_or_init(|| Device::cuda(0)) {
+            Ok(device) => Some(Self::new(device.clone())),
+            Err(e) => {
+                assert!(std::env::var_os("KVLAR_REQUIRE_GPU").is_none(), "KVLAR_REQUIRE_GPU is set: {e}");
+                eprintln!("skipped: {e}");
+                None
+            }
+        }
+    }
+
+    /// Whether results are those of kernels, rather than of the reference.
+    pub fn runs_kernels(&self) -> bool {
+        self.device.backend() != Backend::Reference
+    }
+
+    /// A buffer of exactly these bytes.
+    pub fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Buffer {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let mut buffer = self.device.alloc(bytes.len()).expect("memory");
+        self.stream.upload(&mut buffer, 0, bytes).expect("upload");
+        buffer
+    }
+
+    /// Values rounded to a type, as its bytes.
+    pub fn upload_as(&self, values: &[f32], dtype: Dtype) -> Buffer {
+        match dtype {
+            Dtype::F32 => self.upload(values),
+            Dtype::Bf16 => self.upload(&values.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect::<Vec<_>>()),
+            Dtype::F16 => self.upload(&values.iter().map(|&x| half::f16::from_f32(x).to_bits()).collect::<Vec<_>>()),
+        }
+    }
+
+    /// A buffer in which every value of every float type is NaN.
+    pub fn poisoned(&self, bytes: usize) -> Buffer {
+        self.upload(&vec![0xffu8; bytes])
+    }
+
+    /// Everything in a buffer.
+    pub fn download<T: bytemuck::Pod>(&self, buffer: &Buffer) -> Vec<T> {
+        let mut bytes = vec![0u8; buffer.len()];
+        self.stream.download(buffer, 0, &mut bytes).expect("download");
+        bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+    }
+
+    /// Everything in a buffer of a float type.
+    pub fn download_as(&self, buffer: &Buffer, dtype: Dtype) -> Vec<f32> {
+        match dtype {
+            Dtype::F32 => self.download(buffer),
+            Dtype::Bf16 => self.download::<u16>(buffer).into_iter().map(|x| half::bf16::from_bits(x).to_f32()).collect(),
+            Dtype::F16 => self.download::<u16>(buffer).into_iter().map(|x| half::f16::from_bits(x).to_f32()).collect(),
+        }
+    }
+}
+
+/// The reference's name of a type.
+pub fn reference_dtype(dtype: Dtype) -> kvlar_reference::Dtype {
+    match dtype {
+        Dtype::Bf16 => kvlar_reference::Dtype::Bf16,
+        Dtype::F16 => kvlar_reference::Dtype::F16,
+        Dtype::F32 => kvlar_reference::Dtype::F32,
+    }
+}
+
+/// Tests of suites (functions of `&Lab`) on every device.
+#[macro_export]
+macro_rules! on_every_device {
+    ($($suite:ident),+ $(,)?) => {
+        mod reference {
+            $(#[test] fn $suite() { super::$suite(&$crate::Lab::reference()) })+
+        }
+        mod simt {
+            $(#[test] fn $suite() { $crate::Lab::emulated().iter().for_each(super::$suite) })+
+        }
+        mod cuda {
+            $(#[test] fn $suite() { $crate::Lab::gpu_or_skip().iter().for_each(super::$suite) })+
+        }
+    };
+}

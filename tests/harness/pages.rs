@@ -1,0 +1,250 @@
+//! Rows in pages: random block tables over poisoned pools, and where each row lies in them.
+
+use crate::Lab;
+use kvlar::{Buffer, Codec, Pool, Rows, View};
+use kvlar_reference::testing::Rng;
+use kvlar_reference::{decode_row, encode_row};
+
+/// How rows are laid out; the number is the page size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// `[seq][head][row]`.
+    Contiguous,
+    /// `[page][row][head]`; no room for scales, so dense rows only.
+    Nhd(usize),
+    /// `[page][head][row]`.
+    Hnd(usize),
+    /// `[page][row]`, a table for each head.
+    PerHead(usize),
+}
+
+/// Rows of B × Hk heads with their tables, lengths and positions, on the host.
+#[derive(Clone, Debug)]
+pub struct Pages {
+    pub layout: Layout,
+    pub seqs: usize,
+    pub heads: usize,
+    pub capacity: usize,
+    /// `[B]` or `[B, Hk]`.
+    pub lengths: Vec<i32>,
+    /// `[B][head?][page]`; -7 where no row needs the page.
+    pub table: Vec<i32>,
+    pub page_count: usize,
+    /// Of stored rows; 0xff.. (−1) elsewhere.
+    pub positions: Option<Vec<i32>>,
+}
+
+impl Pages {
+    /// Random pages for the given lengths (`[B]` or `[B, Hk]`), some spare.
+    pub fn new(rng: &mut Rng, layout: Layout, seqs: usize, heads: usize, capacity: usize, lengths: &[usize]) -> Self {
+        let mut pages = Self {
+            layout,
+            seqs,
+            heads,
+            capacity,
+            lengths: lengths.iter().map(|&n| n as i32).collect(),
+            table: Vec::new(),
+            page_count: 1,
+            positions: None,
+        };
+        let Some(page_rows) = pages.page_rows() else { return pages };
+        let tables = if matches!(layout, Layout::PerHead(_)) { seqs * heads } else { seqs };
+        let per_table = capacity.div_ceil(page_rows);
+        pages.page_count = tables * per_table + 2;
+        let order = rng.permutation(pages.page_count);
+        for t in 0..tables {
+            let rows = if tables == seqs {
+                (0..heads).map(|h| pages.length(t, h)).max()
+            } else {
+                Some(pages.length(t / heads, t % heads))
+            };
+            let used = rows.unwrap_or(0).div_ceil(page_rows);
+            pages.table.extend((0..per_table).map(|p| if p < used { order[t * per_table + p] as i32 } else { -7 }));
+        }
+        pages
+    }
+
+    pub fn page_rows(&self) -> Option<usize> {
+        match self.layout {
+            Layout::Contiguous => None,
+            Layout::Nhd(n) | Layout::Hnd(n) | Layout::PerHead(n) => Some(n),
+        }
+    }
+
+    /// Gives the table pages for all of the capacity: rows may be appended anywhere.
+    pub fn with_full_table(mut self, rng: &mut Rng) -> Self {
+        let order = rng.permutation(self.page_count);
+        for (i, page) in self.table.iter_mut().enumerate() {
+            *page = order[i] as i32;
+        }
+        self
+    }
+
+    pub fn length(&self, seq: usize, head: usize) -> usize {
+        let per_head = self.lengths.len() != self.seqs;
+        self.lengths[if per_head { seq * self.heads + head } else { seq }] as usize
+    }
+
+    /// Page and row within it.
+    fn place(&self, seq: usize, head: usize, row: usize) -> (usize, usize) {
+        let Some(page_rows) = self.page_rows() else { return (0, row) };
+        let per_table = self.capacity.div_ceil(page_rows);
+        let table = if matches!(self.layout, Layout::PerHead(_)) { seq * self.heads + head } else { seq };
+        (self.table[table * per_table + row / page_rows] as usize, row % page_rows)
+    }
+
+    /// Element of the positions of a row.
+    pub fn position_index(&self, seq: usize, head: usize, row: usize) -> usize {
+        let (page, in_page) = self.place(seq, head, row);
+        match self.page_rows() {
+            None => seq * self.capacity + row,
+            Some(page_rows) => page * page_rows + in_page,
+        }
+    }
+
+    /// Stores positions of all rows held, as `f(seq, head, row)` says.
+    pub fn with_positions(mut self, f: impl Fn(usize, usize, usize) -> i32) -> Self {
+        let mut positions = vec![-1; self.position_count()];
+        for (seq, head) in (0..self.seqs).flat_map(|s| (0..self.heads).map(move |h| (s, h))) {
+            for row in 0..self.length(seq, head) {
+                positions[self.position_index(seq, head, row)] = f(seq, head, row);
+            }
+        }
+        self.positions = Some(positions);
+        self
+    }
+
+    pub fn position_count(&self) -> usize {
+        self.page_rows().map_or(self.seqs * self.capacity, |rows| self.page_count * rows)
+    }
+
+    fn row_sizes(&self, codec: Codec, dim: usize, group: usize) -> (usize, usize) {
+        (codec.row_bytes(dim), codec.params_bytes(dim, group))
+    }
+
+    /// Of contiguous rows, with their scales: a multiple of 16.
+    fn head_bytes(&self, row: usize) -> usize {
+        (self.capacity * row).next_multiple_of(16)
+    }
+
+    /// Bytes of a pool for such rows.
+    pub fn pool_bytes(&self, codec: Codec, dim: usize, group: usize) -> usize {
+        let (row, params) = self.row_sizes(codec, dim, group);
+        match self.layout {
+            Layout::Contiguous => self.seqs * self.heads * self.head_bytes(row + params),
+            Layout::PerHead(n) => self.page_count * n * (row + params),
+            Layout::Nhd(n) | Layout::Hnd(n) => self.page_count * n * self.heads * (row + params),
+        }
+    }
+
+    /// The pool over `data`.
+    pub fn pool<M: kvlar::Memory>(&self, data: M, codec: Codec, dim: usize, group: usize) -> Pool<M> {
+        let (row, params) = self.row_sizes(codec, dim, group);
+        match self.layout {
+            Layout::Contiguous => {
+                let mut pool = Pool::contiguous(data, self.heads, self.capacity, row);
+                pool.head_stride = self.head_bytes(row + params);
+                pool.seq_stride = self.heads * pool.head_stride;
+                (pool.params_offset, pool.params_stride) = (self.capacity * row, params);
+                pool
+            }
+            Layout::Nhd(n) => Pool::nhd(data, self.page_count, n, self.heads, row),
+            Layout::Hnd(n) => Pool::hnd(data, self.page_count, n, self.heads, row, params),
+            Layout::PerHead(n) => Pool::per_head(data, self.page_count, n, row, params),
+        }
+    }
+
+    /// Bytes from the pool's start: of a row's codes, and of its scales and zeros.
+    fn offsets(&self, seq: usize, head: usize, row: usize, codec: Codec, dim: usize, group: usize) -> (usize, usize) {
+        let (bytes, params) = self.row_sizes(codec, dim, group);
+        let (page, in_page) = self.place(seq, head, row);
+        match self.layout {
+            Layout::Contiguous => {
+                let start = (seq * self.heads + head) * self.head_bytes(bytes + params);
+                (start + row * bytes, start + self.capacity * bytes + row * params)
+            }
+            Layout::Nhd(n) => (((page * n + in_page) * self.heads + head) * bytes, 0),
+            Layout::Hnd(n) => {
+                let start = (page * self.heads + head) * n * (bytes + params);
+                (start + in_page * bytes, start + n * bytes + in_page * params)
+            }
+            Layout::PerHead(n) => {
+                let start = page * n * (bytes + params);
+                (start + in_page * bytes, start + n * bytes + in_page * params)
+            }
+        }
+    }
+
+    /// Writes a row into a pool's bytes, by the reference's codec; gives what it decodes to.
+    pub fn store(&self, pool: &mut [u8], at: (usize, usize, usize), x: &[f32], codec: Codec, group: usize) -> Vec<f32> {
+        let (codes, params) = self.offsets(at.0, at.1, at.2, codec, x.len(), group);
+        let row = encode_row(x, codec.reference(), group).expect("a row");
+        pool[codes..codes + row.codes.len()].copy_from_slice(&row.codes);
+        pool[params..params + row.params.len()].copy_from_slice(&row.params);
+        decode_row(&row.codes, &row.params, x.len(), codec.reference(), group).expect("a row")
+    }
+
+    /// Reads a row from a pool's bytes.
+    pub fn load(&self, pool: &[u8], at: (usize, usize, usize), dim: usize, codec: Codec, group: usize) -> Vec<f32> {
+        let (codes, params) = self.offsets(at.0, at.1, at.2, codec, dim, group);
+        decode_row(&pool[codes..codes + codec.row_bytes(dim)], &pool[params..], dim, codec.reference(), group).expect("a row")
+    }
+
+    /// Overwrites a row with the poison, as if it had not been written.
+    pub fn poison(&self, pool: &mut [u8], at: (usize, usize, usize), dim: usize, codec: Codec, group: usize) {
+        let (codes, params) = self.offsets(at.0, at.1, at.2, codec, dim, group);
+        pool[codes..codes + codec.row_bytes(dim)].fill(0xff);
+        pool[params..params + codec.params_bytes(dim, group)].fill(0xff);
+    }
+}
+
+/// Tables, lengths and positions on a device.
+#[derive(Debug)]
+pub struct DevicePages {
+    table: Option<Buffer>,
+    pub lengths: Buffer,
+    positions: Option<Buffer>,
+    pages: Pages,
+}
+
+impl DevicePages {
+    pub fn upload(lab: &Lab, pages: &Pages) -> Self {
+        Self {
+            table: pages.page_rows().map(|_| lab.upload(&pages.table)),
+            lengths: lab.upload(&pages.lengths),
+            positions: pages.positions.as_ref().map(|p| lab.upload(p)),
+            pages: pages.clone(),
+        }
+    }
+
+    /// The rows as launchers want them.
+    pub fn rows(&self) -> Rows<'_> {
+        let p = &self.pages;
+        let (lengths, table) = (self.lengths.view(), self.table.as_ref().map(Buffer::view));
+        let mut rows = match (p.page_rows(), table) {
+            (Some(n), Some(table)) => {
+                let pages = p.capacity.div_ceil(n);
+                let rows = if matches!(p.layout, Layout::PerHead(_)) {
+                    Rows::per_head(table, p.heads, pages, lengths, n)
+                } else {
+                    Rows::block_table(table, pages, lengths, n)
+                };
+                rows.expect("a page size")
+            }
+            _ => Rows::contiguous(Some(lengths), p.capacity),
+        };
+        if p.lengths.len() != p.seqs {
+            (rows.length_seq_stride, rows.length_head_stride) = (p.heads, 1);
+        } else {
+            (rows.length_seq_stride, rows.length_head_stride) = (1, 0);
+        }
+        rows.max_rows = p.capacity;
+        rows.positions = self.position_view();
+        rows.position_seq_stride = if p.page_rows().is_none() { p.capacity } else { 0 };
+        rows
+    }
+
+    fn position_view(&self) -> Option<View<'_>> {
+        self.positions.as_ref().map(Buffer::view)
+    }
+}

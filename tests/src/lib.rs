@@ -1,1 +1,0 @@
-//! Parity, contract, golden and end-to-end tests of kvlar.
