@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_append(const __grid_cons
     if (p.status && lane == 0) atomicOr(p.status, uint32_t(KVLAR_STATUS_BAD_SLOT));
     return;
   }
-  const int page = checked_page(p.rows, p.key_pool.page_count, seq, head, slot, p.status);
+  const int page = checked_page(p.rows, min(p.key_pool.page_count, p.value_pool.page_count), seq, head, slot, p.status);
   if (page < 0) return;
   const int in_page = slot & ((1 << p.rows.page_rows_log2) - 1), position = __ldg(p.positions + int64_t(seq) * p.new_rows + row);
 
