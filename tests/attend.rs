@@ -17,6 +17,7 @@ on_every_device!(
     ragged_heads,
     positions_and_windows,
     softcap_and_sinks,
+    large_logits,
     no_visible_rows,
     half_precision_outputs_and_strides,
     value_dim_differs,
@@ -158,6 +159,10 @@ fn positions_and_windows(lab: &Lab) {
         }
         cases.push(base(layout).with(|c| (c.q_positions, c.query_rows) = (true, 2)));
     }
+    // Windows that begin around the edge of a tile.
+    let lengths: Vec<usize> = (80..90).collect();
+    cases.push(AttendCase::new(Dtype::Bf16, (2, 1), 64, &lengths).with(|c| (c.window, c.query_rows) = (20, 3)));
+    cases.push(AttendCase::new(Dtype::Bf16, (2, 1), 128, &lengths).with(|c| (c.window, c.query_rows) = (20, 4)));
     all(lab, cases);
 }
 
@@ -172,6 +177,14 @@ fn softcap_and_sinks(lab: &Lab) {
             base().with(int8).with(|c| (c.softcap, c.sinks) = (3.0, true)),
         ],
     );
+}
+
+/// Maxima that rise by far more than the headroom, and fall: running sums must be rescaled.
+fn large_logits(lab: &Lab) {
+    for q_size in [10.0, 60.0] {
+        let base = |d| AttendCase::new(Dtype::F16, (2, 1), d, &[2000, 77]).with(|c| (c.q_size, c.query_rows) = (q_size, 3));
+        all(lab, [base(64), base(128), base(64).with(int8), base(128).with(int8), base(64).with(|c| c.softcap = 20.0)]);
+    }
 }
 
 fn no_visible_rows(lab: &Lab) {
@@ -259,6 +272,7 @@ fn equal_bits_from_run_to_run(lab: &Lab) {
         run.enqueue();
         let first = run.result();
         compare(&data, &first, &case).unwrap_or_else(|e| panic!("{e}"));
+        run.poison();
         run.enqueue();
         let second = run.result();
         assert_eq!(bits(&first.out), bits(&second.out));

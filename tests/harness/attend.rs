@@ -41,6 +41,8 @@ pub struct AttendCase {
     /// q and out as `[B, S, Hq, d]`.
     pub rows_first: bool,
     pub schedule: Schedule,
+    /// Size of the queries: logits are about as large.
+    pub q_size: f32,
     pub seed: u64,
 }
 
@@ -65,6 +67,7 @@ impl AttendCase {
             q_positions: false,
             rows_first: false,
             schedule: Schedule::Balanced,
+            q_size: 1.0,
             seed: 1,
         }
     }
@@ -136,7 +139,7 @@ impl AttendData {
         let mut rng = Rng::new(case.seed);
         let dtype = reference_dtype(case.dtype);
         let (b, hk) = (case.seqs, case.kv_heads);
-        let q = dtype.round_all(&rng.normals(b * case.q_heads * case.query_rows * case.head_dim, 1.0));
+        let q = dtype.round_all(&rng.normals(b * case.q_heads * case.query_rows * case.head_dim, case.q_size));
         let mut segments = Vec::new();
         for s in &case.segments {
             let mut pages = Pages::new(&mut rng, s.layout, b, hk, s.capacity, &s.lengths);
@@ -365,6 +368,14 @@ impl<'a> AttendRun<'a> {
     /// What kernels reported.
     pub fn status(&self) -> Status {
         self.workspace.status(&self.lab.stream).expect("a status")
+    }
+
+    /// Makes the outputs NaN again.
+    pub fn poison(&mut self) {
+        for buffer in [&mut self.out, &mut self.lse] {
+            let all = 0..buffer.len();
+            self.lab.stream.fill(buffer, all, 0xff).expect("a fill");
+        }
     }
 
     /// The counters of arrived splits.

@@ -5,6 +5,8 @@
 //! failure; `KVLAR_SIMT_SEEDS` is the number of schedules (3).
 
 #[allow(missing_docs)]
+pub mod append;
+#[allow(missing_docs)]
 pub mod attend;
 #[allow(missing_docs)]
 pub mod pages;

@@ -35,6 +35,8 @@ mod workspace;
 pub use append::{AppendArgs, AppendPlan, AppendShape, Rope};
 pub use attend::{AttendArgs, AttendPlan, AttendShape, MAX_SEGMENTS, Schedule, Segment, SegmentShape, WorkList};
 pub use buffer::{Buffer, Memory, View, ViewMut};
+#[doc(hidden)]
+pub use device::Emulation;
 pub use device::{Backend, Device, DeviceInfo, SimtOptions};
 pub use error::Error;
 pub use formats::{Codec, Dtype};

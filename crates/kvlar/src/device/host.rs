@@ -1,24 +1,15 @@
 //! The CPU backends: memory is the process's own, launches run to their end at once.
 
-use super::{DeviceInfo, Driver, Launch, RawStream, SimtOptions};
+use super::{DeviceInfo, Driver, Emulation, Launch, RawStream, SimtOptions};
 use crate::{Error, Result, reference};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 
 /// Alignment of allocations, as of cuMemAlloc.
 const ALIGN: usize = 256;
 
-pub(super) struct Host {
-    /// `None`: the reference.
-    emulated: Option<SimtOptions>,
-}
-
-impl Host {
-    pub fn emulated(options: SimtOptions) -> Self {
-        Self { emulated: Some(options) }
-    }
-    pub fn reference() -> Self {
-        Self { emulated: None }
-    }
+pub(super) enum Host {
+    Reference,
+    Emulated(SimtOptions, Emulation),
 }
 
 /// Plans are made as for a Hopper GPU with few SMs.
@@ -77,25 +68,15 @@ impl Driver for Host {
     }
 
     unsafe fn launch(&self, _: RawStream, launch: Launch, params: &[u8]) -> Result<()> {
-        match self.emulated {
-            None => {
+        match self {
+            Self::Reference => {
                 // SAFETY: the caller's promise.
                 unsafe { reference::run(launch.entry, params) }
             }
-            Some(o) => {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    kvlar_kernels::simt::launch(
-                        launch.entry,
-                        [launch.grid, 1, 1],
-                        [launch.block, 1, 1],
-                        launch.shared_bytes,
-                        params,
-                        o.seed,
-                        o.workers,
-                    )
-                }
-                .map_err(Error::Emulation)
+            Self::Emulated(options, emulation) => {
+                let (grid, block) = ([launch.grid, 1, 1], [launch.block, 1, 1]);
+                emulation(launch.entry, grid, block, launch.shared_bytes, params, options.seed, options.workers)
+                    .map_err(Error::Emulation)
             }
         }
     }

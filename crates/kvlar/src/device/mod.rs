@@ -53,6 +53,10 @@ impl Default for SimtOptions {
     }
 }
 
+/// Runs one emulated launch; see [`kvlar_kernels::simt::launch`].
+#[doc(hidden)]
+pub type Emulation = Arc<dyn Fn(&str, [u32; 3], [u32; 3], u32, &[u8], u64, u32) -> std::result::Result<(), String> + Send + Sync>;
+
 /// A launch as a plan gives it: entry point, grid, threads a CTA, dynamic shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Launch {
@@ -132,13 +136,27 @@ impl Device {
             return Err(Error::BuiltWithout("simt"));
         }
         let info = host::info("CPU emulation", options.sm_count.max(1));
-        Ok(Self(Arc::new(Inner { backend: Backend::Simt, info, driver: Box::new(host::Host::emulated(options)) })))
+        let linked: Emulation = Arc::new(|entry, grid, block, shared_bytes, params, seed, workers| {
+            // SAFETY: called by `Host::launch` alone, whose caller promises what this needs.
+            unsafe { kvlar_kernels::simt::launch(entry, grid, block, shared_bytes, params, seed, workers) }
+        });
+        Ok(Self(Arc::new(Inner { backend: Backend::Simt, info, driver: Box::new(host::Host::Emulated(options, linked)) })))
+    }
+
+    /// The emulation of another build of the kernels than the one that is linked: how tests show that a planted bug is found.
+    ///
+    /// # Safety
+    /// `emulation` touches nothing but what the parameter struct names, as [`kvlar_kernels::simt::launch`] does.
+    #[doc(hidden)]
+    pub unsafe fn simt_through(options: SimtOptions, emulation: Emulation) -> Self {
+        let info = host::info("CPU emulation of other kernels", options.sm_count.max(1));
+        Self(Arc::new(Inner { backend: Backend::Simt, info, driver: Box::new(host::Host::Emulated(options, emulation)) }))
     }
 
     /// Plain Rust on the CPU: interprets the same launches, slowly and exactly.
     pub fn reference() -> Self {
         let info = host::info("CPU reference", 4);
-        Self(Arc::new(Inner { backend: Backend::Reference, info, driver: Box::new(host::Host::reference()) }))
+        Self(Arc::new(Inner { backend: Backend::Reference, info, driver: Box::new(host::Host::Reference) }))
     }
 
     /// How it executes.
