@@ -8,7 +8,8 @@
 //! Nothing here touches the network or asks the machine for its GPU.
 //!
 //! Environment: `KVLAR_NVCC`, `KVLAR_CUDA_ARCHS` (such as `80,90a`, or `all`), `CUDA_COMPUTE_CAP`, `KVLAR_FATBIN_DIR`
-//! (prebuilt fatbins, no nvcc), `KVLAR_SIMT_SAN` (`address` or `thread`), `KVLAR_SIMT_DEFINES` (extra macros).
+//! (prebuilt fatbins, no nvcc), `KVLAR_SIMT_SAN` (`address` or `thread`), `KVLAR_SIMT_DEFINES` (extra macros),
+//! `KVLAR_DENY_WARNINGS` (of the host compiler; nvcc's always are).
 
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -34,6 +35,7 @@ fn main() {
         "KVLAR_FATBIN_DIR",
         "KVLAR_SIMT_SAN",
         "KVLAR_SIMT_DEFINES",
+        "KVLAR_DENY_WARNINGS",
         "DOCS_RS",
     ] {
         println!("cargo:rerun-if-env-changed={name}");
@@ -161,11 +163,13 @@ fn run_all(jobs: Vec<(Command, PathBuf)>) -> Result<(), String> {
                     let problem = match result {
                         Ok(r) if r.status.success() => fs::rename(&part, &out).err().map(|e| format!("{}: {e}", out.display())),
                         Ok(r) => Some(format!(
-                            "{command:?}\n{}{}",
+                            "{} {:?}\n{}{}",
+                            command.get_program().to_string_lossy(),
+                            command.get_args().collect::<Vec<_>>(),
                             String::from_utf8_lossy(&r.stdout),
                             String::from_utf8_lossy(&r.stderr)
                         )),
-                        Err(e) => Some(format!("{command:?}: {e}")),
+                        Err(e) => Some(format!("{}: {e}", command.get_program().to_string_lossy())),
                     };
                     if problem.is_some() {
                         *failure.lock().unwrap() = problem;

@@ -189,4 +189,13 @@ typedef struct {
 } KvlarMerge;
 KVLAR_CHECK_SIZE(KvlarMerge, 48);
 
+// conformance: what one primitive does with given registers or bytes; see kernels/conformance.
+typedef struct {
+  KVLAR_ADDR(const uint32_t) in;
+  KVLAR_ADDR(uint32_t) out;
+  uint32_t count;  // elements
+  uint32_t arg;    // which variant
+} KvlarConformance;
+KVLAR_CHECK_SIZE(KvlarConformance, 24);
+
 #endif

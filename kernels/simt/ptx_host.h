@@ -25,12 +25,14 @@ template <class T> PTX_FN void copy_words(unsigned char* dst, const void* src, i
   *reinterpret_cast<T*>(dst) = v;
 }
 PTX_FN void do_copy(unsigned char* dst, const void* src, int bytes, int size) {
-  if (size == 16) copy_words<uint4>(dst, src, bytes);
+  if (bytes != 0 && bytes != size) {
+    for (int i = 0; i < size; ++i) dst[i] = i < bytes ? static_cast<const unsigned char*>(src)[i] : 0;
+  } else if (size == 16) copy_words<uint4>(dst, src, bytes);
   else if (size == 8) copy_words<uint2>(dst, src, bytes);
   else copy_words<uint32_t>(dst, src, bytes);
 }
 PTX_FN void cp_async(smem dst, const void* src, int bytes, int size) {
-  if (bytes != 0 && bytes != size) simt::fail("cp.async of %d bytes: source size %d", size, bytes);
+  if (bytes < 0 || bytes > size) simt::fail("cp.async of %d bytes: source size %d", size, bytes);
   if (reinterpret_cast<uintptr_t>(dst.p) % size || (bytes && reinterpret_cast<uintptr_t>(src) % size)) simt::fail("cp.async: misaligned address");
   if (simt::coin()) return do_copy(dst.p, src, bytes, size);
   CopyQueue& c = copy_queue();

@@ -94,7 +94,12 @@ struct __half { uint16_t x; };
 struct __nv_bfloat16 { uint16_t x; };
 struct alignas(4) __half2 { __half x, y; };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
-struct __nv_fp8_e4m3 { uint8_t __x; };
+struct __nv_fp8_e4m3 {
+  uint8_t __x;
+  __nv_fp8_e4m3() = default;
+  explicit __nv_fp8_e4m3(float f) : __x(simt::float_to_e4m3(f)) {}
+  explicit operator float() const { return simt::e4m3_to_float(__x); }
+};
 typedef __half half;
 typedef __half2 half2;
 typedef __nv_bfloat16 nv_bfloat16;

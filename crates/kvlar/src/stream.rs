@@ -100,6 +100,19 @@ impl Stream {
         self.device.driver().fill(self.raw, buffer.address() + range.start as u64, byte, range.len())
     }
 
+    /// Enqueues any entry point: for tests of single instructions.
+    ///
+    /// # Errors
+    /// Those of the launch.
+    ///
+    /// # Safety
+    /// `params` is the entry's struct, and its addresses are valid for what the kernel touches until it has run.
+    #[doc(hidden)]
+    pub unsafe fn enqueue_entry<P: bytemuck::Pod>(&self, entry: &'static str, grid: u32, block: u32, params: &P) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(Launch { entry, grid, block, shared_bytes: 0 }, params) }
+    }
+
     /// # Safety
     /// `params` is the entry's struct, and its addresses are valid for what the kernel touches until it has run.
     pub(crate) unsafe fn enqueue<P: bytemuck::Pod>(&self, launch: Launch, params: &P) -> Result<()> {
