@@ -319,7 +319,7 @@ fn planted_bugs_are_found() {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");
-    let runtime: Vec<PathBuf> = ["runtime", "collectives"].map(|name| dir.path().join(format!("{name}.o"))).to_vec();
+    let runtime: Vec<PathBuf> = ["runtime", "collectives", "mbarrier"].map(|name| dir.path().join(format!("{name}.o"))).to_vec();
     for object in &runtime {
         let source = kernels().join("simt").join(object.with_extension("cpp").file_name().expect("a name"));
         run(compiler().expect("a compiler").arg("-O2").arg("-I").arg(kernels()).arg("-c").arg(source).arg("-o").arg(object));

@@ -74,7 +74,7 @@ pub fn build(tree: &Tree, out: &Path) {
         all.push(object.clone());
         jobs.push((command, object));
     };
-    for path in ["simt/runtime.cpp", "simt/collectives.cpp"] {
+    for path in ["simt/runtime.cpp", "simt/collectives.cpp", "simt/mbarrier.cpp"] {
         add(path, &digest_with_headers(&tree.root, path), &["-O3"]);
     }
     for u in &tree.units {

@@ -57,6 +57,11 @@ int block_barrier_reduce(int kind, int pred);                 // 0 count, 1 and,
 void yield();                                                 // in spin loops
 void maybe_yield();                                           // a preemption point
 bool coin();                                                  // a reproducible random bit
+// An mbarrier of 8 bytes: arrivals, and bytes that bulk copies still have to bring.
+void mbarrier_init(unsigned char* bar, unsigned arrivals);
+void mbarrier_arrive(unsigned char* bar, unsigned expected_bytes);
+void mbarrier_landed(unsigned char* bar, unsigned bytes);
+bool mbarrier_passed(unsigned char* bar, unsigned parity);
 [[noreturn]] void fail(const char* format, ...);              // ends the launch with an error
 
 // Collectives, in collectives.cpp

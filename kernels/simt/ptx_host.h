@@ -55,45 +55,19 @@ template <int N> PTX_FN void cp_async_wait() {
   c.n = keep;
 }
 
-// An mbarrier here: pending arrivals, arrivals a phase, bytes still expected, phase. 16 bits each.
-struct MBarrier { uint16_t pending, count; int16_t units; uint16_t phase; };  // units of 16 bytes
-PTX_FN MBarrier& mbarrier(smem bar) { return *reinterpret_cast<MBarrier*>(bar.p); }
-PTX_FN void mbarrier_sync(smem bar) {  // orders memory between arrivals and waiters for the race detector
-#ifdef KVLAR_SIMT_TSAN
-  __tsan_release(bar.p);
-  __tsan_acquire(bar.p);
-#else
-  (void)bar;
-#endif
-}
-PTX_FN void mbarrier_init(smem bar, uint32_t arrivals) { mbarrier(bar) = {uint16_t(arrivals), uint16_t(arrivals), 0, 0}; mbarrier_sync(bar); }
-PTX_FN void mbarrier_settle(MBarrier& b) {
-  if (b.pending == 0 && b.units == 0) { b.pending = b.count; b.phase ^= 1; }
-}
-PTX_FN void mbarrier_arrive_expect(smem bar, uint32_t bytes) {
-  mbarrier_sync(bar);
-  MBarrier& b = mbarrier(bar);
-  if (b.pending == 0) simt::fail("mbarrier: more arrivals than it was made for");
-  b.units = int16_t(b.units + int(bytes / 16));
-  b.pending--;
-  mbarrier_settle(b);
-  mbarrier_sync(bar);
-}
-PTX_FN void mbarrier_arrive(smem bar) { mbarrier_arrive_expect(bar, 0); }
+// Barriers of asynchronous copies: their state is the runtime's, which is never sanitized.
+PTX_FN void mbarrier_init(smem bar, uint32_t arrivals) { simt::mbarrier_init(bar.p, arrivals); }
+PTX_FN void mbarrier_arrive_expect(smem bar, uint32_t bytes) { simt::mbarrier_arrive(bar.p, bytes); }
+PTX_FN void mbarrier_arrive(smem bar) { simt::mbarrier_arrive(bar.p, 0); }
 PTX_FN bool mbarrier_try_wait(smem bar, uint32_t parity) {
   simt::maybe_yield();
-  mbarrier_sync(bar);
-  return mbarrier(bar).phase != uint16_t(parity);
+  return simt::mbarrier_passed(bar.p, parity);
 }
 PTX_FN void mbarrier_wait(smem bar, uint32_t parity) { while (!mbarrier_try_wait(bar, parity)) simt::yield(); }
 PTX_FN void bulk_copy(smem dst, const void* src, uint32_t bytes, smem bar) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(dst.p) % 16 || reinterpret_cast<uintptr_t>(src) % 16) simt::fail("bulk copy: not a multiple of 16 bytes");
   for (uint32_t i = 0; i < bytes; i += 16) copy_words<uint4>(dst.p + i, static_cast<const unsigned char*>(src) + i, 16);
-  mbarrier_sync(bar);
-  MBarrier& b = mbarrier(bar);
-  b.units = int16_t(b.units - int(bytes / 16));
-  mbarrier_settle(b);
-  mbarrier_sync(bar);
+  simt::mbarrier_landed(bar.p, bytes);
 }
 
 template <int K> PTX_FN void ldmatrix_any(uint32_t (&r)[K], smem row, bool trans) {
