@@ -1,1 +1,25 @@
-//! The KV cache of running sequences: pages, tiers, fork and truncate.
+//! The KV cache of running sequences.
+//!
+//! A [`Cache`] owns a pool of pages of fixed capacity. A page holds `page_rows` consecutive tokens of one sequence, in
+//! every layer and kv head; sequences that [fork](Cache::fork) share pages, and a page with two owners is copied before
+//! it is written (prefix caching, beams). Whatever fails, fails before anything has changed.
+//!
+//! A decode step (or a prefill chunk) is
+//! [`begin`](Cache::begin), which makes room and uploads tables; for each layer [`append`](Cache::append) and
+//! [`attend`](Cache::attend), which only enqueue; [`finish`](Cache::finish), after which the new tokens are part of their
+//! sequences ([`cancel`](Cache::cancel): as if nothing had been).
+
+mod batch;
+mod cache;
+mod config;
+mod error;
+mod pages;
+mod sequence;
+
+pub use batch::{Batch, BatchShape};
+pub use cache::{Cache, NewRows, Queries, SeqId, Usage};
+pub use config::CacheConfig;
+pub use error::CacheError;
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, CacheError>;

@@ -1,0 +1,164 @@
+//! The sequences of one step, as the device sees them.
+
+use crate::error::invalid;
+use crate::{CacheConfig, Result, SeqId};
+use kvlar::{
+    AppendPlan, AppendShape, AttendPlan, AttendShape, Buffer, Device, Dtype, Rows, Schedule, SegmentShape, Stream, WorkList,
+    Workspace, WorkspaceSize,
+};
+
+/// What a [`Batch`] is made from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BatchShape {
+    /// Most sequences a step.
+    pub seqs: usize,
+    /// Most new tokens a sequence and step.
+    pub new_rows: usize,
+    /// Hq.
+    pub q_heads: usize,
+    /// Type of the output: f32 or that of q.
+    pub out_dtype: Dtype,
+    /// Default 1/√d.
+    pub scale: Option<f32>,
+    /// 0 = off.
+    pub softcap: f32,
+    /// 0 = off.
+    pub window: u32,
+    /// How rows are shared among CTAs.
+    pub schedule: Schedule,
+}
+
+impl BatchShape {
+    /// No soft-cap, no window, balanced, f32 output.
+    pub fn new(seqs: usize, new_rows: usize, q_heads: usize) -> Self {
+        Self {
+            seqs,
+            new_rows,
+            q_heads,
+            out_dtype: Dtype::F32,
+            scale: None,
+            softcap: 0.0,
+            window: 0,
+            schedule: Schedule::Balanced,
+        }
+    }
+}
+
+/// The sequences of a step: plans, tables, lengths and scratch, allocated once and filled by [`crate::Cache::begin`].
+#[derive(Debug)]
+pub struct Batch {
+    pub(crate) shape: BatchShape,
+    pub(crate) config: CacheConfig,
+    pub(crate) append: AppendPlan,
+    pub(crate) attend: AttendPlan,
+    pub(crate) work: WorkList,
+    pub(crate) workspace: Workspace,
+    /// Whether the work list is that of this step.
+    pub(crate) scheduled: bool,
+    pub(crate) tables: Tables,
+    pub(crate) active: Vec<(SeqId, usize)>,
+}
+
+/// What the device knows of a step's sequences.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    pages: Buffer,
+    lengths: Buffer,
+    pub positions: Buffer,
+    pub slots: Buffer,
+}
+
+impl Tables {
+    pub fn rows(&self, config: &CacheConfig) -> Result<Rows<'_>> {
+        let rows = Rows::block_table(self.pages.view(), config.max_pages(), self.lengths.view(), config.page_rows)?;
+        Ok(Rows { max_rows: config.max_rows, ..rows })
+    }
+}
+
+impl Batch {
+    pub(crate) fn new(device: &Device, config: CacheConfig, shape: BatchShape) -> Result<Self> {
+        let BatchShape { seqs, new_rows, q_heads, .. } = shape;
+        if seqs == 0 || new_rows == 0 {
+            return invalid("batch", format!("{seqs} sequences of {new_rows} new tokens"));
+        }
+        let append = AppendShape {
+            dtype: config.dtype,
+            key_codec: (config.codec, config.head_dim),
+            value_codec: (config.codec, config.value_dim),
+            seqs,
+            kv_heads: config.kv_heads,
+            new_rows,
+            head_dim: config.head_dim,
+            value_dim: config.value_dim,
+        };
+        let rows = SegmentShape { codec: config.codec, max_rows: config.max_rows };
+        let attend = AttendShape::new(config.dtype, seqs, (q_heads, config.kv_heads), new_rows, config.head_dim, rows);
+        let attend = AttendShape {
+            out_dtype: shape.out_dtype,
+            value_dim: config.value_dim,
+            scale: shape.scale.unwrap_or(attend.scale),
+            softcap: shape.softcap,
+            window: shape.window,
+            schedule: shape.schedule,
+            ..attend
+        }
+        .plan(device)?;
+        Ok(Self {
+            shape,
+            config,
+            append: append.plan(device)?,
+            work: attend.work_list(device)?,
+            workspace: Workspace::new(device, attend.workspace().max(WorkspaceSize::default()))?,
+            attend,
+            scheduled: false,
+            tables: Tables {
+                pages: device.alloc(4 * seqs * config.max_pages())?,
+                lengths: device.alloc(4 * seqs)?,
+                positions: device.alloc(4 * seqs * new_rows)?,
+                slots: device.alloc(4 * seqs * new_rows)?,
+            },
+            active: Vec::new(),
+        })
+    }
+
+    /// What it was made from.
+    pub fn shape(&self) -> &BatchShape {
+        &self.shape
+    }
+
+    /// Bytes that it allocated.
+    pub fn bytes(&self) -> usize {
+        let Tables { pages, lengths, positions, slots } = &self.tables;
+        let buffers = [pages, lengths, positions, slots];
+        buffers.iter().map(|b| b.len()).sum::<usize>() + self.workspace.size().bytes() + self.attend.work_list_bytes()
+    }
+
+    /// Scratch and the status word of its launches.
+    pub fn workspace(&self) -> &Workspace {
+        &self.workspace
+    }
+
+    /// Uploads the step's tables: for each sequence its pages, tokens held, and tokens to come. Padding rows have slot −1
+    /// and position −1, from which nothing is visible.
+    pub(crate) fn fill(&mut self, stream: &Stream, sequences: &[(&[u32], usize, usize)]) -> Result<()> {
+        let (seqs, new_rows, pages) = (self.shape.seqs, self.shape.new_rows, self.config.max_pages());
+        let (mut table, mut lengths) = (vec![0i32; seqs * pages], vec![0i32; seqs]);
+        let mut positions = vec![-1i32; seqs * new_rows];
+        for (i, (ids, held, new)) in sequences.iter().enumerate() {
+            for (to, &page) in table[i * pages..].iter_mut().zip(*ids) {
+                *to = page as i32;
+            }
+            lengths[i] = (held + new) as i32;
+            for (s, to) in positions[i * new_rows..][..*new].iter_mut().enumerate() {
+                *to = (held + s) as i32;
+            }
+        }
+        stream.upload(&mut self.tables.pages, 0, bytemuck::cast_slice(&table))?;
+        stream.upload(&mut self.tables.lengths, 0, bytemuck::cast_slice(&lengths))?;
+        stream.upload(&mut self.tables.positions, 0, bytemuck::cast_slice(&positions))?;
+        // A row's slot is its position: nothing has been evicted.
+        stream.upload(&mut self.tables.slots, 0, bytemuck::cast_slice(&positions))?;
+        self.scheduled = false;
+        Ok(())
+    }
+}

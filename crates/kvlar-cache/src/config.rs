@@ -1,0 +1,86 @@
+//! What a cache holds, and how many bytes that takes.
+
+use crate::Result;
+use crate::error::invalid;
+use kvlar::{Codec, Dtype};
+
+/// What a [`crate::Cache`] is made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// L.
+    pub layers: usize,
+    /// Hk.
+    pub kv_heads: usize,
+    /// d; a multiple of 8 up to 256.
+    pub head_dim: usize,
+    /// dv; likewise.
+    pub value_dim: usize,
+    /// Type of q, k and v: bf16 or f16.
+    pub dtype: Dtype,
+    /// Format of stored rows: that of `dtype`, or int8 (one scale and zero a row and head).
+    pub codec: Codec,
+    /// Tokens a page: a power of two, at least 16. 64 is good.
+    pub page_rows: usize,
+    /// Pages of the pool.
+    pub pages: usize,
+    /// Most tokens a sequence may hold.
+    pub max_rows: usize,
+}
+
+impl CacheConfig {
+    /// Bytes of a key row and of a value row of one head, with scales and padding.
+    fn row_bytes(&self) -> (usize, usize) {
+        let bytes = |dim| self.codec.row_bytes(dim) + self.codec.params_bytes(dim, dim);
+        (bytes(self.head_dim), bytes(self.value_dim))
+    }
+
+    /// Bytes that one token takes, in all layers.
+    pub fn bytes_per_token(&self) -> usize {
+        let (k, v) = self.row_bytes();
+        self.layers * self.kv_heads * (k + v)
+    }
+
+    /// Bytes of the pages that `tokens` of one sequence take.
+    pub fn bytes(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.page_rows) * self.page_rows * self.bytes_per_token()
+    }
+
+    /// Bytes of the pool: what a cache allocates for rows.
+    pub fn pool_bytes(&self) -> usize {
+        self.pages * self.page_rows * self.bytes_per_token()
+    }
+
+    /// Bytes of one layer's key pages and value pages.
+    pub(crate) fn layer_bytes(&self) -> (usize, usize) {
+        let (k, v) = self.row_bytes();
+        let rows = self.pages * self.page_rows * self.kv_heads;
+        (rows * k, rows * v)
+    }
+
+    /// Bytes of one page of one layer's keys and values.
+    pub(crate) fn page_bytes(&self) -> (usize, usize) {
+        let (k, v) = self.row_bytes();
+        (self.page_rows * self.kv_heads * k, self.page_rows * self.kv_heads * v)
+    }
+
+    /// Entries of a sequence's page table.
+    pub(crate) fn max_pages(&self) -> usize {
+        self.max_rows.div_ceil(self.page_rows)
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.layers == 0 || self.kv_heads == 0 {
+            return invalid("layers", format!("{} layers of {} kv heads", self.layers, self.kv_heads));
+        }
+        if !self.page_rows.is_power_of_two() || self.page_rows < 16 {
+            return invalid("page_rows", format!("{} is not a power of two of at least 16", self.page_rows));
+        }
+        if self.pages == 0 || self.pages > i32::MAX as usize {
+            return invalid("pages", format!("{} pages", self.pages));
+        }
+        if self.max_rows == 0 || self.max_rows > 1 << 30 {
+            return invalid("max_rows", format!("{} is not between 1 and 2^30", self.max_rows));
+        }
+        Ok(())
+    }
+}
