@@ -1,0 +1,151 @@
+//! What a cache costs in quality. The protocol: the context is prefilled exactly and kept by the store; only then come
+//! the question's tokens, which see what the store kept; every question starts from the same kept context.
+
+use super::{Llama, Logits};
+use crate::{EngineError, KvStore, Result};
+use candle_core::{D, Tensor};
+use serde::Deserialize;
+
+/// A context and questions about it, one line of a `.jsonl` file.
+#[derive(Clone, Debug, Deserialize)]
+pub struct RecallTask {
+    /// What is prefilled and kept.
+    pub context: String,
+    /// What is asked afterwards.
+    pub questions: Vec<Question>,
+}
+
+/// A question and its only right answer.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Question {
+    /// Follows the context.
+    pub question: String,
+    /// Follows the question.
+    pub answer: String,
+}
+
+impl RecallTask {
+    /// Parses the lines of a file.
+    ///
+    /// # Errors
+    /// [`EngineError::Input`] that names the line.
+    pub fn parse(text: &str) -> Result<Vec<Self>> {
+        let line =
+            |(i, l): (usize, &str)| serde_json::from_str(l).map_err(|e| EngineError::Input(format!("line {}: {e}", i + 1)));
+        text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).map(line).collect()
+    }
+}
+
+/// Questions asked, and recalled: every token of the answer is the likeliest (teacher-forced).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recall {
+    /// Asked.
+    pub questions: usize,
+    /// Recalled.
+    pub recalled: usize,
+}
+
+/// Asks the questions of one context. The store must be empty, and holds the context afterwards.
+///
+/// # Errors
+/// What the model or the store refuses.
+pub fn recall(model: &Llama, store: &mut dyn KvStore, task: &RecallTask) -> Result<Recall> {
+    let context = model.prompt(&task.context)?;
+    model.prefill(store, &context, Logits::Last)?;
+    let mut result = Recall::default();
+    for q in &task.questions {
+        let (question, answer) = (model.encode(&q.question)?, model.encode(&q.answer)?);
+        let Some((_, all_but_last)) = answer.split_last() else { continue };
+        let input: Vec<u32> = question.iter().chain(all_but_last).copied().collect();
+        let Some(first) = question.len().checked_sub(1) else { continue };
+        let logits = model.extend(store, &input, Logits::All)?;
+        let best = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
+        result.questions += 1;
+        result.recalled += usize::from(best[first..] == answer[..]);
+        store.truncate(context.len())?;
+    }
+    Ok(result)
+}
+
+/// Sum of −ln p over the second half of `tokens`, and how many those are: the first half is prefilled, the second sees
+/// what the store keeps. The store must be empty.
+///
+/// # Errors
+/// What the model or the store refuses; [`EngineError::Input`] for fewer than two tokens.
+pub fn perplexity(model: &Llama, store: &mut dyn KvStore, tokens: &[u32]) -> Result<(f64, usize)> {
+    let half = tokens.len() / 2;
+    if half == 0 {
+        return Err(EngineError::Input("perplexity needs two tokens".into()));
+    }
+    let (context, rest) = tokens.split_at(half);
+    let mut nll = 0.0;
+    let mut logits = model.prefill(store, context, Logits::Last)?;
+    for chunk in rest.chunks(64) {
+        // The logits before each token of the chunk.
+        let next = model.extend(store, chunk, Logits::All)?;
+        let before = Tensor::cat(&[&logits, &next.narrow(0, 0, chunk.len() - 1)?], 0)?;
+        let log_p = candle_nn::ops::log_softmax(&before, D::Minus1)?;
+        let ids = Tensor::new(chunk, before.device())?.unsqueeze(1)?;
+        nll -= f64::from(log_p.gather(&ids, 1)?.sum_all()?.to_scalar::<f32>()?);
+        logits = next.narrow(0, chunk.len() - 1, 1)?;
+    }
+    Ok((nll, rest.len()))
+}
+
+/// Two stores fed the same rows and queries; the model goes on with the first one's results.
+struct Compared<'a> {
+    exact: &'a mut dyn KvStore,
+    other: &'a mut dyn KvStore,
+    /// Σ ‖other − exact‖² and Σ ‖exact‖².
+    sums: (f64, f64),
+}
+
+impl KvStore for Compared<'_> {
+    fn len(&self) -> usize {
+        self.exact.len()
+    }
+    fn begin(&mut self, new: usize) -> Result<()> {
+        self.exact.begin(new)?;
+        self.other.begin(new).inspect_err(|_| self.exact.cancel())
+    }
+    fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.exact.append(layer, k, v)?;
+        self.other.append(layer, k, v)
+    }
+    fn attend(&mut self, layer: usize, q: &Tensor) -> Result<Tensor> {
+        let (a, b) = (self.exact.attend(layer, q)?, self.other.attend(layer, q)?);
+        self.sums.0 += f64::from((&b - &a)?.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        self.sums.1 += f64::from(a.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        Ok(a)
+    }
+    fn finish(&mut self) -> Result<()> {
+        self.exact.finish()?;
+        self.other.finish()
+    }
+    fn cancel(&mut self) {
+        self.exact.cancel();
+        self.other.cancel();
+    }
+    fn truncate(&mut self, rows: usize) -> Result<()> {
+        self.exact.truncate(rows)?;
+        self.other.truncate(rows)
+    }
+    fn bytes(&self) -> usize {
+        self.other.bytes()
+    }
+}
+
+/// Relative error of attention, over all layers: √(Σ‖o − o*‖² / Σ‖o*‖²) for the second half of `tokens` after a
+/// prefill of the first, where o* is `exact`'s output, o is `other`'s, and both see the same queries. Both must be empty.
+///
+/// # Errors
+/// What the model or a store refuses.
+pub fn attention_error(model: &Llama, exact: &mut dyn KvStore, other: &mut dyn KvStore, tokens: &[u32]) -> Result<f64> {
+    let (context, rest) = tokens.split_at(tokens.len() / 2);
+    let mut both = Compared { exact, other, sums: (0.0, 0.0) };
+    model.prefill(&mut both, context, Logits::Last)?;
+    for chunk in rest.chunks(64) {
+        model.extend(&mut both, chunk, Logits::Last)?;
+    }
+    Ok((both.sums.0 / both.sums.1).sqrt())
+}

@@ -1,0 +1,14 @@
+//! An engine for Hugging Face checkpoints of the Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3.
+//!
+//! Dense arithmetic is candle's, on the CPU in f32; attention of decoding and the cache are kvlar's.
+
+mod checkpoint;
+mod config;
+mod evaluate;
+mod generate;
+mod model;
+
+pub use config::{Config, Family};
+pub use evaluate::{Recall, RecallTask, attention_error, perplexity, recall};
+pub use generate::{Sampler, Sampling, generate};
+pub use model::{Llama, Logits};

@@ -1,0 +1,180 @@
+//! A store of token-wise rows in pages: `kvlar_cache`.
+
+use crate::{KvShape, KvStore, Result};
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
+use kvlar::{Buffer, Codec, Device, Dtype, Rope, Stream, Strides};
+use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, NewRows, Queries, SeqId};
+use std::collections::BTreeMap;
+
+/// What a [`PagedStore`] is made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoreConfig {
+    /// Type of queries, keys and values on the device.
+    pub dtype: Dtype,
+    /// Format of stored rows.
+    pub codec: Codec,
+    /// Most tokens.
+    pub max_rows: usize,
+    /// Tokens a page.
+    pub page_rows: usize,
+}
+
+impl StoreConfig {
+    /// The full cache, as engines keep it.
+    pub fn bf16(max_rows: usize) -> Self {
+        Self { dtype: Dtype::Bf16, codec: Codec::Bf16, max_rows, page_rows: 64 }
+    }
+
+    /// 8-bit keys and values.
+    pub fn int8(max_rows: usize) -> Self {
+        Self { codec: Codec::Int8, ..Self::bf16(max_rows) }
+    }
+}
+
+/// New tokens a step at most; longer steps are the engine's to cut.
+const MAX_STEP: usize = 1 << 16;
+
+/// One sequence in a `kvlar_cache::Cache`.
+#[derive(Debug)]
+pub struct PagedStore {
+    stream: Stream,
+    cache: Cache,
+    seq: SeqId,
+    shape: KvShape,
+    config: StoreConfig,
+    inv_freq: Buffer,
+    /// Tables and scratch, one for each number of new tokens that has occurred.
+    batches: BTreeMap<usize, Batch>,
+    step: usize,
+}
+
+impl PagedStore {
+    /// An empty store with room for `config.max_rows` tokens.
+    ///
+    /// # Errors
+    /// If memory runs out, or there is no kernel for the shape.
+    pub fn new(device: &Device, shape: &KvShape, config: StoreConfig) -> Result<Self> {
+        let stream = device.stream()?;
+        let mut cache = Cache::new(
+            device,
+            CacheConfig {
+                layers: shape.layers,
+                kv_heads: shape.kv_heads,
+                head_dim: shape.head_dim,
+                value_dim: shape.head_dim,
+                dtype: config.dtype,
+                codec: config.codec,
+                page_rows: config.page_rows,
+                pages: config.max_rows.div_ceil(config.page_rows).max(1),
+                max_rows: config.max_rows,
+            },
+        )?;
+        let mut inv_freq = device.alloc(4 * shape.rope.inv_freq.len())?;
+        stream.upload(&mut inv_freq, 0, bytemuck::cast_slice(&shape.rope.inv_freq))?;
+        let seq = cache.create();
+        Ok(Self { stream, cache, seq, shape: shape.clone(), config, inv_freq, batches: BTreeMap::new(), step: 0 })
+    }
+
+    /// The cache.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// Uploads f32 `[n, heads, d]` rounded to the store's type.
+    fn upload(&self, x: &Tensor) -> Result<Buffer> {
+        let values = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let bits: Vec<u16> = match self.config.dtype {
+            Dtype::F16 => values.iter().map(|&x| f16::from_f32(x).to_bits()).collect(),
+            _ => values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect(),
+        };
+        let mut buffer = self.stream.device().alloc(2 * bits.len())?;
+        self.stream.upload(&mut buffer, 0, bytemuck::cast_slice(&bits))?;
+        Ok(buffer)
+    }
+}
+
+impl KvStore for PagedStore {
+    fn len(&self) -> usize {
+        self.cache.len(self.seq).unwrap_or(0)
+    }
+
+    fn begin(&mut self, new: usize) -> Result<()> {
+        if new == 0 || new > MAX_STEP {
+            return Err(crate::EngineError::Input(format!("a step of {new} tokens")));
+        }
+        if !self.batches.contains_key(&new) {
+            // Prefills come in all lengths: keep the small ones, which recur.
+            self.batches.retain(|&n, _| n <= 64);
+            let shape = BatchShape { window: self.shape.window, ..BatchShape::new(1, new, self.shape.q_heads) };
+            self.batches.insert(new, self.cache.batch(shape)?);
+        }
+        if let Some(batch) = self.batches.get_mut(&new) {
+            self.cache.begin(&self.stream, batch, &[(self.seq, new)])?;
+            self.step = new;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (k, v) = (self.upload(k)?, self.upload(v)?);
+        let strides = Some(Strides::rows_first(self.shape.kv_heads, self.step, self.shape.head_dim));
+        let rope = Rope {
+            inv_freq: self.inv_freq.view(),
+            rotary_dim: self.shape.rope.rotary_dim(),
+            layout: self.shape.rope.layout,
+            attention_factor: self.shape.rope.attention_factor,
+        };
+        let rows = NewRows { k: k.view(), k_strides: strides, v: v.view(), v_strides: strides };
+        let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
+        self.cache.append(&self.stream, batch, layer, rows, Some(rope))?;
+        // The uploads end with this call.
+        Ok(self.stream.synchronize()?)
+    }
+
+    fn attend(&mut self, layer: usize, q: &Tensor) -> Result<Tensor> {
+        let (heads, d) = (self.shape.q_heads, self.shape.head_dim);
+        let input = self.upload(q)?;
+        let mut out = self.stream.device().alloc(4 * self.step * heads * d)?;
+        let strides = Some(Strides::rows_first(heads, self.step, d));
+        let queries = Queries {
+            q: input.view(),
+            q_strides: strides,
+            out: out.view_mut(),
+            out_strides: strides,
+            lse: None,
+            sink_logits: None,
+        };
+        let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
+        self.cache.attend(&self.stream, batch, layer, queries)?;
+        let mut values = vec![0f32; self.step * heads * d];
+        self.stream.download(&out, 0, bytemuck::cast_slice_mut(&mut values))?;
+        Ok(Tensor::from_vec(values, (self.step, heads, d), q.device())?)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
+        self.step = 0;
+        Ok(self.cache.finish(batch)?)
+    }
+
+    fn cancel(&mut self) {
+        if let Some(batch) = self.batches.get_mut(&self.step) {
+            // Without a step there is nothing to cancel.
+            let _ = self.cache.cancel(batch);
+        }
+        self.step = 0;
+    }
+
+    fn truncate(&mut self, rows: usize) -> Result<()> {
+        Ok(self.cache.truncate(self.seq, rows)?)
+    }
+
+    fn bytes(&self) -> usize {
+        self.len() * self.cache.config().bytes_per_token()
+    }
+}
+
+fn no_step() -> crate::EngineError {
+    crate::EngineError::Input("no step has begun".into())
+}

@@ -1,0 +1,69 @@
+//! What an engine needs of a KV cache.
+
+use crate::Result;
+use candle_core::Tensor;
+
+/// Sizes that a model's cache has.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KvShape {
+    /// L.
+    pub layers: usize,
+    /// Hq.
+    pub q_heads: usize,
+    /// Hk.
+    pub kv_heads: usize,
+    /// d.
+    pub head_dim: usize,
+    /// 0 = off.
+    pub window: u32,
+    /// How keys are rotated.
+    pub rope: kvlar_reference::Rope,
+}
+
+/// The keys and values of one sequence, kept in some form. A step is `begin`, then `append` and (but for a prefill, whose
+/// attention is exact and the engine's own) `attend` of each layer in turn, then `finish`.
+pub trait KvStore {
+    /// Tokens held.
+    fn len(&self) -> usize;
+
+    /// Whether no tokens are held.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Starts a step of `new` tokens.
+    ///
+    /// # Errors
+    /// If there is no room; the store is as before.
+    fn begin(&mut self, new: usize) -> Result<()>;
+
+    /// Stores a layer's new rows: k before RoPE and v, f32 `[new, Hk, d]`.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()>;
+
+    /// Attention of the new tokens' queries (rotated, f32 `[new, Hq, d]`) over all tokens: f32 `[new, Hq, d]`.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    fn attend(&mut self, layer: usize, q: &Tensor) -> Result<Tensor>;
+
+    /// Ends a step.
+    ///
+    /// # Errors
+    /// If no step has begun.
+    fn finish(&mut self) -> Result<()>;
+
+    /// Ends a step that failed as if it had not begun.
+    fn cancel(&mut self);
+
+    /// Takes tokens back, to `rows`.
+    ///
+    /// # Errors
+    /// If there are fewer, or some of the others cannot be taken back.
+    fn truncate(&mut self, rows: usize) -> Result<()>;
+
+    /// Bytes that the tokens held take, with scales, padding, bases and tables.
+    fn bytes(&self) -> usize;
+}
