@@ -1,1 +1,104 @@
-fn main() {}
+//! Makes the texts of `assets/` by sampling the bundled model: `cargo run --release -p kvlar-assets`.
+//!
+//! * `text.txt`: for perplexity. `calibration.txt`: for fitting; from other seeds, never evaluated on.
+//! * `needle-500.jsonl`, `needle-1000.jsonl`: four facts in sampled filler of about so many tokens, and a question for each.
+//!
+//! Same seeds, same files. The synthetic recall task (`recall-60.jsonl`) came with the model.
+
+use kvlar::Device;
+use kvlar_candle::llama::{Llama, Logits, Sampler, Sampling};
+use kvlar_candle::{PagedStore, StoreConfig};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use std::error::Error;
+use std::path::Path;
+
+/// Tokens of a document at most; a new one then begins, as after an end-of-text token.
+const DOCUMENT: usize = 700;
+
+/// A document of at least 100 tokens.
+fn document(model: &Llama, seed: u64) -> Result<String, Box<dyn Error>> {
+    let mut seed = seed * 1000;
+    loop {
+        let mut sampler = Sampler::new(Sampling::Random { temperature: 0.9, top_p: 0.95, seed })?;
+        let mut store = PagedStore::new(&Device::reference(), &model.kv_shape(), StoreConfig::bf16(DOCUMENT + 1))?;
+        let first = model.config().bos.ok_or("the model has no first token")?;
+        let mut logits = model.prefill(&mut store, &[first], Logits::Last)?;
+        let mut tokens = Vec::new();
+        while tokens.len() < DOCUMENT {
+            let token = sampler.next(&logits)?;
+            if model.config().eos.contains(&token) || Some(token) == model.config().bos {
+                break;
+            }
+            tokens.push(token);
+            logits = model.extend(&mut store, &[token], Logits::Last)?;
+        }
+        if tokens.len() >= 100 {
+            return Ok(model.decode(&tokens)?.replace('\u{fffd}', ""));
+        }
+        seed += 1;
+    }
+}
+
+/// Documents of at least `tokens` tokens together.
+fn text(model: &Llama, tokens: usize, mut seed: u64) -> Result<String, Box<dyn Error>> {
+    let (mut all, mut count) = (String::new(), 0);
+    while count < tokens {
+        let d = document(model, seed)?;
+        count += model.encode(&d)?.len();
+        all += d.trim();
+        all += "\n\n";
+        seed += 1;
+        println!("{count} of {tokens} tokens");
+    }
+    Ok(all)
+}
+
+fn name(rng: &mut StdRng) -> String {
+    let syllables = 2 + usize::from(rng.random_bool(0.5));
+    let pick = |rng: &mut StdRng, from: &[u8]| char::from(from[rng.random_range(0..from.len())]);
+    (0..syllables).flat_map(|_| [pick(rng, b"bcdfgjklmnprstvwz"), pick(rng, b"aeiou")]).collect()
+}
+
+/// Contexts of about `tokens` tokens, cut from `filler`, with four facts at random places each.
+fn needles(model: &Llama, filler: &str, tokens: usize, contexts: usize, seed: u64) -> Result<String, Box<dyn Error>> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let lines: Vec<&str> = filler.lines().collect();
+    let mut out = String::new();
+    for c in 0..contexts {
+        let facts: Vec<(String, String)> =
+            (0..4).map(|_| (name(&mut rng), (0..5).map(|_| char::from(b'0' + rng.random_range(0..10u8))).collect())).collect();
+        let fact_lines: Vec<String> = facts.iter().map(|(n, code)| format!("The secret code of {n} is {code}.")).collect();
+        let budget = tokens.saturating_sub(model.encode(&fact_lines.join("\n"))?.len());
+        let (mut chosen, mut count) = (Vec::new(), 0);
+        for line in lines.iter().cycle().skip(c * lines.len() / contexts) {
+            let n = model.encode(&format!("{line}\n"))?.len();
+            if count + n > budget {
+                break;
+            }
+            count += n;
+            chosen.push((*line).to_string());
+        }
+        for fact in fact_lines {
+            chosen.insert(rng.random_range(0..=chosen.len()), fact);
+        }
+        let questions: Vec<_> = facts
+            .iter()
+            .map(|(n, code)| serde_json::json!({"question": format!("\nQuestion: What is the secret code of {n}?\nAnswer:"), "answer": format!(" {code}")}))
+            .collect();
+        out += &serde_json::json!({"context": chosen.join("\n"), "questions": questions}).to_string();
+        out.push('\n');
+    }
+    Ok(out)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets");
+    let model = Llama::load(assets.join("tiny-llama"))?;
+    std::fs::write(assets.join("text.txt"), text(&model, 10_000, 1)?)?;
+    std::fs::write(assets.join("calibration.txt"), text(&model, 12_000, 1_000)?)?;
+    let filler = text(&model, 10_000, 2_000)?;
+    std::fs::write(assets.join("needle-500.jsonl"), needles(&model, &filler, 500, 16, 1)?)?;
+    std::fs::write(assets.join("needle-1000.jsonl"), needles(&model, &filler, 1000, 12, 2)?)?;
+    Ok(())
+}

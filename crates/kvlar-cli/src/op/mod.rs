@@ -1,0 +1,97 @@
+//! `kvlar op`: one op on tensors from a file, as `OPS.md` defines it.
+//!
+//! Exit status: 0 done; 2 the input is wrong (the message names what); 3 the backend has no kernel for it
+//! (`unsupported`); 1 anything else. The output file is written whole or not at all.
+
+mod append;
+mod attend;
+mod case;
+mod encode;
+mod merge;
+
+use crate::backend::Backend;
+use case::{Case, Output};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// The op: attend, append, encode, decode, merge.
+    name: String,
+    /// What executes it.
+    #[arg(long, value_enum, default_value = "reference")]
+    backend: Backend,
+    /// Input tensors; scalars are strings in the file's metadata.
+    #[arg(long = "in")]
+    input: PathBuf,
+    /// Where the outputs go.
+    #[arg(long)]
+    out: PathBuf,
+    /// A scalar, key=value; wins over the file's.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+/// Why an op did not run.
+#[derive(Debug, thiserror::Error)]
+pub enum OpError {
+    /// The input is wrong.
+    #[error("{0}")]
+    Input(String),
+    /// The backend has no kernel for it.
+    #[error("unsupported: {0}")]
+    Unsupported(String),
+    /// Anything else.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl From<kvlar::Error> for OpError {
+    fn from(e: kvlar::Error) -> Self {
+        match e {
+            kvlar::Error::Unsupported { .. } => Self::Unsupported(e.to_string()),
+            kvlar::Error::Invalid { .. } => Self::Input(e.to_string()),
+            _ => Self::Other(e.to_string()),
+        }
+    }
+}
+
+impl From<kvlar_reference::ReferenceError> for OpError {
+    fn from(e: kvlar_reference::ReferenceError) -> Self {
+        Self::Input(e.to_string())
+    }
+}
+
+pub type Result<T> = std::result::Result<T, OpError>;
+
+pub fn input<T>(text: impl Into<String>) -> Result<T> {
+    Err(OpError::Input(text.into()))
+}
+
+fn execute(a: &Arguments) -> Result<()> {
+    let op: fn(&mut Case, Backend) -> Result<Output> = match a.name.as_str() {
+        "attend" => attend::run,
+        "append" => append::run,
+        "encode" | "decode" => encode::run,
+        "merge" => merge::run,
+        other => return input(format!("no op {other:?} (attend, append, encode, decode, merge)")),
+    };
+    let mut case = Case::read(&a.input, &a.set)?;
+    let output = op(&mut case, a.backend)?;
+    output.write(&a.out)
+}
+
+pub fn run(a: &Arguments) -> ExitCode {
+    let status = match execute(a) {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("kvlar op {}: {e}", a.name);
+            match e {
+                OpError::Input(_) => 2,
+                OpError::Unsupported(_) => 3,
+                OpError::Other(_) => 1,
+            }
+        }
+    };
+    ExitCode::from(status)
+}
