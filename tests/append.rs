@@ -72,7 +72,7 @@ fn skipped_and_scattered_slots(lab: &Lab) {
 }
 
 fn slots_per_head(lab: &Lab) {
-    let slots = (0..2 * 3 * 5).map(|i| if i % 7 == 3 { -1 } else { (i * 11 % 40) as i32 }).collect();
+    let slots = (0..2 * 3 * 5).map(|i| if i % 7 == 3 { -1 } else { i * 11 % 40 }).collect();
     Case { slots: Some(slots), layout: Layout::PerHead(16), ..Case::new(Dtype::Bf16, Codec::Bf16, 64) }.check(lab);
 }
 

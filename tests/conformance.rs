@@ -24,16 +24,15 @@ on_every_device!(
     the_last_cta_sees_what_all_wrote,
 );
 
-/// Launches; gives `out` (poisoned before). `None` on the reference backend, which has no instructions.
+/// Launches `grid` CTAs of `block` threads with `count` and `arg`; gives `out` (poisoned before). `None` on the reference
+/// backend, which has no instructions.
 fn launch(
     lab: &Lab,
     name: &'static str,
-    grid: u32,
-    block: u32,
+    [grid, block]: [u32; 2],
     input: &[u32],
     out_words: usize,
-    count: u32,
-    arg: u32,
+    [count, arg]: [u32; 2],
 ) -> Option<Vec<u32>> {
     if !lab.runs_kernels() {
         return None;
@@ -54,7 +53,7 @@ fn asynchronous_copies(lab: &Lab) {
     for (arg, size) in [(16u32, 16u32), (17, 16), (8, 8), (4, 4)] {
         let mut input = words(&mut rng, 128);
         input.extend((0..32).map(|l| if arg == 17 { 16 } else { [size, 0, (size / 2).max(4), 4][l % 4] }));
-        let Some(out) = launch(lab, "kvlar_conformance_cp_async", 1, 32, &input, 128, 0, arg) else { return };
+        let Some(out) = launch(lab, "kvlar_conformance_cp_async", [1, 32], &input, 128, [0, arg]) else { return };
         for (i, &word) in out.iter().enumerate() {
             let (lane, byte) = (i / 4, 4 * (i as u32 % 4));
             let expected = match byte {
@@ -69,7 +68,7 @@ fn asynchronous_copies(lab: &Lab) {
 
 fn groups_of_copies_land_in_order(lab: &Lab) {
     let input = words(&mut Rng::new(2), 512);
-    let Some(out) = launch(lab, "kvlar_conformance_cp_async_groups", 1, 32, &input, 512, 0, 0) else { return };
+    let Some(out) = launch(lab, "kvlar_conformance_cp_async_groups", [1, 32], &input, 512, [0, 0]) else { return };
     assert_eq!(out, input);
 }
 
@@ -79,7 +78,7 @@ fn bulk_copies_and_their_barriers(lab: &Lab) {
     }
     for (bytes, rounds) in [(16, 1), (256, 2), (1024, 7)] {
         let input = words(&mut Rng::new(bytes), (bytes / 4 * rounds) as usize);
-        let Some(out) = launch(lab, "kvlar_conformance_bulk_copy", 1, 64, &input, input.len(), bytes as u32, rounds as u32)
+        let Some(out) = launch(lab, "kvlar_conformance_bulk_copy", [1, 64], &input, input.len(), [bytes as u32, rounds as u32])
         else {
             return;
         };
@@ -97,7 +96,7 @@ fn matrix_loads(lab: &Lab) {
     for (arg, matrices, transposed) in [(0, 1, false), (1, 2, false), (2, 2, true), (3, 4, false), (4, 4, true)] {
         let mut input = words(&mut rng, 128);
         input.extend(rng.permutation(32).iter().map(|&r| r as u32));
-        let Some(out) = launch(lab, "kvlar_conformance_ldmatrix", 1, 32, &input, 128, 0, arg) else { return };
+        let Some(out) = launch(lab, "kvlar_conformance_ldmatrix", [1, 32], &input, 128, [0, arg]) else { return };
         for (lane, m) in (0..32).flat_map(|l| (0..4).map(move |m| (l, m))) {
             // Lanes 8m..8m+8 name the rows of matrix m; a lane gets elements 2c, 2c + 1 of row g, or of column g.
             let (g, c) = (lane / 4, lane % 4);
@@ -114,7 +113,7 @@ fn matrix_loads(lab: &Lab) {
 
 fn transposition(lab: &Lab) {
     let input = words(&mut Rng::new(4), 32);
-    let Some(out) = launch(lab, "kvlar_conformance_movmatrix", 1, 32, &input, 32, 0, 0) else { return };
+    let Some(out) = launch(lab, "kvlar_conformance_movmatrix", [1, 32], &input, 32, [0, 0]) else { return };
     for (lane, &word) in out.iter().enumerate() {
         let (g, c) = (lane / 4, lane % 4);
         let row = |r: usize| &input[4 * r..4 * r + 4];
@@ -178,7 +177,7 @@ fn tensor_core_products(lab: &Lab) {
                 input[192 + 32 * i + lane] = number(c[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2]);
             }
         }
-        let Some(out) = launch(lab, "kvlar_conformance_mma", 1, 32, &input, 128, 0, arg) else { return };
+        let Some(out) = launch(lab, "kvlar_conformance_mma", [1, 32], &input, 128, [0, arg]) else { return };
         for (lane, i) in (0..32).flat_map(|l| (0..4).map(move |i| (l, i))) {
             let (row, column) = (lane / 4 + 8 * (i / 2), 2 * (lane % 4) + i % 2);
             let sum: f64 = (0..k).map(|j| a[row * k + j] * b[j * 8 + column]).sum();
@@ -190,7 +189,8 @@ fn tensor_core_products(lab: &Lab) {
 /// Runs an elementwise operation on triples of words; two words each.
 fn arithmetic(lab: &Lab, arg: u32, input: &[u32]) -> Option<Vec<[u32; 2]>> {
     let count = input.len() / 3;
-    let out = launch(lab, "kvlar_conformance_arithmetic", count.div_ceil(64) as u32, 64, input, 2 * count, count as u32, arg)?;
+    let out =
+        launch(lab, "kvlar_conformance_arithmetic", [count.div_ceil(64) as u32, 64], input, 2 * count, [count as u32, arg])?;
     Some(out.chunks(2).map(|x| [x[0], x[1]]).collect())
 }
 
@@ -265,9 +265,8 @@ fn conversions(lab: &Lab) {
     }
     let Some(unpacked) = arithmetic(lab, 6, &as_f16.iter().flat_map(|w| [w[0], 0, 0]).collect::<Vec<_>>()) else { return };
     for (packed, two) in as_f16.iter().zip(&unpacked) {
-        for h in 0..2 {
-            assert_eq!(two[h], f16::from_bits((packed[0] >> (16 * h)) as u16).to_f32().to_bits());
-        }
+        let halves = [packed[0] as u16, (packed[0] >> 16) as u16];
+        assert_eq!(*two, halves.map(|h| f16::from_bits(h).to_f32().to_bits()));
     }
     // fp8 e4m3: nearest even, saturating at 448, 0x7f for NaN.
     let decode = |b: u8| -> f64 {
@@ -362,7 +361,7 @@ fn warp_collectives(lab: &Lab) {
         }
         let index: Vec<u32> = (0..32).map(|_| rng.below(32) as u32).collect();
         let input = [x.clone(), index.clone()].concat();
-        let Some(out) = launch(lab, "kvlar_conformance_warp", 1, 32, &input, 17 * 32, 0, 5) else { return };
+        let Some(out) = launch(lab, "kvlar_conformance_warp", [1, 32], &input, 17 * 32, [0, 5]) else { return };
         let ballot = |f: &dyn Fn(usize) -> bool| (0..32).filter(|&l| f(l)).fold(0u32, |m, l| m | 1 << l);
         for lane in 0..32 {
             let expected = [
@@ -392,7 +391,9 @@ fn warp_collectives(lab: &Lab) {
 fn named_barriers(lab: &Lab) {
     let rounds = 9;
     let input = words(&mut Rng::new(11), 32 * rounds);
-    let Some(out) = launch(lab, "kvlar_conformance_named_barriers", 1, 64, &input, 32 * rounds, rounds as u32, 0) else { return };
+    let Some(out) = launch(lab, "kvlar_conformance_named_barriers", [1, 64], &input, 32 * rounds, [rounds as u32, 0]) else {
+        return;
+    };
     for round in 0..rounds {
         let mut expected = input[32 * round..32 * round + 32].to_vec();
         expected.reverse();

@@ -140,7 +140,7 @@ fn buffers_of_another_device_are_refused() {
     let mut own = a.device.alloc(16).unwrap();
     assert!(matches!(a.stream.upload(&mut own, 14, &[0; 4]), Err(Error::Bounds { .. })));
     assert!(matches!(a.stream.copy_within(&mut own, 8..20, 0), Err(Error::Bounds { .. })));
-    assert!(matches!(a.stream.fill(&mut own, 8..4, 0), Err(Error::Bounds { .. })));
+    assert!(matches!(a.stream.fill(&mut own, std::ops::Range { start: 8, end: 4 }, 0), Err(Error::Bounds { .. })));
     let graph = a.stream.capture(|_| Ok(())).unwrap();
     // SAFETY: nothing was captured.
     assert!(matches!(unsafe { graph.launch(&b.stream) }, Err(Error::Mismatch { arg: "stream", .. })));

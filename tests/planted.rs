@@ -199,7 +199,7 @@ fn load(path: &Path) -> Emulation {
         // SAFETY: a static of that name and type in our library, where it exists.
         let kernel = unsafe { library.get::<*const c_void>(format!("kvlar_simt_kernel_{entry}\0").as_bytes()) };
         let kernel = kernel.map_err(|_| format!("{entry} is not in the short build"))?;
-        // SAFETY (both): functions of the emulation's interface.
+        // SAFETY: a function of the emulation's interface.
         let launch = unsafe { library.get::<LaunchFn>(b"kvlar_simt_launch\0") }.map_err(|e| e.to_string())?;
         // SAFETY: as above.
         let error = unsafe { library.get::<unsafe extern "C" fn() -> *const c_char>(b"kvlar_simt_last_error\0") }
