@@ -137,12 +137,14 @@ struct HeadData {
 impl AttendData {
     pub fn new(case: &AttendCase) -> Self {
         let mut rng = Rng::new(case.seed);
+        // Of its own: the same rows lie in any layout.
+        let mut layout_rng = Rng::new(!case.seed);
         let dtype = reference_dtype(case.dtype);
         let (b, hk) = (case.seqs, case.kv_heads);
         let q = dtype.round_all(&rng.normals(b * case.q_heads * case.query_rows * case.head_dim, case.q_size));
         let mut segments = Vec::new();
         for s in &case.segments {
-            let mut pages = Pages::new(&mut rng, s.layout, b, hk, s.capacity, &s.lengths);
+            let mut pages = Pages::new(&mut layout_rng, s.layout, b, hk, s.capacity, &s.lengths);
             if s.positions {
                 let per_head = matches!(s.layout, Layout::PerHead(_));
                 pages = pages.with_positions(|seq, head, row| (row * 2 + row / 5 + seq + if per_head { head } else { 0 }) as i32);
@@ -177,7 +179,7 @@ impl AttendData {
     }
 
     /// A (sequence, kv head)'s keys, values and positions, segment after segment.
-    fn dense_head(&self, seq: usize, head: usize) -> (Vec<f32>, Vec<f32>, Vec<i32>) {
+    pub fn dense_head(&self, seq: usize, head: usize) -> (Vec<f32>, Vec<f32>, Vec<i32>) {
         let (mut keys, mut values, mut positions) = (Vec::new(), Vec::new(), Vec::new());
         for s in &self.segments {
             let rows = &s.rows[seq * self.case.kv_heads + head];
