@@ -88,7 +88,7 @@ const BUGS: &[Bug] = &[
     bug(
         "int8 zeros of values forgotten",
         "attend/warp.cuh",
-        "if (w[e] != 0.f) state.zero[n][e] = fmaf(w[e], value_zero[b][h], state.zero[n][e]);",
+        "state.zero[n][e] = fmaf(w[e], value_zero[b][h], state.zero[n][e]);",
         "",
     ),
     bug(

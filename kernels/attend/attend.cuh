@@ -67,7 +67,7 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
         const int column = 8 * n + 2 * at.c + e;
         const float sum = column_sum(state.sum[n][e]);
         float shift = 0.f;
-        if constexpr (kInt8) shift = column_sum(state.zero[n][e]) - 1024.f * column_sum(state.weight[n][e]);
+        if constexpr (kInt8) shift = column_sum(state.zero[n][e]) - 1024.f * state.weight[n][e];
         float* row = scratch(warp, column);
 #pragma unroll
         for (int i = 0; i < D / 16; ++i) {
@@ -183,7 +183,7 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
       merge_warps(share);
       if (share.splits > 1 && ptx::arrive_last(p.counters + unit, uint32_t(share.splits))) merge_splits(share);
       __syncthreads();  // scratch and unit are free again
-        cell += share.cells;
+      cell += share.cells;
       if (cell >= end) ++unit;
     }
   }

@@ -26,7 +26,8 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
   struct State {
     float o[kSteps][NT][4];
     float top[NT][2], sum[NT][2];
-    float weight[NT][2], zero[NT][2];  // int8: sums of the fp16 weights, and of weight times zero
+    float weight[NT][4];  // int8: sums of the fp16 weights over all lanes' rows, in [0] and [1]; an accumulator
+    float zero[NT][2];    // int8: sums of weight times zero
   };
 
   const KvlarAttend& p;
@@ -222,11 +223,13 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
 #pragma unroll
           for (int e = 0; e < 4; ++e) s[b][n][e] = soft_cap(s[b][n][e], p.softcap) * kLog2E;
     }
-    mask<kTileBlocks>(s, tile, rows);
+    mask<kInt8Tile, kTileBlocks>(s, value_scale, value_zero, tile, rows);
     weigh<kInt8Tile, kTileBlocks>(s, value_scale, value_zero, value_log, tile, tile_s);
   }
 
-  template <int kTileBlocks> __device__ __forceinline__ void mask(float (&s)[kTileBlocks][NT][4], const unsigned char* tile, const Rows& rows) const {
+  template <bool kInt8Tile, int kTileBlocks>
+  __device__ __forceinline__ void mask(float (&s)[kTileBlocks][NT][4], float (&value_scale)[kTileBlocks][2], float (&value_zero)[kTileBlocks][2],
+                                       const unsigned char* tile, const Rows& rows) const {
     const Unit& u = shared.unit;
     const bool stored = p.segments[rows.segment].rows.positions != nullptr;
     const int first = u.first_row[rows.segment] + rows.row;
@@ -239,11 +242,16 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
       for (int h = 0; h < 2; ++h) {
         const int r = 16 * b + 8 * h + at.g;
         const int position = stored ? *reinterpret_cast<const int32_t*>(tile + Tiles::kPositions + 4 * r) : first + r;
+        bool seen = false;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (hidden(r, rows.valid, position, n, e)) s[b][n][2 * h + e] = -INFINITY;
+          for (int e = 0; e < 2; ++e) {
+            const bool hide = hidden(r, rows.valid, position, n, e);
+            if (hide) s[b][n][2 * h + e] = -INFINITY;
+            seen = seen || !hide;
+          }
+        if (kInt8Tile && !seen) value_scale[b][h] = value_zero[b][h] = 0.f;  // may be NaN, which a weight of 0 does not undo
       }
   }
 
@@ -279,19 +287,20 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
             w[e] = ptx::ex2_approx(s[b][n][2 * h + e] - state.top[n][e]);
             state.sum[n][e] += w[e];
             if constexpr (kInt8Tile) {
-              if (w[e] != 0.f) state.zero[n][e] = fmaf(w[e], value_zero[b][h], state.zero[n][e]);
-              w[e] = w[e] == 0.f ? 0.f : w[e] * value_scale[b][h];
+              state.zero[n][e] = fmaf(w[e], value_zero[b][h], state.zero[n][e]);
+              w[e] *= value_scale[b][h];
             }
           }
           using Weight = typename WeightType<kInt8Tile>::type;
-          const uint32_t packed = Half16<Weight>::pack(w[0], w[1]);
-          if constexpr (kInt8Tile) {
-            const float2 rounded = Half16<Weight>::unpack(packed);
-            state.weight[n][0] += rounded.x;
-            state.weight[n][1] += rounded.y;
-          }
-          weights[b][n][h] = ptx::movmatrix_trans(packed);
+          weights[b][n][h] = ptx::movmatrix_trans(Half16<Weight>::pack(w[0], w[1]));
         }
+    if constexpr (kInt8Tile) {  // sums of the weights as rounded: a product with ones
+      constexpr uint32_t kOne = 0x3c003c00u, ones[4] = {kOne, kOne, kOne, kOne};
+#pragma unroll
+      for (int b = 0; b < kTileBlocks; ++b)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) Half16<__half>::mma(state.weight[n], ones, weights[b][n]);
+    }
     if constexpr (kInt8Tile) Int8Tile<D, NT>::add_values(state.o, tile + Tiles::kValues, weights);
     else DenseTile<D, NT, T>::template add_values<kInt8>(state.o, tile + Tiles::kValues, tile_s + Tiles::kValues, weights);
   }
@@ -326,8 +335,10 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         state.top[n][e] = kFloor;
-        state.sum[n][e] = state.weight[n][e] = state.zero[n][e] = 0.f;
+        state.sum[n][e] = state.zero[n][e] = 0.f;
       }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) state.weight[n][e] = 0.f;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i)
 #pragma unroll

@@ -25,6 +25,7 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_merge(const __grid_const
   }
   for (int d = int(threadIdx.x); d < int(p.dim); d += int(blockDim.x)) {
     float x = 0.f;
+#pragma unroll 1  // the parts are few; unrolled, the row's factors spill
     for (uint32_t i = 0; i < p.part_count; ++i) {
       const float lse = __ldg(p.part_lse + int64_t(i) * p.row_count + row);
       if (lse == -INFINITY) continue;

@@ -52,9 +52,6 @@ impl MergePlan {
         within("part_lse", &part_lse, 4 * n * rows, 4)?;
         within("out", out, 4 * rows * dim, 4)?;
         within("lse", lse, 4 * rows, 4)?;
-        if rows == 0 {
-            return Ok(());
-        }
         let params = abi::KvlarMerge {
             parts: parts.address(),
             part_lse: part_lse.address(),
@@ -66,6 +63,21 @@ impl MergePlan {
             reserved: 0,
         };
         // SAFETY: every address was checked against the shape.
-        unsafe { stream.enqueue(Launch { entry: "kvlar_merge", grid: rows as u32, block: 128, shared_bytes: 0 }, &params) }
+        unsafe { self.launch_raw(stream, &params) }
+    }
+
+    /// Enqueues with the caller's own parameter struct.
+    ///
+    /// # Errors
+    /// Those of the launch.
+    ///
+    /// # Safety
+    /// `params` agrees with the plan's shape, and its addresses are valid on the stream's device until the launch has run.
+    pub unsafe fn launch_raw(&self, stream: &Stream, params: &abi::KvlarMerge) -> Result<()> {
+        if self.0.rows == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { stream.enqueue(Launch { entry: "kvlar_merge", grid: self.0.rows as u32, block: 128, shared_bytes: 0 }, params) }
     }
 }

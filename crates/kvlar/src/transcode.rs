@@ -87,9 +87,6 @@ impl TranscodePlan {
         }
         rows.check("rows", s.seqs, s.heads, pool.page_count)?;
         pool.check("pool", rows, s.seqs, s.heads, s.codec.row_bytes(s.dim), s.codec.params_bytes(s.dim, s.group))?;
-        if self.grid == 0 {
-            return Ok(());
-        }
         let (n, d) = (s.rows as i64, s.dim as i64);
         let params = abi::KvlarTranscode {
             rows: rows.abi(),
@@ -109,6 +106,41 @@ impl TranscodePlan {
             reserved: 0,
         };
         // SAFETY: every address was checked against the shape.
-        unsafe { stream.enqueue(Launch { entry, grid: self.grid, block: 128, shared_bytes: 0 }, &params) }
+        unsafe { self.launch_raw(stream, entry, &params) }
+    }
+
+    /// Enqueues an encode with the caller's own parameter struct, for engines with their own tensors and strides.
+    ///
+    /// # Errors
+    /// Those of the launch.
+    ///
+    /// # Safety
+    /// `params` agrees with the plan's shape, and its addresses and strides are valid on the stream's device until the
+    /// launch has run.
+    pub unsafe fn encode_raw(&self, stream: &Stream, params: &abi::KvlarTranscode) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_raw(stream, "kvlar_encode", params) }
+    }
+
+    /// Enqueues a decode likewise; `params.dtype` is not read, the output is f32.
+    ///
+    /// # Errors
+    /// Those of the launch.
+    ///
+    /// # Safety
+    /// As for [`TranscodePlan::encode_raw`].
+    pub unsafe fn decode_raw(&self, stream: &Stream, params: &abi::KvlarTranscode) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_raw(stream, "kvlar_decode", params) }
+    }
+
+    /// # Safety
+    /// As for [`TranscodePlan::encode_raw`].
+    unsafe fn launch_raw(&self, stream: &Stream, entry: &'static str, params: &abi::KvlarTranscode) -> Result<()> {
+        if self.grid == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { stream.enqueue(Launch { entry, grid: self.grid, block: 128, shared_bytes: 0 }, params) }
     }
 }

@@ -18,7 +18,7 @@ pub struct Instruction {
 /// Where execution goes after an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
-    /// To the next one. A call is expected to come back there.
+    /// To the next one.
     Next,
     /// To `target`, or (`or_next`) to the next one.
     Jump { target: u64, or_next: bool },
@@ -53,6 +53,8 @@ impl Instruction {
                 let target = self.operands.rsplit(',').next().and_then(address);
                 target.map_or(Flow::Unknown, |target| Flow::Jump { target, or_next: condition })
             }
+            // Before sm_90 the compiler also leaves loops by guarded calls that never come back.
+            "CALL" => address(&self.operands).map_or(Flow::Next, |target| Flow::Jump { target, or_next: true }),
             "EXIT" | "RET" | "KILL" => Flow::Leave { or_next: self.guarded },
             "BRX" | "BRXU" | "JMX" | "JMXU" => Flow::Unknown,
             _ => Flow::Next,
@@ -193,6 +195,7 @@ mod tests {
         /*0030*/                   BRA.U !UP0, 0x10 ;                        /* 0x0 */
         /*0040*/               @P0 BRA P1, 0x50 ;
         /*0050*/                   BRA 0x50;
+        /*0060*/               @P1 CALL.REL.NOINC 0x50 ;
 \t\tFunction : kvlar_two
         /*0000*/                   BRX R2 -0x10 ;
 ";
@@ -202,7 +205,7 @@ mod tests {
         let all = functions(TEXT);
         assert_eq!(all.keys().collect::<Vec<_>>(), ["kvlar_one", "kvlar_two"]);
         let one = &all["kvlar_one"];
-        assert_eq!(one.len(), 6);
+        assert_eq!(one.len(), 7);
         let copy = &one[1];
         assert_eq!((copy.address, copy.guarded, copy.name()), (0x10, true, "LDGSTS"));
         assert!(copy.has("LTC128B") && copy.has("128") && !copy.has("64"));
@@ -219,12 +222,15 @@ mod tests {
         assert_eq!(flow(3), Flow::Jump { target: 0x10, or_next: true });
         assert_eq!(flow(4), Flow::Jump { target: 0x50, or_next: true });
         assert_eq!(flow(5), Flow::Jump { target: 0x50, or_next: false });
+        assert_eq!(flow(6), Flow::Jump { target: 0x50, or_next: true });
         assert_eq!(all["kvlar_two"][0].flow(), Flow::Unknown);
     }
 
     #[test]
     fn a_sync_elsewhere_is_noticed() {
-        let body = |meet: &str| functions(&format!("Function : f\n/*00*/ BSSY B0, {meet} ;\n/*10*/ NOP ;\n/*20*/ BSYNC B0 ;\n/*30*/ EXIT ;\n"));
+        let body = |meet: &str| {
+            functions(&format!("Function : f\n/*00*/ BSSY B0, {meet} ;\n/*10*/ NOP ;\n/*20*/ BSYNC B0 ;\n/*30*/ EXIT ;\n"))
+        };
         assert_eq!(stray_sync(&body("0x20")["f"]), None);
         assert_eq!(stray_sync(&body("0x30")["f"]), None);
         assert_eq!(stray_sync(&body("0x10")["f"]), Some(0x20));
@@ -237,7 +243,7 @@ mod tests {
         let text = "ptxas info    : Compiling entry function 'kvlar_one' for 'sm_90a'
 ptxas info    : Function properties for kvlar_one
     8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
-ptxas info    : Function properties for helper
+ptxas info    : Function properties for callee
     0 bytes stack frame, 1 bytes spill stores, 2 bytes spill loads
 ptxas info    : Compiling entry function 'kvlar_two' for 'sm_90a'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n";

@@ -1,0 +1,173 @@
+//! Checks `kernels/ledger/static.json`: what every kernel is once compiled, as far as that can be read without a GPU.
+//!
+//! For each entry point and architecture the ledger holds registers, memory, spills, and for the attend kernels the
+//! instructions of their main loop with the issue time that they imply on an H200. Compiling again and comparing shows
+//! what a change to a kernel (or to anything it includes) did to all of them: a register more may cost an SM one of its
+//! CTAs, and twenty instructions in a loop may be what keeps it from the speed of memory.
+//!
+//! * `kvlar-ledger`: compile, compare, exit with 1 if anything differs or may not be.
+//! * `kvlar-ledger --write`: compile and write the file.
+//! * `kvlar-ledger --path kvlar_attend_bf16_d128_n8 --archs 90a`: print the instructions that were counted.
+//!
+//! Needs `tools/cuda-toolchain` or a CUDA toolkit. What was compiled is kept in `target/ledger`.
+
+mod compile;
+mod ledger;
+mod model;
+mod path;
+mod sass;
+
+use clap::Parser;
+use compile::{BuildFlags, Compiler, Report, Toolchain, Unit};
+use ledger::{Facts, Findings, Ledger};
+use model::Attend;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+use std::{env, fs, thread};
+
+/// Compiles all kernels and checks them against kernels/ledger/static.json.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Write the ledger instead of checking it.
+    #[arg(long)]
+    write: bool,
+    /// Architectures, such as `80,90a` [default: those of a release].
+    #[arg(long, value_delimiter = ',')]
+    archs: Vec<String>,
+    /// Compilers at a time [default: one a core].
+    #[arg(short, long)]
+    jobs: Option<usize>,
+    /// Print the fast paths of an attend kernel, and nothing else.
+    #[arg(long, value_name = "ENTRY", conflicts_with = "write")]
+    path: Option<String>,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all is well.
+fn run(args: &Args) -> Result<bool, String> {
+    let start = Instant::now();
+    let root = fs::canonicalize(Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")).map_err(|e| e.to_string())?;
+    let kernels = root.join("kernels");
+    let tools = Toolchain::find(&root)?;
+    let build = fs::read_to_string(kernels.join("build/cuda.rs")).map_err(|e| format!("kernels/build/cuda.rs: {e}"))?;
+    let build = BuildFlags::parse(&build)?;
+    let archs = if args.archs.is_empty() { build.archs } else { args.archs.clone() };
+    let units = compile::units(&kernels)?;
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let cache = target.join("ledger");
+    let compiler = Compiler { tools: &tools, flags: &build.flags, kernels: &kernels, cache: &cache };
+    let jobs = args.jobs.or_else(|| thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
+
+    if let Some(entry) = &args.path {
+        let units: Vec<Unit> = units.into_iter().filter(|u| u.entries.contains(entry)).collect();
+        if units.is_empty() {
+            return Err(format!("no kernel is called {entry}"));
+        }
+        let (paths, _) = compiler.each(&units, &archs, jobs, |_, arch, report| print_path(entry, arch, report))?;
+        return paths.into_iter().collect::<Result<(), _>>().map(|()| true);
+    }
+
+    let (measured, compiled) = compiler.each(&units, &archs, jobs, measure)?;
+    let mut found = Findings::default();
+    let mut entries = Vec::new();
+    for result in measured.into_iter().flatten() {
+        match result {
+            Ok(facts) => entries.push(facts),
+            Err(e) => found.errors.push(e),
+        }
+    }
+    found.errors.sort();
+    let actual = Ledger::new(tools.compiler.clone(), entries);
+    actual.entries.iter().for_each(|f| found.judge(f));
+
+    let file = kernels.join("ledger/static.json");
+    let committed = fs::read_to_string(&file).ok().map(|t| serde_json::from_str::<Ledger>(&t));
+    let count = actual.entries.len();
+    if args.write {
+        write(&file, actual, committed.and_then(Result::ok), &archs)?;
+    } else {
+        match committed {
+            None => found.errors.push("kernels/ledger/static.json is missing: write it with --write".into()),
+            Some(Err(e)) => found.errors.push(format!("kernels/ledger/static.json: {e}")),
+            Some(Ok(committed)) => found.compare(&committed, &actual, &archs),
+        }
+    }
+    found.notes.iter().for_each(|n| println!("note: {n}"));
+    found.errors.iter().for_each(|e| println!("error: {e}"));
+    println!(
+        "static ledger {}: {count} entries over {} architectures, {compiled} of {} units compiled, {} errors, {} notes, {:.0} s",
+        if args.write { "written" } else { "checked" },
+        archs.len(),
+        units.len() * archs.len(),
+        found.errors.len(),
+        found.notes.len(),
+        start.elapsed().as_secs_f64()
+    );
+    Ok(found.errors.is_empty())
+}
+
+/// The facts of a unit's entry points, or why there are none.
+fn measure(unit: &Unit, arch: &str, report: &Report) -> Vec<Result<Facts, String>> {
+    let (usages, spills) = (sass::usages(&report.usage), sass::spills(&report.assembler));
+    let mut bodies = sass::functions(&report.sass);
+    let one = |entry: &String| {
+        let (Some(&usage), Some(&spills), Some(body)) = (usages.get(entry), spills.get(entry), bodies.remove(entry)) else {
+            return Err(format!("{entry} sm_{arch}: not in the compiled unit"));
+        };
+        Facts::measure(entry, arch, usage, spills, body)
+    };
+    unit.entries.iter().map(one).collect()
+}
+
+/// Writes what was measured. Lines of other architectures stay, unless another compiler made them.
+fn write(file: &Path, actual: Ledger, committed: Option<Ledger>, archs: &[String]) -> Result<(), String> {
+    let Ledger { compiler, mut entries } = actual;
+    let kept = committed.into_iter().flat_map(|l| l.entries.into_iter().map(move |f| (l.compiler.clone(), f)));
+    for (made_by, facts) in kept.filter(|(_, f)| !archs.contains(&f.arch)) {
+        if made_by != compiler {
+            return Err(format!(
+                "{} holds figures of {made_by} for sm_{}: write all architectures at once",
+                file.display(),
+                facts.arch
+            ));
+        }
+        entries.push(facts);
+    }
+    let text = Ledger::new(compiler, entries).to_text().map_err(|e| e.to_string())?;
+    fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+fn print_path(entry: &str, arch: &str, report: &Report) -> Result<(), String> {
+    let attend = Attend::of(entry).ok_or_else(|| format!("{entry} is no attend kernel"))??;
+    let body = sass::functions(&report.sass).remove(entry).ok_or_else(|| format!("{entry}: not in the compiled unit"))?;
+    let graph = path::Graph::new(body)?;
+    let mut text = String::new();
+    for (n, main) in graph.main_loops().iter().enumerate() {
+        for &kind in attend.kinds() {
+            let path = graph.fast_path(main, attend.work(kind)).unwrap_or_default();
+            text += &format!("{entry} sm_{arch}, loop {n}, {kind} tile: {} of {} instructions\n", path.len(), graph.size(main));
+            let mut next = None;
+            for i in path {
+                if next.is_some_and(|n| n != i.address) {
+                    text += "        ...\n";
+                }
+                next = Some(i.address + 16);
+                text += &format!("{:6x} {} {} {}\n", i.address, if i.guarded { "@" } else { " " }, i.opcode, i.operands);
+            }
+        }
+    }
+    print!("{text}");
+    Ok(())
+}
