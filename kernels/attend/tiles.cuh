@@ -1,8 +1,9 @@
 // Tile shapes of decode attention, for a template head dimension D and a storage format.
 //
 // A warp takes `rows` cached rows at a time through a private ring of `kStages` tiles, so that
-// kStages - 1 tiles a warp are always in flight: 8 KB a tile, 64 to 128 KB an SM (Little's law asks
-// for about 25 KB at 4.3 TB/s and 0.75 us; research systems settle at 48 to 96 KB).
+// kStages - 1 tiles a warp are always in flight, 8 KB each: 128 KB an SM on Hopper (two CTAs), 64 KB on
+// sm_80 (one), 32 KB where an SM has 100 KB in all. Little's law asks for about 25 KB at 4.3 TB/s and
+// 0.75 us; research systems settle at 48 to 96 KB.
 #pragma once
 #include "device/gpu.cuh"
 
