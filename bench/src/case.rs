@@ -1,0 +1,49 @@
+//! What a bench file gives.
+
+use crate::Rig;
+use kvlar::{Result, Stream};
+use serde_json::Value;
+
+/// An op at a shape.
+pub trait Case {
+    /// Within the op, such as `bf16/b1/t4096`.
+    fn name(&self) -> String;
+
+    /// The shape, for the results file.
+    fn parameters(&self) -> Value;
+
+    /// Bytes that one launch must read and write: inputs once, outputs once.
+    fn bytes(&self) -> usize;
+
+    /// Device memory of one buffer set.
+    fn set_bytes(&self) -> usize {
+        self.bytes()
+    }
+
+    /// Buffer sets worth having; 1 where every launch works on the same memory anyway.
+    fn max_sets(&self) -> usize {
+        1024
+    }
+
+    /// Allocates `sets` buffer sets, filled with random data; outputs are NaN.
+    ///
+    /// # Errors
+    /// Those of allocation and of the op's plan.
+    fn prepare(&self, rig: &Rig, sets: usize) -> Result<Box<dyn Launches>>;
+}
+
+/// The buffers of a case, and its launches.
+pub trait Launches {
+    /// Enqueues one launch over buffer set `set`.
+    ///
+    /// # Errors
+    /// Those of the op.
+    fn launch(&mut self, stream: &Stream, set: usize) -> Result<()>;
+
+    /// Called once after the first launches: refuses results that cannot be right, since the time of a launch that did
+    /// nothing means nothing. The test suites check values.
+    ///
+    /// # Panics
+    /// If a result is not finite or a kernel reported bad arguments.
+    fn check(&self, rig: &Rig);
+}

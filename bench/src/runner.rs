@@ -1,0 +1,164 @@
+//! Runs cases under criterion.
+
+use crate::ceiling::CopyCeiling;
+use crate::report::{Measurement, Report, size};
+use crate::{Case, Launches, Rig};
+use criterion::{Criterion, SamplingMode, Throughput};
+use kvlar::Graph;
+use std::cell::RefCell;
+use std::time::Duration;
+
+/// The buffer sets of a case take at least this many times the L2 together.
+const L2_TIMES: usize = 4;
+/// Fewer launches in a graph would time the gap between replays.
+const MIN_LAUNCHES: usize = 20;
+
+/// How a case's launches are spread over buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Rotation {
+    sets: usize,
+    rounds: usize,
+    cold: bool,
+}
+
+impl Rotation {
+    /// `None` where one set alone is more than the budget.
+    fn of(case: &dyn Case, l2: usize, budget: usize, min_launches: usize) -> Option<Self> {
+        let bytes = case.bytes().max(1);
+        let wanted = (L2_TIMES * l2 / bytes + 1).max(3).min(case.max_sets());
+        let sets = wanted.min(budget / case.set_bytes().max(1));
+        if sets == 0 {
+            return None;
+        }
+        Some(Self { sets, rounds: min_launches.div_ceil(sets), cold: sets * bytes > 2 * l2 && case.max_sets() > 1 })
+    }
+}
+
+/// A captured graph of launches, and the buffers it uses.
+struct Replay {
+    graph: Graph,
+    launches: usize,
+    // Declared last: the graph goes first.
+    buffers: Box<dyn Launches>,
+}
+
+impl Replay {
+    fn capture(rig: &Rig, case: &dyn Case, rotation: Rotation) -> kvlar::Result<Self> {
+        let mut buffers = case.prepare(rig, rotation.sets)?;
+        let graph = rig.stream.capture(|stream| {
+            for set in (0..rotation.rounds).flat_map(|_| 0..rotation.sets) {
+                buffers.launch(stream, set)?;
+            }
+            Ok(())
+        })?;
+        let replay = Self { graph, launches: rotation.sets * rotation.rounds, buffers };
+        replay.run(rig, 1)?;
+        rig.stream.synchronize()?;
+        replay.buffers.check(rig);
+        Ok(replay)
+    }
+
+    fn run(&self, rig: &Rig, times: u64) -> kvlar::Result<()> {
+        for _ in 0..times {
+            // SAFETY: the buffers that were captured live in `self`, and nothing but this stream uses them.
+            unsafe { self.graph.launch(&rig.stream)? };
+        }
+        Ok(())
+    }
+}
+
+/// Times the cases that `cases` gives for a device, and reports. A bench's `main`.
+///
+/// # Panics
+/// If a case fails.
+pub fn run(op: &'static str, cases: impl FnOnce(&Rig) -> Vec<Box<dyn Case>>) {
+    let Some(rig) = Rig::open() else { return };
+    let base = Criterion::default().without_plots();
+    let mut criterion = if rig.is_emulated() {
+        // Only to see them run.
+        let second = Duration::from_secs(1);
+        base.sample_size(10).nresamples(2000).warm_up_time(second / 20).measurement_time(second)
+    } else {
+        base.sample_size(30).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(1))
+    }
+    .configure_from_args();
+    let mut report = Report::new(op, &rig, CopyCeiling::measure(&rig));
+    let title = if rig.is_emulated() { format!("{op} (emulated, not a speed)") } else { op.to_string() };
+    for case in cases(&rig) {
+        run_case(&rig, &mut criterion, &mut report, &title, &*case);
+    }
+    report.finish();
+    criterion.final_summary();
+}
+
+fn run_case(rig: &Rig, criterion: &mut Criterion, report: &mut Report<'_>, title: &str, case: &dyn Case) {
+    let (budget, min_launches) = (rig.budget(), if rig.is_emulated() { 1 } else { MIN_LAUNCHES });
+    let Some(rotation) = Rotation::of(case, rig.l2_bytes(), budget, min_launches) else {
+        return report.skip(&case.name(), &format!("needs {}, may take {}", size(case.set_bytes()), size(budget)));
+    };
+    // Prepared when criterion first asks, so that a filter saves the memory and the time of what it leaves out.
+    let mut replay: Option<Replay> = None;
+    let samples: RefCell<Vec<(u64, Duration)>> = RefCell::default();
+    let mut group = criterion.benchmark_group(title);
+    if !rig.is_emulated() {
+        group.throughput(Throughput::Bytes(case.bytes() as u64));
+    }
+    group.sampling_mode(SamplingMode::Flat).bench_function(case.name(), |bencher| {
+        let replay = replay.get_or_insert_with(|| Replay::capture(rig, case, rotation).expect("a case that runs"));
+        bencher.iter_custom(|replays| {
+            let total = rig.time(|| replay.run(rig, replays)).expect("replays");
+            samples.borrow_mut().push((replays, total));
+            // Criterion counts iterations: one is a launch, on average.
+            total.div_f64(replay.launches as f64)
+        });
+    });
+    group.finish();
+    let Some(replay) = replay else { return };
+    let samples = samples.into_inner();
+    // Flat sampling repeats one count of iterations; warm-up comes before, with other counts.
+    let last = samples.last().map_or(1, |s| s.0);
+    let measured = samples.iter().rev().take_while(|s| s.0 == last);
+    report.add(Measurement {
+        name: case.name(),
+        parameters: case.parameters(),
+        bytes: case.bytes(),
+        sets: rotation.sets,
+        launches_a_replay: replay.launches,
+        cold: rotation.cold,
+        seconds: measured.map(|(n, t)| t.as_secs_f64() / (*n as f64 * replay.launches as f64)).collect(),
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    struct Sized(usize);
+
+    impl Case for Sized {
+        fn name(&self) -> String {
+            String::new()
+        }
+        fn parameters(&self) -> Value {
+            Value::Null
+        }
+        fn bytes(&self) -> usize {
+            self.0
+        }
+        fn prepare(&self, _: &Rig, _: usize) -> kvlar::Result<Box<dyn Launches>> {
+            unreachable!("only its size is asked for")
+        }
+    }
+
+    #[test]
+    fn rotations_exceed_the_cache_or_say_that_they_do_not() {
+        let of = |bytes| Rotation::of(&Sized(bytes), 60, 4000, 20);
+        assert_eq!(of(100), Some(Rotation { sets: 3, rounds: 7, cold: true }));
+        assert_eq!(of(1), Some(Rotation { sets: 241, rounds: 1, cold: true }));
+        assert_eq!(of(4000), Some(Rotation { sets: 1, rounds: 20, cold: true }));
+        assert_eq!(of(4001), None);
+        let tiny = Rotation::of(&Sized(1), 60_000, 4_000_000, 20).expect("room");
+        assert!(tiny.sets == 1024 && !tiny.cold);
+    }
+}
