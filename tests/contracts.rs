@@ -153,6 +153,20 @@ fn memory_that_cannot_be_had_is_an_error() {
 }
 
 #[test]
+fn an_emulated_launch_that_goes_wrong_says_why() {
+    for lab in Lab::emulated() {
+        let params = kvlar::abi::KvlarMerge::default();
+        // SAFETY: neither launch gets as far as a kernel: there is no such entry, and it takes another struct.
+        let e = unsafe { lab.stream.enqueue_entry("kvlar_no_such_kernel", 1, 32, &params) }.unwrap_err();
+        assert!(matches!(&e, Error::Emulation(_)), "{e:?}");
+        says(&e, &["kvlar_no_such_kernel"]);
+        // SAFETY: as above.
+        let e = unsafe { lab.stream.enqueue_entry("kvlar_append", 1, 128, &params) }.unwrap_err();
+        says(&e, &["kvlar_append"]);
+    }
+}
+
+#[test]
 fn only_launches_can_be_captured() {
     let lab = Lab::reference();
     let mut buffer = lab.device.alloc(16).unwrap();

@@ -186,7 +186,7 @@ fn ragged(rig: &Rig, batch: usize, longest: usize) -> Vec<usize> {
 fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     let codecs = [Codec::Bf16, Codec::F16, Codec::Int8];
     let mut all = Vec::new();
-    if rig.is_emulated() {
+    if rig.wants_tiny_shapes() {
         let tiny = |codec, lengths| Attend { heads: (8, 2), ..Attend::new(codec, lengths) };
         all.extend(codecs.map(|codec| tiny(codec, vec![192])));
         all.push(tiny(Codec::Bf16, ragged(rig, 3, 160)));

@@ -60,8 +60,11 @@ impl Launches for Buffers {
 }
 
 fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
-    let shapes: &[(usize, usize)] =
-        if rig.is_emulated() { &[(2, 8), (5, 3)] } else { &[(2, 32), (8, 32), (2, 1024), (8, 1024), (32, 1024), (8, 32768)] };
+    let shapes: &[(usize, usize)] = if rig.wants_tiny_shapes() {
+        &[(2, 8), (5, 3)]
+    } else {
+        &[(2, 32), (8, 32), (2, 1024), (8, 1024), (32, 1024), (8, 32768)]
+    };
     let case = |&(parts, rows): &(usize, usize)| Box::new(Merge(MergeShape { parts, rows, dim: 128 })) as Box<dyn Case>;
     shapes.iter().map(case).collect()
 }

@@ -5,8 +5,8 @@
 //! tiny shapes run in emulation: that shows that a bench works, and says nothing of speed.
 //!
 //! Environment: `KVLAR_BENCH_OUT` (folder for `OP.json`; default `bench/results`), `KVLAR_BENCH_DATE` (written into it),
-//! `KVLAR_REQUIRE_GPU` (no GPU is a failure), `KVLAR_BENCH_BYTES` (GPU memory that a case may take; default half of what
-//! is free).
+//! `KVLAR_REQUIRE_GPU` (no GPU is a failure), `KVLAR_BENCH_BYTES` (memory that a case may take; default half of what is
+//! free on the GPU), `KVLAR_BENCH_SHAPES=full` (a GPU's shapes in emulation too: slow; give a filter).
 
 mod case;
 mod ceiling;

@@ -68,7 +68,8 @@ impl<'a> Report<'a> {
             "samples": m.seconds.len(),
         });
         let Some(ceiling) = self.ceiling else {
-            self.line(format!("{op}/{}: ran emulated, not a speed ({} a launch)", m.name, size(m.bytes)));
+            let how = if self.rig.is_emulated() { "ran emulated, not a speed" } else { "ran, not timed" };
+            self.line(format!("{op}/{}: {how} ({} a launch)", m.name, size(m.bytes)));
             self.results.push(result);
             return;
         };
@@ -96,14 +97,16 @@ impl<'a> Report<'a> {
         self.results.push(result);
     }
 
-    /// Prints all lines again, together, and writes the file.
+    /// Prints all times again, together, and writes the file.
     pub fn finish(mut self) {
-        if let (Some(c), Some((speed, name))) = (self.ceiling, &self.fastest) {
-            let percent = 100.0 * speed / c.rate();
-            let line = format!("fastest {}: {} by {name}, {percent:.1} % of the copy ceiling", self.op, rate(*speed));
-            self.lines.push(line);
+        if let Some(c) = self.ceiling {
+            if let Some((speed, name)) = &self.fastest {
+                let percent = 100.0 * speed / c.rate();
+                let line = format!("fastest {}: {} by {name}, {percent:.1} % of the copy ceiling", self.op, rate(*speed));
+                self.lines.push(line);
+            }
+            println!("\n{}", self.lines.join("\n"));
         }
-        println!("\n{}", self.lines.join("\n"));
         let Some(folder) = self.folder() else { return };
         let path = folder.join(format!("{}.json", self.op));
         let text = serde_json::to_string_pretty(&self.json()).expect("JSON");
@@ -113,8 +116,11 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Emulated results are kept only where they are asked for.
+    /// Emulated results are kept only where they are asked for, those of criterion's test mode nowhere.
     fn folder(&self) -> Option<PathBuf> {
+        if self.ceiling.is_none() && !self.rig.is_emulated() {
+            return None;
+        }
         if let Some(folder) = std::env::var_os("KVLAR_BENCH_OUT") {
             return Some(folder.into());
         }

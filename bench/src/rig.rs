@@ -45,7 +45,7 @@ impl Rig {
         };
         let stream = device.stream().expect("a stream");
         if device.backend() != Backend::Cuda {
-            eprintln!("tiny shapes run in emulation: the times below are emulated, not a speed");
+            eprintln!("shapes run in emulation: the times below are emulated, not a speed");
         }
         Some(Self {
             #[cfg(feature = "cuda")]
@@ -59,6 +59,11 @@ impl Rig {
     /// Whether times say nothing.
     pub fn is_emulated(&self) -> bool {
         self.device.backend() != Backend::Cuda
+    }
+
+    /// Whether cases should be tiny: emulated ones are, unless `KVLAR_BENCH_SHAPES=full` asks for those of a GPU.
+    pub fn wants_tiny_shapes(&self) -> bool {
+        self.is_emulated() && std::env::var("KVLAR_BENCH_SHAPES").as_deref() != Ok("full")
     }
 
     /// Bytes of the last cache before memory.

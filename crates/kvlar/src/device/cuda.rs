@@ -57,6 +57,14 @@ fn runs_on(archs: &[&str], (major, minor): (u32, u32)) -> bool {
     archs.iter().any(native) || major >= 8
 }
 
+fn check_arch(archs: &[&str], capability: (u32, u32)) -> Result<()> {
+    if runs_on(archs, capability) {
+        return Ok(());
+    }
+    let arch = format!("{}{}", capability.0, capability.1);
+    Err(Error::NoKernelForArch { arch, built: format!("sm_{} and compute_80 PTX", archs.join(", sm_")) })
+}
+
 pub(super) fn open(ordinal: usize) -> Result<(DeviceInfo, Cuda)> {
     let Found { devices, .. } = probe(needed_version())?;
     if ordinal >= devices {
@@ -70,10 +78,7 @@ pub(super) fn open(ordinal: usize) -> Result<(DeviceInfo, Cuda)> {
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
     );
     let archs = kvlar_kernels::MODULES.first().map_or(&[][..], |m| m.archs);
-    if !runs_on(archs, capability) {
-        let arch = format!("{}{}", capability.0, capability.1);
-        return Err(Error::NoKernelForArch { arch, built: format!("sm_{} and compute_80 PTX", archs.join(", sm_")) });
-    }
+    check_arch(archs, capability)?;
     let info = DeviceInfo {
         name: check("cuDeviceGetName", result::device::get_name(device))?,
         compute_capability: Some(capability),
@@ -141,7 +146,11 @@ impl Driver for Cuda {
             other => check("cuMemAlloc", other)?,
         };
         // SAFETY: just allocated.
-        if let Err(e) = check("cuMemsetD8", unsafe { result::memset_d8_sync(address, 0, bytes) }) {
+        let zeroed = check("cuMemsetD8", unsafe { result::memset_d8_sync(address, 0, bytes) })
+            // That call only enqueues, on the default stream, which our non-blocking streams do not wait for.
+            // SAFETY: the default stream always exists.
+            .and_then(|()| check("cuStreamSynchronize", unsafe { result::stream::synchronize(result::stream::null()) }));
+        if let Err(e) = zeroed {
             self.free(address, bytes);
             return Err(e);
         }
@@ -263,7 +272,8 @@ mod tests {
     fn architectures_that_the_build_serves() {
         assert!(runs_on(&["80", "90a"], (9, 0)) && runs_on(&["80", "90a"], (8, 6)));
         assert!(runs_on(&["80"], (12, 0)), "PTX is compiled by the driver");
-        assert!(!runs_on(&["80", "90a"], (7, 5)));
+        let e = check_arch(&["80", "90a"], (7, 5)).unwrap_err();
+        assert!(e.to_string().contains("75") && e.to_string().contains("sm_80, sm_90a"), "{e}");
     }
 
     #[test]
