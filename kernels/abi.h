@@ -30,6 +30,23 @@ enum {
   KVLAR_CODEC_BF16 = 0,
   KVLAR_CODEC_F16 = 1,
   KVLAR_CODEC_INT8 = 2,  // token-wise: u8 codes, then (f16 scale, f16 zero) a group in the page's params
+  KVLAR_CODEC_F32 = 3,   // results of project
+};
+
+// How a segment's latents are stored, and with what type they meet the basis.
+enum {
+  KVLAR_LATENT_NONE = 0,        // not a latent segment
+  KVLAR_LATENT_DTYPE = 1,       // type of q, as is the basis
+  KVLAR_LATENT_INT8 = 2,        // int8, a scale and zero a row; the basis is f16
+  KVLAR_LATENT_INT8_BASIS = 3,  // likewise, and the basis is int8 with a scale a rotary pair
+};
+
+// What append_lowrank does with one side.
+enum {
+  KVLAR_SIDE_NONE = 0,     // nothing
+  KVLAR_SIDE_PROJECT = 1,  // rows to latents
+  KVLAR_SIDE_LATENT = 2,   // latents come ready-made
+  KVLAR_SIDE_DENSE = 3,    // rows are stored as they are
 };
 
 // Element types of activations.
@@ -81,9 +98,10 @@ typedef struct {
   KvlarRows rows;
   KvlarPool keys;
   KvlarPool values;
-  uint32_t codec;      // KVLAR_CODEC_* of keys and values
-  uint32_t tile_rows;  // rows that a warp takes at a time, from the kernel's tiling
-  uint32_t reserved[2];
+  uint32_t codec;        // KVLAR_CODEC_* of keys and values
+  uint32_t tile_rows;    // rows that a warp takes at a time, from the kernel's tiling
+  uint32_t latent;       // KVLAR_LATENT_*: attend_lowrank only; `codec` is the latents'
+  uint32_t value_codec;  // of a latent segment's values
 } KvlarSegment;
 KVLAR_CHECK_SIZE(KvlarSegment, 192);
 
@@ -121,8 +139,93 @@ typedef struct {
   uint32_t ctas;             // CTAs that share the work
   uint32_t out_dtype;        // KVLAR_DTYPE_*
   uint32_t columns;          // packed (row, head) columns a query tile: 8 or 16
+  uint32_t units;            // what is computed as a whole: here seqs * kv_heads * query_tiles
+  uint32_t reserved;
 } KvlarAttend;
-KVLAR_CHECK_SIZE(KvlarAttend, 952);
+KVLAR_CHECK_SIZE(KvlarAttend, 960);
+
+// How attend_lowrank divides a CTA's dynamic shared memory; bytes from its start, multiples of 16.
+typedef struct {
+  uint32_t basis;         // the tile's heads' basis rows, in the order of the rebuild; only where `resident`
+  uint32_t basis_sums;    // fp32 [heads][padded_dim]: int8 latents only
+  uint32_t means;         // fp32 [heads][padded_dim]: with key_mean only
+  uint32_t turns;         // cos and sin of rows 0 .. 31 of a tile
+  uint32_t queries;       // unrotated by the tile, as B fragments
+  uint32_t warps;         // from here on, warp_bytes each
+  uint32_t warp_bytes;
+  uint32_t warp_queries;  // within a warp's part: queries of the tile at hand
+  uint32_t warp_ring;     // likewise: two stages
+  uint32_t stage_bytes;
+  uint32_t stage_values;  // within a stage
+  uint32_t stage_key_params;
+  uint32_t stage_value_params;
+  uint32_t stage_positions;
+  uint32_t warp_count;
+  uint32_t resident;      // 0: basis rows are read from global memory
+} KvlarLowrankShared;
+KVLAR_CHECK_SIZE(KvlarLowrankShared, 64);
+
+// attend_lowrank: attend, where segments of codec KVLAR_CODEC_LATENT hold latents of keys before RoPE:
+// k = RoPE(key_basis[head] z + key_mean[head]), and of values (v = value_basis[head] z) or dense values.
+typedef struct {
+  KvlarAttend attend;       // query_tiles are a set's; units = seqs * set_count * query_tiles
+  KvlarRope rope;
+  KVLAR_ADDR(const void) key_basis;      // [seqs?][kv_heads][head_dim][key_rank]; see KVLAR_LATENT_*
+  int64_t key_basis_seq_stride;          // elements; 0 = one for all sequences
+  KVLAR_ADDR(const float) key_scales;    // KVLAR_LATENT_INT8_BASIS: [seqs?][kv_heads][padded_dim / 2], a scale a rotary pair
+  int64_t key_scales_seq_stride;
+  KVLAR_ADDR(const float) key_mean;      // [kv_heads][head_dim]; may be null
+  KVLAR_ADDR(const void) value_basis;    // [seqs?][kv_heads][value_dim][value_rank], type of q; null = dense values
+  int64_t value_basis_seq_stride;
+  KVLAR_ADDR(const int32_t) sets;        // [set_count] (key group, value group, heads, first), then the heads' indices
+  uint32_t set_count;
+  uint32_t heads_per_tile;  // kv heads a query tile
+  uint32_t key_rank;        // multiples of 32
+  uint32_t value_rank;      // 0 = dense values
+  uint32_t slices;          // parts of the value rank (or 1): each takes a pass over the rows
+  uint32_t slice_width;     // values a slice; the last may have fewer
+  uint32_t padded_dim;      // head_dim, padded to a multiple of 32 rotary pairs' worth: the rebuild's order
+  uint32_t latent;          // KVLAR_LATENT_*
+  KvlarLowrankShared shared;
+} KvlarAttendLowrank;
+KVLAR_CHECK_SIZE(KvlarAttendLowrank, 1144);
+
+// One side of append_lowrank: what becomes of new keys, or of new values.
+typedef struct {
+  KvlarPool pool;
+  KVLAR_ADDR(const void) x;  // dense rows [seqs][kv_heads][new_rows][dim], or latents [seqs][groups][new_rows][rank]
+  int64_t x_seq_stride;      // elements
+  int64_t x_head_stride;
+  int64_t x_row_stride;
+  KVLAR_ADDR(const void) encoder;      // [groups][rank][size * dim], type of x
+  KVLAR_ADDR(const int32_t) members;   // [groups][size]: kv heads
+  KVLAR_ADDR(const float) mean;        // [kv_heads][dim], taken off first; may be null
+  uint32_t mode;             // KVLAR_SIDE_*
+  uint32_t codec;            // KVLAR_CODEC_* of the stored rows
+  uint32_t groups;           // rows a token: latent groups, or kv heads
+  uint32_t size;             // kv heads a group
+  uint32_t dim;
+  uint32_t rank;             // values a latent; one scale and zero where the codec has them
+  uint32_t stored;           // values a row with padding (zeros)
+  uint32_t reserved;
+} KvlarLatentSide;
+KVLAR_CHECK_SIZE(KvlarLatentSide, 136);
+
+// append_lowrank: new keys (before RoPE) and values become latents, encoded and written at their slots.
+typedef struct {
+  KvlarRows rows;                       // tables and positions are indexed by group
+  KvlarLatentSide keys;
+  KvlarLatentSide values;
+  KVLAR_ADDR(const int32_t) positions;  // [seqs][new_rows]; null: none are stored
+  KVLAR_ADDR(const int32_t) slots;      // [seqs][new_rows]; negative = skip
+  int64_t slot_seq_stride;
+  KVLAR_ADDR(uint32_t) status;
+  uint32_t seqs;
+  uint32_t new_rows;
+  uint32_t dtype;                       // KVLAR_DTYPE_* of x, encoders
+  uint32_t reserved;
+} KvlarAppendLowrank;
+KVLAR_CHECK_SIZE(KvlarAppendLowrank, 400);
 
 // append: rotate keys, encode keys and values, write both (and positions) at the rows of `slots`.
 typedef struct {

@@ -15,9 +15,8 @@ namespace kvlar::attend {
 
 constexpr int kHeader = 8;
 
-__device__ inline int unit_count(const KvlarAttend& p) { return int(p.seqs * p.kv_heads * p.query_tiles); }
 __device__ inline int32_t* cell_starts(const KvlarAttend& p) { return p.work + kHeader; }
-__device__ inline int32_t* cta_records(const KvlarAttend& p) { return p.work + kHeader + unit_count(p) + 1; }
+__device__ inline int32_t* cta_records(const KvlarAttend& p) { return p.work + kHeader + p.units + 1; }
 
 __device__ inline int cells_of(const KvlarAttend& p, int tiles) {
   int height = p.own_cell_tiles ? int(p.own_cell_tiles) : 1;

@@ -8,10 +8,12 @@
 
 mod append;
 mod attend;
+mod basis;
 mod codec;
 pub mod compare;
 mod dtype;
 mod error;
+mod lowrank;
 mod merge;
 mod rope;
 pub mod testing;
@@ -19,8 +21,10 @@ pub mod tolerance;
 
 pub use append::{AppendInput, Appended, append};
 pub use attend::{AttendInput, Attended, HeadQuery, Masking, attend, attend_row};
+pub use basis::{Int8Basis, RotaryPairs};
 pub use codec::{Codec, EncodedRow, decode_row, encode_row};
 pub use dtype::Dtype;
 pub use error::ReferenceError;
+pub use lowrank::{LowrankInput, LowrankValues, ProjectInput, attend_lowrank, expand_row, project};
 pub use merge::merge;
 pub use rope::{Rope, RopeLayout, RopeScaling, Yarn};

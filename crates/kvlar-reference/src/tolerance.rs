@@ -30,6 +30,23 @@ impl Tolerance {
         Self { absolute, relative: u, cosine: 4.0 * u * u + 1e-9 }
     }
 
+    /// Attention output over rebuilt keys: as [`Tolerance::attend`], and logits are off because rebuilt keys and turned
+    /// queries are each rounded to `dtype`, by u/√3 of every product's factors: a standard deviation of
+    /// √(2/3) u · `logit` where a logit's own is `logit`. Five of them move a weight by at most a quarter of that (two equal
+    /// rows), the output by that times their distance.
+    pub fn attend_lowrank(dtype: Dtype, rows: usize, magnitude: f64, logit: f64) -> Self {
+        let u = dtype.unit_roundoff();
+        let plain = Self::attend(dtype, Codec::Bf16, rows, magnitude);
+        let moved = 2.0 * u * logit;
+        Self { absolute: plain.absolute + magnitude * moved, relative: u + moved, cosine: 4.0 * (u + moved).powi(2) + 1e-9 }
+    }
+
+    /// lse over rebuilt keys: five standard deviations of a logit's error, see [`Tolerance::attend_lowrank`].
+    pub fn lse_lowrank(dtype: Dtype, logit: f64) -> Self {
+        let u = dtype.unit_roundoff();
+        Self { absolute: 1e-3 + 5.0 * 0.82 * u * logit, relative: 1e-5 + 0.1 * u, cosine: 1e-6 + u * u }
+    }
+
     /// lse: the products are exact, fp32 sums over d and n are not; queries of integer rows are exact in f16 but for
     /// underflow.
     pub fn lse(codec: Codec) -> Self {

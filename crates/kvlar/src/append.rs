@@ -44,6 +44,29 @@ pub struct Rope<'a> {
     pub attention_factor: f32,
 }
 
+impl Rope<'_> {
+    /// Checks it against a head dimension.
+    pub(crate) fn abi(&self, head_dim: usize) -> Result<abi::KvlarRope> {
+        if self.rotary_dim == 0 {
+            return Ok(abi::KvlarRope { attention_factor: 1.0, layout: abi::KVLAR_ROPE_NONE, ..Default::default() });
+        }
+        if self.rotary_dim > head_dim || !self.rotary_dim.is_multiple_of(2) {
+            return invalid("rotary_dim", format!("{} is not an even number up to head_dim {head_dim}", self.rotary_dim));
+        }
+        within("inv_freq", &self.inv_freq, 2 * self.rotary_dim, 4)?;
+        Ok(abi::KvlarRope {
+            inv_freq: self.inv_freq.address(),
+            attention_factor: self.attention_factor,
+            rotary_dim: self.rotary_dim as u32,
+            layout: match self.layout {
+                RopeLayout::Half => abi::KVLAR_ROPE_HALF,
+                RopeLayout::Interleaved => abi::KVLAR_ROPE_INTERLEAVED,
+            },
+            ..Default::default()
+        })
+    }
+}
+
 /// Arguments of [`AppendPlan::launch`].
 #[derive(Debug)]
 pub struct AppendArgs<'a> {
@@ -139,25 +162,13 @@ impl AppendPlan {
         within("positions", &args.positions, tokens * 4, 4)?;
         within("slots", &args.slots, tokens * 4 * if args.slots_per_head { heads } else { 1 }, 4)?;
         let rows = Rows { positions: args.row_positions.as_ref().map(|p| p.as_view()), ..args.rows };
-        rows.check("rows", s.seqs, heads, args.keys.page_count.min(args.values.page_count))?;
+        rows.check("rows", s.seqs, (heads, heads), args.keys.page_count.min(args.values.page_count))?;
         let stored = |(codec, group): (Codec, usize), dim| (codec.row_bytes(dim), codec.params_bytes(dim, group));
         let (k, v) = (stored(s.key_codec, s.head_dim), stored(s.value_codec, s.value_dim));
         args.keys.check("keys", &args.rows, s.seqs, heads, k.0, k.1)?;
         args.values.check("values", &args.rows, s.seqs, heads, v.0, v.1)?;
-        let mut rope = abi::KvlarRope { attention_factor: 1.0, layout: abi::KVLAR_ROPE_NONE, ..Default::default() };
-        if let Some(r) = args.rope.filter(|r| r.rotary_dim > 0) {
-            if r.rotary_dim > s.head_dim || !r.rotary_dim.is_multiple_of(2) {
-                return invalid("rotary_dim", format!("{} is not an even number up to head_dim {}", r.rotary_dim, s.head_dim));
-            }
-            within("inv_freq", &r.inv_freq, 2 * r.rotary_dim, 4)?;
-            rope.inv_freq = r.inv_freq.address();
-            rope.attention_factor = r.attention_factor;
-            rope.rotary_dim = r.rotary_dim as u32;
-            rope.layout = match r.layout {
-                RopeLayout::Half => abi::KVLAR_ROPE_HALF,
-                RopeLayout::Interleaved => abi::KVLAR_ROPE_INTERLEAVED,
-            };
-        }
+        let none = abi::KvlarRope { attention_factor: 1.0, layout: abi::KVLAR_ROPE_NONE, ..Default::default() };
+        let rope = args.rope.map_or(Ok(none), |r| r.abi(s.head_dim))?;
         let scratch = workspace.scratch(WorkspaceSize::default())?;
         let n = s.new_rows as i64;
         let (k_seq_stride, k_head_stride, k_row_stride) = k_strides.abi();

@@ -20,6 +20,7 @@
 
 mod append;
 mod attend;
+mod attend_lowrank;
 mod buffer;
 mod device;
 mod error;
@@ -34,6 +35,10 @@ mod workspace;
 
 pub use append::{AppendArgs, AppendPlan, AppendShape, Rope};
 pub use attend::{AttendArgs, AttendPlan, AttendShape, MAX_SEGMENTS, Schedule, Segment, SegmentShape, WorkList};
+pub use attend_lowrank::{
+    Arithmetic, Bases, Bound, HeadSets, Latents, LowrankArgs, LowrankPlan, LowrankShape, LowrankValues, RANK_MULTIPLE, SetsShape,
+    padded_rank,
+};
 pub use buffer::{Buffer, Memory, View, ViewMut};
 #[doc(hidden)]
 pub use device::Emulation;

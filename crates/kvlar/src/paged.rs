@@ -81,7 +81,9 @@ impl<'a> Rows<'a> {
         self.max_rows.div_ceil(1 << self.page_rows_log2)
     }
 
-    pub(crate) fn check(&self, arg: &'static str, seqs: usize, heads: usize, page_count: usize) -> Result<()> {
+    /// `heads`: that tables and positions are indexed by, and that lengths are.
+    pub(crate) fn check(&self, arg: &'static str, seqs: usize, heads: (usize, usize), page_count: usize) -> Result<()> {
+        let (owners, heads) = heads;
         if !(4..=30).contains(&self.page_rows_log2) {
             return invalid(arg, format!("pages of 2^{} rows; they hold 16 to 2^30", self.page_rows_log2));
         }
@@ -89,7 +91,7 @@ impl<'a> Rows<'a> {
             return invalid(arg, format!("{} rows are more than 2^30", self.max_rows));
         }
         if let Some(table) = self.table {
-            let need = reach(seqs, self.table_seq_stride, heads, self.table_head_stride) + self.max_pages();
+            let need = reach(seqs, self.table_seq_stride, owners, self.table_head_stride) + self.max_pages();
             within("page table", &table, 4 * need, 4)?;
         } else if self.max_pages() > page_count {
             return invalid(arg, format!("{} rows need {} pages, the pool has {page_count}", self.max_rows, self.max_pages()));
@@ -100,7 +102,7 @@ impl<'a> Rows<'a> {
         }
         if let Some(positions) = self.positions {
             let last = if self.table.is_some() { page_count << self.page_rows_log2 } else { self.max_rows };
-            let need = reach(seqs, self.position_seq_stride, heads, self.position_head_stride) + last;
+            let need = reach(seqs, self.position_seq_stride, owners, self.position_head_stride) + last;
             within("positions", &positions, 4 * need, 4)?;
         }
         Ok(())

@@ -85,7 +85,7 @@ impl TranscodePlan {
         if rows.max_rows < s.rows {
             return invalid("rows", format!("{} rows in a cache of {}", s.rows, rows.max_rows));
         }
-        rows.check("rows", s.seqs, s.heads, pool.page_count)?;
+        rows.check("rows", s.seqs, (s.heads, s.heads), pool.page_count)?;
         pool.check("pool", rows, s.seqs, s.heads, s.codec.row_bytes(s.dim), s.codec.params_bytes(s.dim, s.group))?;
         let (n, d) = (s.rows as i64, s.dim as i64);
         let params = abi::KvlarTranscode {

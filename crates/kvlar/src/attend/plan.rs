@@ -1,6 +1,7 @@
 //! Plans and launches of attention.
 
 use super::tiling::Tiling;
+use super::work::BuiltFor;
 use super::{AttendShape, WorkList};
 use crate::device::Launch;
 use crate::error::invalid;
@@ -92,13 +93,12 @@ impl AttendPlan {
     /// # Errors
     /// Those of [`AttendPlan::launch`].
     pub fn schedule(&self, stream: &Stream, args: &AttendArgs<'_>, work: &mut WorkList, workspace: &mut Workspace) -> Result<()> {
-        work.fits(self)?;
         let params = self.params(args, work, workspace)?;
         if self.units > 0 {
             // SAFETY: every address was checked against the shape.
             unsafe { stream.enqueue(SCHEDULE, &params)? };
         }
-        work.built_for = Some(*self);
+        work.built_for = Some(BuiltFor::Attend(*self));
         Ok(())
     }
 
@@ -108,7 +108,7 @@ impl AttendPlan {
     /// [`Error::Bounds`], [`Error::Alignment`], [`Error::Invalid`] for arguments that do not fit the plan;
     /// [`Error::Mismatch`] for a work list that was not built for it.
     pub fn launch(&self, stream: &Stream, args: &mut AttendArgs<'_>, work: &WorkList, workspace: &mut Workspace) -> Result<()> {
-        if work.built_for != Some(*self) {
+        if work.built_for != Some(BuiltFor::Attend(*self)) {
             return Err(Error::Mismatch { arg: "work list", what: "plan (call schedule first)" });
         }
         let params = self.params(args, work, workspace)?;
@@ -150,36 +150,14 @@ impl AttendPlan {
     /// Those of [`AttendPlan::launch`].
     pub fn params(&self, args: &AttendArgs<'_>, work: &WorkList, workspace: &Workspace) -> Result<abi::KvlarAttend> {
         let s = &self.shape;
-        work.fits(self)?;
+        work.fits(self.work_list_bytes())?;
         let scratch = workspace.scratch(self.workspace())?;
-        let q = args.q_strides.unwrap_or(Strides::heads_first(s.q_heads, s.query_rows, s.head_dim));
-        let out = args.out_strides.unwrap_or(Strides::heads_first(s.q_heads, s.query_rows, s.value_dim));
-        q.check("q", &args.q, s.dtype, [s.seqs, s.q_heads, s.query_rows, s.head_dim])?;
-        out.check("out", &args.out, s.out_dtype, [s.seqs, s.q_heads, s.query_rows, s.value_dim])?;
-        if let Some(lse) = &args.lse {
-            within("lse", lse, 4 * s.seqs * s.q_heads * s.query_rows, 4)?;
-        }
-        if let Some(positions) = &args.q_positions {
-            within("q_positions", positions, 4 * s.seqs * s.query_rows, 4)?;
-        }
-        if let Some(sinks) = &args.sink_logits {
-            within("sink_logits", sinks, 4 * s.q_heads, 4)?;
-        }
         let mut params = self.bare_params();
-        if args.segments.len() != params.segment_count as usize {
-            return invalid("segments", format!("{} instead of {}", args.segments.len(), params.segment_count));
-        }
+        s.fill(args, &mut params)?;
         for ((segment, shape), to) in args.segments.iter().zip(s.segments()).zip(&mut params.segments) {
-            self.segment(segment, shape.codec, shape.max_rows, to)?;
+            s.segment(segment, shape.codec, shape.max_rows, to)?;
         }
-        params.q = args.q.address();
-        (params.q_seq_stride, params.q_head_stride, params.q_row_stride) = q.abi();
-        params.out = args.out.address();
-        (params.out_seq_stride, params.out_head_stride, params.out_row_stride) = out.abi();
-        params.lse = args.lse.as_ref().map_or(0, Memory::address);
-        params.q_positions = args.q_positions.map_or(0, |x| x.address());
-        params.sink_logits = args.sink_logits.map_or(0, |x| x.address());
-        params.work = work.buffer.address();
+        params.work = work.address();
         params.partials = scratch.scratch;
         params.counters = scratch.zeroed;
         params.status = scratch.status;
@@ -188,46 +166,85 @@ impl AttendPlan {
 
     /// The parameter struct with everything that follows from the shape; addresses and strides are 0.
     pub fn bare_params(&self) -> abi::KvlarAttend {
-        let s = &self.shape;
-        let mut params = abi::KvlarAttend {
-            scale: s.scale,
-            softcap: s.softcap,
-            window: s.window as i32,
-            segment_count: s.segments().count() as u32,
-            seqs: s.seqs as u32,
-            kv_heads: s.kv_heads as u32,
-            group: s.group() as u32,
-            query_rows: s.query_rows as u32,
-            head_dim: s.head_dim as u32,
-            value_dim: s.value_dim as u32,
-            query_tiles: self.query_tiles as u32,
-            slots: self.slots as u32,
-            own_cell_tiles: self.own_cell_tiles as u32,
-            ctas: self.launch.grid,
-            out_dtype: s.out_dtype.abi(),
-            columns: self.tiling.columns as u32,
-            ..bytemuck::Zeroable::zeroed()
-        };
-        for (segment, to) in s.segments().zip(&mut params.segments) {
-            to.codec = segment.codec.abi();
+        let mut params = self.shape.bare_params();
+        params.query_tiles = self.query_tiles as u32;
+        params.slots = self.slots as u32;
+        params.own_cell_tiles = self.own_cell_tiles as u32;
+        params.ctas = self.launch.grid;
+        params.columns = self.tiling.columns as u32;
+        params.units = self.units as u32;
+        for (segment, to) in self.shape.segments().zip(&mut params.segments) {
             to.tile_rows = self.tiling.tile_rows(segment.codec) as u32;
         }
         params
     }
+}
 
-    fn segment(&self, from: &Segment<'_>, codec: Codec, max_rows: usize, to: &mut abi::KvlarSegment) -> Result<()> {
-        let s = &self.shape;
+/// What plans of dense and of low-rank attention share.
+impl AttendShape {
+    /// The part of the parameter struct that is the shape's.
+    pub(crate) fn bare_params(&self) -> abi::KvlarAttend {
+        let mut params = abi::KvlarAttend {
+            scale: self.scale,
+            softcap: self.softcap,
+            window: self.window as i32,
+            segment_count: self.segments().count() as u32,
+            seqs: self.seqs as u32,
+            kv_heads: self.kv_heads as u32,
+            group: self.group() as u32,
+            query_rows: self.query_rows as u32,
+            head_dim: self.head_dim as u32,
+            value_dim: self.value_dim as u32,
+            out_dtype: self.out_dtype.abi(),
+            ..bytemuck::Zeroable::zeroed()
+        };
+        for (segment, to) in self.segments().zip(&mut params.segments) {
+            to.codec = segment.codec.abi();
+        }
+        params
+    }
+
+    /// Checks everything but segments, and fills in its addresses and strides.
+    pub(crate) fn fill(&self, args: &AttendArgs<'_>, params: &mut abi::KvlarAttend) -> Result<()> {
+        let q = args.q_strides.unwrap_or(Strides::heads_first(self.q_heads, self.query_rows, self.head_dim));
+        let out = args.out_strides.unwrap_or(Strides::heads_first(self.q_heads, self.query_rows, self.value_dim));
+        q.check("q", &args.q, self.dtype, [self.seqs, self.q_heads, self.query_rows, self.head_dim])?;
+        out.check("out", &args.out, self.out_dtype, [self.seqs, self.q_heads, self.query_rows, self.value_dim])?;
+        if let Some(lse) = &args.lse {
+            within("lse", lse, 4 * self.seqs * self.q_heads * self.query_rows, 4)?;
+        }
+        if let Some(positions) = &args.q_positions {
+            within("q_positions", positions, 4 * self.seqs * self.query_rows, 4)?;
+        }
+        if let Some(sinks) = &args.sink_logits {
+            within("sink_logits", sinks, 4 * self.q_heads, 4)?;
+        }
+        if args.segments.len() != self.segments().count() {
+            return invalid("segments", format!("{} instead of {}", args.segments.len(), self.segments().count()));
+        }
+        params.q = args.q.address();
+        (params.q_seq_stride, params.q_head_stride, params.q_row_stride) = q.abi();
+        params.out = args.out.address();
+        (params.out_seq_stride, params.out_head_stride, params.out_row_stride) = out.abi();
+        params.lse = args.lse.as_ref().map_or(0, Memory::address);
+        params.q_positions = args.q_positions.map_or(0, |x| x.address());
+        params.sink_logits = args.sink_logits.map_or(0, |x| x.address());
+        Ok(())
+    }
+
+    /// Checks a segment of rows of each kv head.
+    pub(crate) fn segment(&self, from: &Segment<'_>, codec: Codec, max_rows: usize, to: &mut abi::KvlarSegment) -> Result<()> {
         if from.rows.lengths.is_none() {
             return invalid("rows", "attend needs lengths");
         }
         if from.rows.max_rows > max_rows {
             return invalid("rows", format!("{} rows in a segment planned for {max_rows}", from.rows.max_rows));
         }
-        from.rows.check("rows", s.seqs, s.kv_heads, from.keys.page_count.min(from.values.page_count))?;
+        from.rows.check("rows", self.seqs, (self.kv_heads, self.kv_heads), from.keys.page_count.min(from.values.page_count))?;
         let stored = |dim: usize| (codec.row_bytes(dim), codec.params_bytes(dim, dim));
-        let (k, v) = (stored(s.head_dim), stored(s.value_dim));
-        from.keys.check("keys", &from.rows, s.seqs, s.kv_heads, k.0, k.1)?;
-        from.values.check("values", &from.rows, s.seqs, s.kv_heads, v.0, v.1)?;
+        let (k, v) = (stored(self.head_dim), stored(self.value_dim));
+        from.keys.check("keys", &from.rows, self.seqs, self.kv_heads, k.0, k.1)?;
+        from.values.check("values", &from.rows, self.seqs, self.kv_heads, v.0, v.1)?;
         to.rows = from.rows.abi();
         to.keys = from.keys.abi();
         to.values = from.values.abi();

@@ -84,11 +84,11 @@ impl AttendShape {
     }
 
     /// Query heads a kv head.
-    pub(super) fn group(&self) -> usize {
+    pub(crate) fn group(&self) -> usize {
         self.q_heads / self.kv_heads.max(1)
     }
 
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         if self.dtype == Dtype::F32 {
             return unsupported("attend", "type f32 of q: bf16 and f16 are");
         }

@@ -1,27 +1,47 @@
 //! The work list: which CTA takes which rows.
 
 use super::AttendPlan;
+use crate::attend_lowrank::ScheduleKey;
 use crate::{Buffer, Device, Error, Result};
 
-/// Which CTA takes which rows: built on the device by [`AttendPlan::schedule`] once a step, and read by the launches of
+/// Which CTA takes which rows: built on the device by [`AttendPlan::schedule`] (or
+/// [`crate::LowrankPlan::schedule`]) once a step, and read by the launches of
 /// all layers whose rows have the same lengths.
 #[derive(Debug)]
 pub struct WorkList {
-    pub(super) buffer: Buffer,
+    buffer: Buffer,
     /// What the list was last built for.
-    pub(super) built_for: Option<AttendPlan>,
+    pub(super) built_for: Option<BuiltFor>,
+}
+
+/// What a list can be built for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum BuiltFor {
+    Attend(AttendPlan),
+    Lowrank(ScheduleKey),
 }
 
 impl WorkList {
-    pub(super) fn new(device: &Device, bytes: usize) -> Result<Self> {
+    pub(crate) fn new(device: &Device, bytes: usize) -> Result<Self> {
         Ok(Self { buffer: device.alloc(bytes)?, built_for: None })
     }
 
-    pub(super) fn fits(&self, plan: &AttendPlan) -> Result<()> {
-        let need = plan.work_list_bytes();
+    pub(crate) fn fits(&self, need: usize) -> Result<()> {
         if need > self.buffer.len() {
             return Err(Error::Bounds { arg: "work list", need, have: self.buffer.len() });
         }
         Ok(())
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.buffer.address()
+    }
+
+    pub(crate) fn built_for_lowrank(&mut self, key: ScheduleKey) {
+        self.built_for = Some(BuiltFor::Lowrank(key));
+    }
+
+    pub(crate) fn is_built_for_lowrank(&self, key: &ScheduleKey) -> bool {
+        matches!(&self.built_for, Some(BuiltFor::Lowrank(k)) if k == key)
     }
 }

@@ -20,8 +20,8 @@ fn tables_are_bounded() {
     let device = Device::reference();
     let (table, lengths) = (device.alloc(4 * 2 * 5).unwrap(), device.alloc(8).unwrap());
     let rows = Rows::block_table(table.view(), 5, lengths.view(), 16).unwrap();
-    rows.check("k", 2, 4, 7).unwrap();
-    assert!(matches!(rows.check("k", 3, 4, 7), Err(Error::Bounds { arg: "page table", .. })));
+    rows.check("k", 2, (4, 4), 7).unwrap();
+    assert!(matches!(rows.check("k", 3, (4, 4), 7), Err(Error::Bounds { arg: "page table", .. })));
     assert!(matches!(Rows::block_table(table.view(), 5, lengths.view(), 24), Err(Error::Invalid { .. })));
     assert!(matches!(Rows::block_table(table.view(), 5, lengths.view(), 8), Err(Error::Invalid { .. })));
 }

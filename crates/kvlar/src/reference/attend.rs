@@ -7,10 +7,10 @@ use kvlar_reference::{HeadQuery, Masking, attend_row};
 use rayon::prelude::*;
 
 /// A (sequence, kv head)'s rows, decoded, segment after segment.
-struct Cached {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    positions: Vec<i32>,
+pub(super) struct Cached {
+    pub keys: Vec<f32>,
+    pub values: Vec<f32>,
+    pub positions: Vec<i32>,
 }
 
 /// # Safety
@@ -25,9 +25,17 @@ pub unsafe fn attend(p: &abi::KvlarAttend, q_dtype: Dtype) -> Result<()> {
 /// # Safety
 /// As for [`super::run`].
 unsafe fn attend_head(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i64, kv_head: i64) -> Result<()> {
+    let cached = unsafe { load(p, seq, kv_head)? };
+    unsafe { attend_cached(p, q_dtype, seq, kv_head, &cached) }
+}
+
+/// Every query of one kv head over its decoded rows.
+///
+/// # Safety
+/// As for [`super::run`].
+pub(super) unsafe fn attend_cached(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i64, kv_head: i64, cached: &Cached) -> Result<()> {
     let (d, dv) = (p.head_dim as usize, p.value_dim as usize);
     let out_dtype = dtype(p.out_dtype)?;
-    let cached = unsafe { load(p, seq, kv_head)? };
     let masking = Masking { scale: f64::from(p.scale), softcap: f64::from(p.softcap), window: i64::from(p.window) };
     let (group, rows) = (i64::from(p.group), i64::from(p.query_rows));
     let (mut logits, mut out) = (Vec::new(), vec![0f64; dv]);
@@ -57,28 +65,56 @@ unsafe fn attend_head(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i64, kv_head: i
 /// # Safety
 /// As for [`super::run`].
 unsafe fn load(p: &abi::KvlarAttend, seq: i64, head: i64) -> Result<Cached> {
-    let (d, dv) = (p.head_dim as usize, p.value_dim as usize);
     let mut all = Cached { keys: Vec::new(), values: Vec::new(), positions: Vec::new() };
     for segment in &p.segments[..p.segment_count as usize] {
-        let codec = codec(segment.codec)?;
-        let keys = HeadRows { rows: &segment.rows, pool: &segment.keys, seq, head, status: p.status };
-        let values = HeadRows { pool: &segment.values, ..keys };
-        // A bad page id reads page 0, as the kernels do.
-        let or_first = |place: Option<Place>, row: usize| {
-            place.unwrap_or(Place { page: 0, in_page: (row & ((1 << segment.rows.page_rows_log2) - 1)) as i64 })
-        };
-        let length = unsafe { keys.length(0) };
-        let first = all.positions.len();
-        for row in 0..length {
-            let place = or_first(unsafe { keys.place(row) }, row);
-            let value_place = or_first(unsafe { values.place(row) }, row);
-            all.keys.extend(unsafe { keys.load(place, codec, d, d)? });
-            all.values.extend(unsafe { values.load(value_place, codec, dv, dv)? });
-            all.positions.push(match segment.rows.positions {
-                0 => (first + row) as i32,
-                address => unsafe { int(address, keys.position_at(place)) },
-            });
-        }
+        unsafe { load_exact(p, segment, seq, head, &mut all)? };
     }
     Ok(all)
+}
+
+/// Adds a segment's rows of one kv head.
+///
+/// # Safety
+/// As for [`super::run`].
+pub(super) unsafe fn load_exact(
+    p: &abi::KvlarAttend,
+    segment: &abi::KvlarSegment,
+    seq: i64,
+    head: i64,
+    all: &mut Cached,
+) -> Result<()> {
+    let (d, dv) = (p.head_dim as usize, p.value_dim as usize);
+    let codec = codec(segment.codec)?;
+    let keys = HeadRows { rows: &segment.rows, pool: &segment.keys, seq, head, status: p.status };
+    let values = HeadRows { pool: &segment.values, ..keys };
+    let length = unsafe { keys.length(0) };
+    let first = all.positions.len();
+    for row in 0..length {
+        let place = unsafe { place_or_first(&keys, row) };
+        let value_place = unsafe { place_or_first(&values, row) };
+        all.keys.extend(unsafe { keys.load(place, codec, d, d)? });
+        all.values.extend(unsafe { values.load(value_place, codec, dv, dv)? });
+        all.positions.push(unsafe { position_of(&keys, place, first + row) });
+    }
+    Ok(())
+}
+
+/// A bad page id reads page 0, as the kernels do.
+///
+/// # Safety
+/// As for [`super::run`].
+pub(super) unsafe fn place_or_first(rows: &HeadRows<'_>, row: usize) -> Place {
+    let in_page = (row & ((1 << rows.rows.page_rows_log2) - 1)) as i64;
+    unsafe { rows.place(row) }.unwrap_or(Place { page: 0, in_page })
+}
+
+/// A row's stored position, or its index.
+///
+/// # Safety
+/// As for [`super::run`].
+pub(super) unsafe fn position_of(rows: &HeadRows<'_>, place: Place, index: usize) -> i32 {
+    match rows.rows.positions {
+        0 => index as i32,
+        address => unsafe { int(address, rows.position_at(place)) },
+    }
 }

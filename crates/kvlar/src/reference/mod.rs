@@ -5,6 +5,7 @@
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 mod attend;
+mod attend_lowrank;
 mod memory;
 mod rows;
 mod write;
@@ -20,15 +21,20 @@ use memory::{read, write};
 /// `params` is the entry's parameter struct, and every address in it is valid for what the kernel touches.
 pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
     match entry {
-        "kvlar_attend_schedule" => Ok(()), // rows are not shared among CTAs here
+        "kvlar_attend_schedule" | "kvlar_attend_lowrank_schedule" => Ok(()), // rows are not shared among CTAs here
         "kvlar_append" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
         "kvlar_encode" => unsafe { write::encode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_decode" => unsafe { write::decode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_merge" => unsafe { merge(&pod_read_unaligned::<abi::KvlarMerge>(params)) },
-        _ => match crate::attend::dtype_of(entry) {
-            Some(dtype) => unsafe { attend::attend(&pod_read_unaligned::<abi::KvlarAttend>(params), dtype) },
-            None => Err(Error::Reference(format!("no op {entry}"))),
-        },
+        _ => {
+            if let Some(dtype) = crate::attend::dtype_of(entry) {
+                unsafe { attend::attend(&pod_read_unaligned::<abi::KvlarAttend>(params), dtype) }
+            } else if let Some(dtype) = crate::attend_lowrank::dtype_of(entry) {
+                unsafe { attend_lowrank::attend_lowrank(&pod_read_unaligned::<abi::KvlarAttendLowrank>(params), dtype) }
+            } else {
+                Err(Error::Reference(format!("no op {entry}")))
+            }
+        }
     }
 }
 

@@ -7,15 +7,21 @@ use kvlar_reference::{Rope, RopeLayout};
 
 /// # Safety
 /// As for [`super::run`].
+pub(super) unsafe fn rope(r: &abi::KvlarRope) -> Rope {
+    if r.layout == abi::KVLAR_ROPE_NONE {
+        return Rope::none();
+    }
+    let layout = if r.layout == abi::KVLAR_ROPE_HALF { RopeLayout::Half } else { RopeLayout::Interleaved };
+    let inv_freq = unsafe { super::memory::read::<f32>(r.inv_freq, r.rotary_dim as usize / 2) };
+    Rope { inv_freq, attention_factor: r.attention_factor, layout }
+}
+
+/// # Safety
+/// As for [`super::run`].
 pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
     let (d, dv, n) = (p.head_dim as usize, p.value_dim as usize, i64::from(p.new_rows));
     let (key_codec, value_codec, dtype) = (codec(p.key_codec)?, codec(p.value_codec)?, dtype(p.dtype)?);
-    let mut rope = Rope::none();
-    if p.rope.layout != abi::KVLAR_ROPE_NONE {
-        let layout = if p.rope.layout == abi::KVLAR_ROPE_HALF { RopeLayout::Half } else { RopeLayout::Interleaved };
-        let inv_freq = unsafe { super::memory::read::<f32>(p.rope.inv_freq, p.rope.rotary_dim as usize / 2) };
-        rope = Rope { inv_freq, attention_factor: p.rope.attention_factor, layout };
-    }
+    let rope = unsafe { rope(&p.rope) };
     for (seq, head) in pairs(p.seqs, p.kv_heads) {
         let keys = HeadRows { rows: &p.rows, pool: &p.key_pool, seq, head, status: p.status };
         let values = HeadRows { pool: &p.value_pool, ..keys };

@@ -1,0 +1,57 @@
+//! Which kernel serves a shape.
+
+use super::Latents;
+use crate::Dtype;
+
+/// One template instantiation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tiling {
+    /// Values that accumulators hold: 128 or 256.
+    pub width: usize,
+    /// Packed columns a query tile: 8 or 16.
+    pub columns: usize,
+    pub latents: Latents,
+}
+
+macro_rules! entries {
+    ($($dtype:ident $latents:ident $name:literal),* $(,)?) => {
+        [$(
+            (Dtype::$dtype, Tiling { width: 128, columns: 8, latents: Latents::$latents }, concat!("kvlar_attend_lowrank_", $name, "_v128_n8")),
+            (Dtype::$dtype, Tiling { width: 256, columns: 8, latents: Latents::$latents }, concat!("kvlar_attend_lowrank_", $name, "_v256_n8")),
+            (Dtype::$dtype, Tiling { width: 128, columns: 16, latents: Latents::$latents }, concat!("kvlar_attend_lowrank_", $name, "_v128_n16")),
+        )*]
+    };
+}
+
+/// Every attend_lowrank kernel.
+const ENTRIES: [(Dtype, Tiling, &str); 18] = entries!(
+    Bf16 Dtype "bf16", Bf16 Int8 "bf16_int8", Bf16 Int8Basis "bf16_int8_basis",
+    F16 Dtype "f16", F16 Int8 "f16_int8", F16 Int8Basis "f16_int8_basis",
+);
+
+impl Tiling {
+    /// `columns_a_head` packed columns for each of up to `heads` kv heads; dense values of `value_dim`, or latents of
+    /// `value_rank` as well.
+    pub fn of(latents: Latents, columns_a_head: usize, heads: usize, value_dim: usize, value_rank: usize) -> Self {
+        let all = columns_a_head * heads;
+        // 16 columns hold up to 128 values: beyond, tiles of fewer heads cost reads from the L2, slices a rebuild each.
+        let wide = value_dim > 128 || (value_rank > 128 && (all <= 8 || columns_a_head <= 8));
+        if wide {
+            return Self { width: 256, columns: 8, latents };
+        }
+        Self { width: 128, columns: if all > 8 { 16 } else { 8 }, latents }
+    }
+
+    pub fn entry(&self, dtype: Dtype) -> Option<&'static str> {
+        ENTRIES.iter().find(|e| e.0 == dtype && e.1 == *self).map(|e| e.2)
+    }
+
+    pub fn dtype_of(entry: &str) -> Option<Dtype> {
+        ENTRIES.iter().find(|e| e.2 == entry).map(|e| e.0)
+    }
+
+    #[cfg(test)]
+    pub fn names() -> Vec<&'static str> {
+        ENTRIES.iter().map(|e| e.2).collect()
+    }
+}
