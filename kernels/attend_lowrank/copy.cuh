@@ -9,11 +9,12 @@ using attend::TileRows;
 
 // Copies kRows rows of `chunks` 16-byte chunks; rows past `valid` and chunks up to `padded` become 0 without being read.
 // `kLanes` neighbours fetch a row's next 16 kLanes bytes.
-template <int kRows, int kLanes, class Layout>
-__device__ __forceinline__ void copy_rows(int lane, ptx::smem tile, Layout layout, const char* base, const KvlarPool& pool,
+template <int kRows, int kLanes>
+__device__ __forceinline__ void copy_rows(int lane, ptx::smem tile, const char* base, const KvlarPool& pool,
                                           const TileRows& rows, int page_mask, int chunks, int padded) {
   constexpr int kPassRows = 32 / kLanes < 16 ? 32 / kLanes : 16;
   const int r = lane / kLanes, c = lane % kLanes;
+  const SwizzledRows layout(padded);
 #pragma unroll
   for (int b = 0; b < kRows / 16; ++b) {
     const char* source = base + int64_t(rows.page(b)) * pool.page_stride +

@@ -23,6 +23,13 @@
 
 namespace kvlar::attend_lowrank {
 
+// Where a CTA is in its share; in shared memory, since registers are scarce.
+struct Progress {
+  int cell, cell_end;  // next of the work list
+  int index, unit;     // of the next cell, and at hand
+  attend::Share share;
+};
+
 template <class T, int NT, int V, int kLatent> struct Cta {
   using Worker = Warp<T, NT, V, kLatent>;
   using Scoring = typename Worker::Scoring;
@@ -32,12 +39,14 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   const KvlarAttendLowrank& lowrank;
   const KvlarAttend& p;
   Unit& unit;
+  Progress& progress;
   unsigned char* const memory;
-  const int t, threads, warps;
+  const int t;
 
-  __device__ Cta(const KvlarAttendLowrank& params, Unit& u, unsigned char* shared)
-      : lowrank(params), p(params.attend), unit(u), memory(shared), t(int(threadIdx.x)), threads(int(params.shared.warp_count) * 32),
-        warps(int(params.shared.warp_count)) {}
+  __device__ Cta(const KvlarAttendLowrank& params, Unit& u, Progress& state, unsigned char* shared)
+      : lowrank(params), p(params.attend), unit(u), progress(state), memory(shared), t(int(threadIdx.x)) {}
+  __device__ int warps() const { return int(lowrank.shared.warp_count); }
+  __device__ int threads() const { return 32 * warps(); }
 
   // ---- what a unit keeps in shared memory
 
@@ -51,15 +60,20 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   // Basis rows, their sums and the means of the tile's heads, in the order of the rebuild.
   __device__ void load_bases() const {
     const int groups = int(lowrank.padded_dim) / 32, rows = unit.heads * groups * 32, rank = int(lowrank.key_rank);
-    for (int i = t; i < rows; i += threads) {
+    for (int i = t; i < rows; i += threads()) {
       const int head = i / (32 * groups), pair = i / 32 % groups * kGroupPairs + i % 16, dim = dim_of_pair(lowrank.rope, pair, i / 16 % 2);
       const bool exists = dim < int(p.head_dim);
       const int64_t row = unit.seq * lowrank.key_basis_seq_stride + (int64_t(unit.head[head]) * p.head_dim + dim) * rank;
       if (lowrank.shared.resident) {
-        const typename LatentsOf<T, kByteBasis ? KVLAR_LATENT_INT8 : KVLAR_LATENT_DTYPE>::type::Layout layout(rank / 32);
-        const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(lowrank.key_basis) + (row << Scoring::kBasisShift));
-        for (int c = 0; c < (rank << Scoring::kBasisShift) / 16; ++c)
-          *reinterpret_cast<uint4*>(memory + lowrank.shared.basis + layout.at(i, c)) = exists ? __ldg(from + c) : make_uint4(0u, 0u, 0u, 0u);
+        const SwizzledRows layout(Scoring::Latents::basis_chunks(rank));
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const char*>(lowrank.key_basis) + (row << Scoring::kBasisShift));
+        for (int w = 0; w < layout.row_bytes / 4; w += 8) {  // 32 bytes in the order of the fragments
+          uint32_t x[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) x[j] = exists ? __ldg(from + w + Scoring::Latents::basis_word(j)) : 0u;
+          *reinterpret_cast<uint4*>(memory + lowrank.shared.basis + layout.at(i, w / 4)) = make_uint4(x[0], x[1], x[2], x[3]);
+          *reinterpret_cast<uint4*>(memory + lowrank.shared.basis + layout.at(i, w / 4 + 1)) = make_uint4(x[4], x[5], x[6], x[7]);
+        }
       }
       if constexpr (kInt8) {
         float sum = 0.f;
@@ -79,7 +93,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   __device__ void load_queries() const {
     const int groups = int(lowrank.padded_dim) / 32;
     uint4* queries = reinterpret_cast<uint4*>(memory + lowrank.shared.queries);
-    for (int i = t; i < groups * NT * 32; i += threads) {
+    for (int i = t; i < groups * NT * 32; i += threads()) {
       Lane at;
       at.g = (i & 31) >> 2;
       at.c = i & 3;
@@ -105,7 +119,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   __device__ float* scratch(int warp, int column) const {
     return reinterpret_cast<float*>(memory + lowrank.shared.warps) + (warp * kColumns + column) * kScratchRow;
   }
-  __device__ float* scratch_state(int warp, int column) const { return scratch(warps, 0) + (warp * kColumns + column) * 2; }
+  __device__ float* scratch_state(int warp, int column) const { return scratch(warps(), 0) + (warp * kColumns + column) * 2; }
 
   __device__ void store_warp(const ColumnState<NT, V>& state, const Lane& at, int values, bool int8_values) const {
     const int warp = t / 32;
@@ -131,11 +145,11 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   }
 
   __device__ void merge_warps(int slot, int phase, int first, int values) const {
-    for (int i = t; i < unit.columns * values; i += threads) {
+    for (int i = t; i < unit.columns * values; i += threads()) {
       const int column = i / values, dim = i % values;
       float top = attend::kFloor, sum = 0.f, x = 0.f;
-      for (int w = 0; w < warps; ++w) top = fmaxf(top, scratch_state(w, column)[0]);
-      for (int w = 0; w < warps; ++w) {
+      for (int w = 0; w < warps(); ++w) top = fmaxf(top, scratch_state(w, column)[0]);
+      for (int w = 0; w < warps(); ++w) {
         const float factor = ptx::ex2_approx(scratch_state(w, column)[0] - top);
         sum = fmaf(factor, scratch_state(w, column)[1], sum);
         x = fmaf(factor, scratch(w, column)[dim], x);
@@ -149,7 +163,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   __device__ void run_phase(int slot, int phase, int from, int end) const {
     const int slice = phase - 1;
     if (from >= end) {  // nothing of it in this share
-      for (int c = t; c < unit.columns; c += threads) __stcg(partial_state(slot, c, phase), make_float2(attend::kFloor, 0.f));
+      for (int c = t; c < unit.columns; c += threads()) __stcg(partial_state(slot, c, phase), make_float2(attend::kFloor, 0.f));
       return;
     }
     bool int8_values = false;
@@ -187,7 +201,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   // All partial results of the unit into shared memory, unnormalized; the states' (top, sum) with the sink.
   __device__ void merge_splits(const attend::Share& share) const {
     const int all = width(), dv = int(p.value_dim);
-    for (int i = t; i < unit.columns * all; i += threads) {
+    for (int i = t; i < unit.columns * all; i += threads()) {
       const int column = i / all, dim = i % all;
       const int phase = dim < dv ? 0 : 1 + (lowrank.value_rank ? (dim - dv) / int(lowrank.slice_width) : 0);
       float top = attend::kFloor;
@@ -229,7 +243,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   // out = plain + U_v latent, normalized; a thread takes one dim of one head, and four columns at a time.
   __device__ void expand() const {
     const int dv = int(p.value_dim), rank = int(lowrank.value_rank), a_head = unit.heads > 1 ? columns_a_head(p) : unit.columns;
-    for (int i = t; i < unit.heads * dv; i += threads) {
+    for (int i = t; i < unit.heads * dv; i += threads()) {
       const int head = i / dv, dim = i % dv;
       const uint16_t* basis = static_cast<const uint16_t*>(lowrank.value_basis) + unit.seq * lowrank.value_basis_seq_stride +
                               (int64_t(unit.head[head]) * dv + dim) * rank;
@@ -267,38 +281,52 @@ template <class T, int NT, int V, int kLatent> struct Cta {
 
   // ---- one CTA's share of the work list
 
-  __device__ void run() const {
-    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1), cta = int(blockIdx.x);
-    if (cta >= ctas) return;  // the whole CTA, before any barrier
-    const int32_t* record = attend::cta_records(p) + 4 * cta;
-    int cell = __ldg(record), index = __ldg(record + 2);
-    const int cell_end = __ldg(record + 1);
-    fill_turns(lowrank.rope, reinterpret_cast<float4*>(memory + lowrank.shared.turns), int(lowrank.padded_dim) / 32, t, threads);
-    while (cell < cell_end) {
-      const int start = __ldg(attend::cell_starts(p) + index), end = __ldg(attend::cell_starts(p) + index + 1);
-      if (t == 0) load_unit(lowrank, index, unit);
+  __device__ void begin() const {  // one thread
+    const int32_t* record = attend::cta_records(p) + 4 * int(blockIdx.x);
+    progress.cell = __ldg(record);
+    progress.cell_end = __ldg(record + 1);
+    progress.index = __ldg(record + 2);
+  }
+
+  __device__ void load_next() const {  // one thread
+    const int start = __ldg(attend::cell_starts(p) + progress.index), end = __ldg(attend::cell_starts(p) + progress.index + 1);
+    load_unit(lowrank, progress.index, unit);
+    progress.share = attend::share_of(p, __ldg(p.work), __ldg(p.work + 1), int(blockIdx.x), progress.cell, progress.cell_end, start, end,
+                                      unit.tile_count);
+    progress.unit = progress.index;
+    progress.cell += progress.share.cells;
+    if (progress.cell >= end) ++progress.index;
+  }
+
+  __device__ void run_unit() const {
+    load_bases();
+    load_queries();
+    __syncthreads();
+    const int slot = attend::slot_of_split(progress.share, progress.share.split);
+#pragma unroll 1
+    for (int phase = 0; phase < phases(); ++phase) {
+      const int first = phase == 0 ? 0 : unit.exact_tiles + (phase - 1) * unit.latent_tiles;
+      const int count = phase == 0 ? unit.exact_tiles : unit.latent_tiles;
+      run_phase(slot, phase, max(0, min(progress.share.tile - first, count)), max(0, min(progress.share.tile_end - first, count)));
+    }
+    if (ptx::arrive_last(p.counters + progress.unit, uint32_t(progress.share.splits))) {
+      merge_splits(progress.share);
       __syncthreads();
-      const attend::Share share = attend::share_of(p, cells, ctas, cta, cell, cell_end, start, end, unit.tile_count);
-      if (unit.columns > 0) {  // else: the query tile lies beyond its set's heads
-        load_bases();
-        load_queries();
-        __syncthreads();
-        const int slot = attend::slot_of_split(share, share.split);
-        run_phase(slot, 0, min(share.tile, unit.exact_tiles), min(share.tile_end, unit.exact_tiles));
-        for (int slice = 0; slice < int(lowrank.slices); ++slice) {
-          const int base = unit.exact_tiles + slice * unit.latent_tiles;
-          const auto within = [&](int tile) { return max(0, min(tile - base, unit.latent_tiles)); };
-          run_phase(slot, 1 + slice, within(share.tile), within(share.tile_end));
-        }
-        if (ptx::arrive_last(p.counters + index, uint32_t(share.splits))) {
-          merge_splits(share);
-          __syncthreads();
-          expand();
-        }
-      }
+      expand();
+    }
+  }
+
+  __device__ void run() const {
+    if (int(blockIdx.x) >= __ldg(p.work + 1)) return;  // the whole CTA, before any barrier
+    fill_turns(lowrank.rope, reinterpret_cast<float4*>(memory + lowrank.shared.turns), int(lowrank.padded_dim) / 32, t, threads());
+    if (t == 0) begin();
+    __syncthreads();
+    while (progress.cell < progress.cell_end) {
+      __syncthreads();  // all have seen that there is more
+      if (t == 0) load_next();
+      __syncthreads();
+      if (unit.columns > 0) run_unit();  // else: the query tile lies beyond its set's heads
       __syncthreads();  // shared memory is free again
-      cell += share.cells;
-      if (cell >= end) ++index;
     }
   }
 };
@@ -310,5 +338,6 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   extern "C" __global__ void __launch_bounds__(256, 1) name(const __grid_constant__ KvlarAttendLowrank p) {             \
     GPU_DYN_SMEM(raw);                                                                                                  \
     __shared__ kvlar::attend_lowrank::Unit unit;                                                                        \
-    kvlar::attend_lowrank::Cta<T, NT, V, kLatent>(p, unit, raw).run();                                                  \
+    __shared__ kvlar::attend_lowrank::Progress progress;                                                                \
+    kvlar::attend_lowrank::Cta<T, NT, V, kLatent>(p, unit, progress, raw).run();                                        \
   }

@@ -1,40 +1,22 @@
-// Shared-memory layouts of rows of 32 k values, k not known at compile time: the byte of 16-byte chunk `c` of row `r`,
-// such that no access of a warp meets two rows in one bank. Each is a bijection within the row; see layout_check.cu.
+// The shared-memory layout of all rows here: 16-byte chunk `c` of row `r`, for a number of chunks a row that is not known
+// at compile time, such that 8 neighbouring rows have a chunk each in all banks (what ldmatrix reads). A bijection within
+// the row; layout_check.cu proves both claims for every width in use.
 #pragma once
 #include "device/gpu.cuh"
 
 namespace kvlar::attend_lowrank {
 
-// Rows that lanes read as (row g, 16 bytes at chunk 4 b + c): 16-bit latents and basis rows, 4 k chunks.
-struct VectorRows {
-  int row_bytes, flip;
-  __host__ __device__ constexpr explicit VectorRows(int blocks) : row_bytes(64 * blocks), flip(blocks % 2 ? 0 : 4) {}
-  __host__ __device__ constexpr int at(int r, int c) const { return r * row_bytes + ((c ^ (r & 1 ? flip : 0)) << 4); }
-};
-
-// Rows that lanes read as (row g, 8 bytes at byte 32 b + 8 c): 8-bit latents and basis rows, 2 k chunks.
-struct ByteRows {
+struct SwizzledRows {
   int row_bytes, shift, mask;
-  __host__ __device__ constexpr explicit ByteRows(int blocks)
-      : row_bytes(32 * blocks), shift(blocks % 4 == 2 ? 1 : 0), mask(blocks % 2 ? 0 : blocks % 4 == 2 ? 1 : 3) {}
-  __host__ __device__ constexpr int at(int r, int c) const { return r * row_bytes + ((c ^ (((r >> shift) & mask) << 1)) << 4); }
+  // Rows are n chunks apart: of 8 rows, gcd(n, 8) meet in one bank group, and the exclusive or parts those.
+  __host__ __device__ constexpr explicit SwizzledRows(int chunks)
+      : row_bytes(16 * chunks), shift(chunks % 8 == 0 ? 0 : chunks % 4 == 0 ? 1 : 2),
+        mask(chunks % 8 == 0 ? 7 : chunks % 4 == 0 ? 3 : chunks % 2 == 0 ? 1 : 0) {}
+  __host__ __device__ constexpr int at(int r, int c) const { return r * row_bytes + ((c ^ ((r >> shift) & mask)) << 4); }
 };
 
-// Rows that ldmatrix reads, one chunk of 8 neighbouring rows: values and exact rows in 16 bits, 4 k chunks.
-struct MatrixRows {
-  int row_bytes;
-  bool odd;
-  __host__ __device__ constexpr explicit MatrixRows(int blocks) : row_bytes(64 * blocks), odd(blocks % 2) {}
-  __host__ __device__ constexpr int at(int r, int c) const { return r * row_bytes + ((c ^ (odd ? (r >> 1) & 3 : r & 7)) << 4); }
-};
-
-// Rows that lanes read as (row 2c + i, 4 bytes at byte 32 b + 4 g): 8-bit value latents, 2 k chunks.
-struct ByteColumns {
-  int row_bytes, mask;
-  __host__ __device__ constexpr explicit ByteColumns(int blocks)
-      : row_bytes(32 * blocks), mask(blocks % 4 == 0 ? 3 : blocks % 2 == 0 ? 1 : 0) {}
-  // Rows 2c are 64 k bytes apart: 128 bytes hold two of them for odd k, one (twice the stride) otherwise.
-  __host__ __device__ constexpr int at(int r, int c) const { return r * row_bytes + ((c ^ (((r >> 1) & mask) << 1)) << 4); }
-};
+// Chunks of a row of `values` values, whole blocks of 32 of them.
+__host__ __device__ constexpr int wide_chunks(int values) { return (values + 31) / 32 * 4; }   // 16 bits each
+__host__ __device__ constexpr int narrow_chunks(int values) { return (values + 31) / 32 * 2; }  // 8 bits each
 
 }  // namespace kvlar::attend_lowrank

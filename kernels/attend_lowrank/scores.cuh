@@ -6,28 +6,25 @@
 
 namespace kvlar::attend_lowrank {
 
-// Scales and zeros of a lane's rows g, g + 8, g + 16, g + 24; 1 and 0 for latents without.
-struct RowAffine { float scale[4], zero[4]; };
-
 // What a warp needs to score tiles of one unit.
 template <class T, int NT, int kLatent> struct Scores {
   using Latents = typename LatentsOf<T, kLatent>::type;
-  using Layout = typename Latents::Layout;
   static constexpr bool kAffine = kLatent != KVLAR_LATENT_DTYPE, kByteBasis = kLatent == KVLAR_LATENT_INT8_BASIS;
   static constexpr int kBasisShift = kByteBasis ? 0 : 1;  // log2 of the bytes of a basis element
 
   const KvlarAttendLowrank& p;
   const Unit& unit;
   const unsigned char* const shared;  // the CTA's dynamic shared memory
+  const ptx::smem basis;
   const Lane at;
   const int lane, groups, blocks;
-  const Layout latents;
-  const typename LatentsOf<T, kByteBasis ? KVLAR_LATENT_INT8 : KVLAR_LATENT_DTYPE>::type::Layout basis_rows;
+  const SwizzledRows latent_rows, basis_rows;
   int my_head[NT];  // of this lane's column as a B column: 8 n + g; -1: not in use
 
   __device__ Scores(const KvlarAttendLowrank& params, const Unit& u, const unsigned char* memory)
-      : p(params), unit(u), shared(memory), lane(int(threadIdx.x) & 31), groups(int(params.padded_dim) / 32),
-        blocks(int(params.key_rank) / 32), latents(blocks), basis_rows(blocks) {
+      : p(params), unit(u), shared(memory), basis(ptx::to_smem(memory) + params.shared.basis), lane(int(threadIdx.x) & 31),
+        groups(int(params.padded_dim) / 32), blocks(int(params.key_rank) / 32),
+        latent_rows(Latents::chunks(int(params.key_rank))), basis_rows(Latents::basis_chunks(int(params.key_rank))) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const Column column = column_at(p.attend, unit, 8 * n + at.g);
@@ -85,34 +82,65 @@ template <class T, int NT, int kLatent> struct Scores {
 
   // ---- scores
 
-  __device__ __forceinline__ void load_latents(typename Latents::Fragments& a, const unsigned char* tile, int first) const {
+  using Block = uint32_t[2][Latents::kSteps][4];  // A fragments of 32 latents, rows 0 .. 15 and 16 .. 31
+
+  __device__ __forceinline__ void load_block(Block& a, ptx::smem tile, int block) const {
 #pragma unroll
-    for (int i = 0; i < Latents::kHeld; ++i)
-      if (first + i < blocks)
-#pragma unroll
-        for (int b = 0; b < 2; ++b) Latents::load(a[i][b], tile, latents, 16 * b, first + i, at);
+    for (int r = 0; r < 2; ++r) Latents::load(a[r], tile, latent_rows, 16 * r, block);
   }
 
-  // One block of 32 latents: basis fragments from shared memory, or from global memory where it does not fit there.
-  __device__ __forceinline__ void multiply(Rebuilt& acc, const uint32_t (&a)[2][Latents::kWords], int head, int group, int block) const {
+  // acc += basis z over one block of 32 latents.
+  __device__ __forceinline__ void multiply(Rebuilt& acc, const Block& a, int first_row, int block) const {
 #pragma unroll
-    for (int part = 0; part < 2; ++part)
+    for (int part = 0; part < 2; ++part) {
+      uint32_t b[2][Latents::kSteps][2];
+      Latents::load_basis(b, basis, basis_rows, first_row + 16 * part, block);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        typename Latents::Basis b;
-        if (p.shared.resident) {
-          const int row = ((head * groups + group) * 2 + part) * 16 + 8 * u + at.g;
-          b = Latents::basis(shared + p.shared.basis, basis_rows, row, block, at);
-        } else {
-          const int dim = dim_of_pair(p.rope, kGroupPairs * group + 8 * u + at.g, part);
-          const int64_t row = unit.seq * p.key_basis_seq_stride + (int64_t(unit.head[head]) * p.attend.head_dim + dim) * p.key_rank;
-          b = dim < int(p.attend.head_dim)
-                  ? Latents::basis_global(static_cast<const unsigned char*>(p.key_basis) + (row << kBasisShift), block, at)
-                  : Latents::none();
-        }
+      for (int k = 0; k < Latents::kSteps; ++k)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) Latents::multiply(acc[r][u][part], a[r], b);
+        for (int u = 0; u < 2; ++u)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) Latents::multiply(acc[r][u][part], a[r][k], b[u][k]);
+    }
+  }
+
+  // Where bases do not fit shared memory, fragments come from global memory: slow, but any rank runs.
+  __device__ __forceinline__ void multiply_from_global(Rebuilt& acc, const Block& a, int head, int group, int block) const {
+#pragma unroll 1
+    for (int tile = 0; tile < 4; ++tile) {
+      const int part = tile >> 1, u = tile & 1, dim = dim_of_pair(p.rope, kGroupPairs * group + 8 * u + at.g, part);
+      const bool exists = dim < int(p.attend.head_dim);
+      const int64_t row = unit.seq * p.key_basis_seq_stride + (int64_t(unit.head[head]) * p.attend.head_dim + (exists ? dim : 0)) * p.key_rank;
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(static_cast<const char*>(p.key_basis) + (row << kBasisShift));
+#pragma unroll
+      for (int k = 0; k < Latents::kSteps; ++k) {
+        uint32_t b[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) b[i] = exists ? __ldg(words + 8 * (Latents::kSteps * block + k) + Latents::basis_word(4 * i + at.c)) : 0u;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)  // accumulators are registers: their indices are constants
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            if (tile == j) Latents::multiply(acc[r][j & 1][j >> 1], a[r][k], b);
       }
+    }
+  }
+
+  // acc += basis z for 16 pairs of one head.
+  template <bool kHeld>
+  __device__ __forceinline__ void rebuild(Rebuilt& acc, const Block (&held)[Latents::kHeld], ptx::smem tile, int head, int group) const {
+    const int first_row = (head * groups + group) * 32;
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < Latents::kHeld; ++i) multiply(acc, held[i], first_row, i < blocks ? i : 0);  // beyond: latents are 0
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i) {
+        Block a;
+        load_block(a, tile, i);
+        if (p.shared.resident) multiply(acc, a, first_row, i); else multiply_from_global(acc, a, head, group, i);
+      }
+    }
   }
 
   // A lane's two dims (2c, 2c + 1 of n-tile u, part) of a vector in the rebuild's order.
@@ -121,9 +149,10 @@ template <class T, int NT, int kLatent> struct Scores {
     return *reinterpret_cast<const float2*>(x + ((head * groups + group) * 2 + part) * 16 + 8 * u + 2 * at.c);
   }
 
-  __device__ __forceinline__ void start(Rebuilt& acc, int head, int group) const {
+  // kHeld: s32 sums of at most 128 products fit a float's integers, so that a bias makes them floats.
+  template <bool kHeld> __device__ __forceinline__ void start(Rebuilt& acc, int head, int group) const {
     float begin = 0.f;
-    if constexpr (kByteBasis) begin = blocks <= Latents::kHeld ? ByteBasis::kBiasValue : 0.f;
+    if constexpr (kByteBasis && kHeld) begin = ByteBasis::kBiasValue;
 #pragma unroll
     for (int part = 0; part < 2; ++part)
 #pragma unroll
@@ -138,9 +167,15 @@ template <class T, int NT, int kLatent> struct Scores {
   }
 
   // Scales and zeros of integer latents, and the mean.
-  __device__ __forceinline__ void finish(Rebuilt& acc, const RowAffine& affine, int head, int group) const {
+  template <bool kHeld> __device__ __forceinline__ void finish(Rebuilt& acc, const unsigned char* key_params, int head, int group) const {
     if constexpr (kAffine) {
-      const bool biased = kByteBasis && blocks <= Latents::kHeld;
+      float scale[4], zero[4];  // of rows g, g + 8, g + 16, g + 24: read again for each head, since registers are scarce
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 a = ptx::unpack_f16(*reinterpret_cast<const uint32_t*>(key_params + 4 * (8 * i + at.g)));
+        scale[i] = kByteBasis ? a.x * 0.0078125f : a.x;  // the queries hold 2^7
+        zero[i] = kByteBasis ? a.y * 0.0078125f : fmaf(-1024.f, a.x, a.y);
+      }
 #pragma unroll
       for (int part = 0; part < 2; ++part)
 #pragma unroll
@@ -154,10 +189,10 @@ template <class T, int NT, int kLatent> struct Scores {
             for (int e = 0; e < 4; ++e) {
               float& x = acc[r][u][part][e];
               const int i = 2 * r + (e >> 1);
-              float rest = fmaf(affine.zero[i], e & 1 ? sum.y : sum.x, e & 1 ? mean.y : mean.x);
-              if (kByteBasis && biased) rest = fmaf(-ByteBasis::kBiasValue, affine.scale[i], rest);
-              if (kByteBasis && !biased) x = float(__float_as_int(x));
-              x = fmaf(affine.scale[i], x, rest);
+              float rest = fmaf(zero[i], e & 1 ? sum.y : sum.x, e & 1 ? mean.y : mean.x);
+              if constexpr (kByteBasis && kHeld) rest = fmaf(-ByteBasis::kBiasValue, scale[i], rest);
+              if constexpr (kByteBasis && !kHeld) x = float(__float_as_int(x));
+              x = fmaf(scale[i], x, rest);
             }
         }
     }
@@ -178,40 +213,53 @@ template <class T, int NT, int kLatent> struct Scores {
         }
   }
 
-  // Turns of the lane's rows and pairs: from the table, or (positions not in a row) worked out.
-  __device__ __forceinline__ void load_turns(float4 (&turns)[kTurnsALane], int group, const int* positions) const {
-    const float4* table = reinterpret_cast<const float4*>(shared + p.shared.turns) + group * kTurnsALane * 32 + lane;
+  // A lane's turns of a group, every 32nd of them: the CTA's table, or (positions not in a row) worked out into the warp's
+  // own memory.
+  __device__ __forceinline__ const float4* turns_of(int group, unsigned char* warp_memory, const int* positions) const {
+    if (!positions) return reinterpret_cast<const float4*>(shared + p.shared.turns) + group * kTurnsALane * 32 + lane;
+    float4* own = reinterpret_cast<float4*>(warp_memory) + lane;
+#pragma unroll 1
+    for (int i = 0; i < kTurnsALane; ++i) own[32 * i] = key_turns(p.rope, group, i, at, positions[row_of_turn(i, at)]);
+    return own;
+  }
+  __device__ __forceinline__ static void read_turns(float4 (&turns)[kTurnsALane], const float4* from) {
 #pragma unroll
-    for (int i = 0; i < kTurnsALane; ++i)
-      turns[i] = positions ? key_turns(p.rope, group, i, at, positions[row_of_turn(i, at)]) : table[32 * i];
+    for (int i = 0; i < kTurnsALane; ++i) turns[i] = from[32 * i];
   }
 
   // s += K q^T over all dims of all heads of the unit. Row r of the tile is at the position that the queries were turned
   // back by, plus r; or at positions[r], with the queries as they are. kFew registers: the turns are read for each head.
   template <bool kFew>
-  __device__ __forceinline__ void add(float (&s)[2][NT][4], const unsigned char* tile, const unsigned char* warp_memory,
-                                      const RowAffine& affine, const int* positions) const {
-    typename Latents::Fragments a;
-    if (blocks <= Latents::kHeld) load_latents(a, tile, 0);
+  __device__ __forceinline__ void add(float (&s)[2][NT][4], ptx::smem tile, unsigned char* warp_memory, const unsigned char* key_params,
+                                      const int* positions) const {
+    if (p.shared.resident && blocks <= Latents::kHeld) add_tile<kFew, true>(s, tile, warp_memory, key_params, positions);
+    else add_tile<kFew, false>(s, tile, warp_memory, key_params, positions);
+  }
+
+  // kHeld: the rows' latents stay in registers for all heads and dims.
+  template <bool kFew, bool kHeld>
+  __device__ __forceinline__ void add_tile(float (&s)[2][NT][4], ptx::smem tile, unsigned char* warp_memory,
+                                           const unsigned char* key_params, const int* positions) const {
+    Block held[Latents::kHeld] = {};
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < Latents::kHeld; ++i)
+        if (i < blocks) load_block(held[i], tile, i);
+    }
     const int a_head = columns_a_head(p.attend);
 #pragma unroll 1
     for (int group = 0; group < groups; ++group) {
       float4 turns[kTurnsALane];
-      if (!kFew) load_turns(turns, group, positions);
+      const float4* table = turns_of(group, warp_memory, positions);
+      if (!kFew) read_turns(turns, table);
       const uint4* queries = reinterpret_cast<const uint4*>(warp_memory + p.shared.warp_queries) + group * NT * 32 + lane;
 #pragma unroll 1
       for (int head = 0; head < unit.heads; ++head) {
         Rebuilt acc;
-        start(acc, head, group);
-#pragma unroll 1
-        for (int first = 0; first < blocks; first += Latents::kHeld) {
-          if (blocks > Latents::kHeld) load_latents(a, tile, first);
-#pragma unroll
-          for (int i = 0; i < Latents::kHeld; ++i)
-            if (first + i < blocks) multiply(acc, a[i], head, group, first + i);
-        }
-        finish(acc, affine, head, group);
-        if (kFew) load_turns(turns, group, positions);
+        start<kHeld>(acc, head, group);
+        rebuild<kHeld>(acc, held, tile, head, group);
+        finish<kHeld>(acc, key_params, head, group);
+        if (kFew) read_turns(turns, table);
         uint32_t k[2][2][4];
         turn_keys(k, acc, turns);
 #pragma unroll

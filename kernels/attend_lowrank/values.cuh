@@ -15,7 +15,7 @@ __device__ inline int value_dim_of(int i, int g, int upper, bool int8_values) {
 template <int kBlocks, int NT> using Weights = uint32_t[kBlocks][NT][2];
 
 template <class T, int NT, int V, int kBlocks>
-__device__ __forceinline__ void add_values(float (&o)[V / 16][NT][4], ptx::smem tile, MatrixRows layout, int width,
+__device__ __forceinline__ void add_values(float (&o)[V / 16][NT][4], ptx::smem tile, SwizzledRows layout, int width,
                                            const Weights<kBlocks, NT>& weights) {
   const int lane = int(threadIdx.x) & 31;
 #pragma unroll
@@ -31,7 +31,7 @@ __device__ __forceinline__ void add_values(float (&o)[V / 16][NT][4], ptx::smem 
 }
 
 template <int NT, int V, int kBlocks>
-__device__ __forceinline__ void add_int8_values(float (&o)[V / 16][NT][4], const unsigned char* tile, ByteColumns layout, int width,
+__device__ __forceinline__ void add_int8_values(float (&o)[V / 16][NT][4], const unsigned char* tile, SwizzledRows layout, int width,
                                                 const Weights<kBlocks, NT>& weights) {
   constexpr uint32_t kMagic = 0x64646464u;
   const Lane at;

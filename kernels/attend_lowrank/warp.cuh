@@ -19,7 +19,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   unsigned char* const memory;  // the warp's
   unsigned char* const ring;
   const ptx::smem ring_s;
-  const int lane, warp, warps;
+  const int lane;
   const Lane at;
   const Scoring scoring;
   State state;
@@ -27,8 +27,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   __device__ Warp(const KvlarAttendLowrank& params, const Unit& u, unsigned char* shared)
       : lowrank(params), p(params.attend), unit(u),
         memory(shared + params.shared.warps + (threadIdx.x / 32) * params.shared.warp_bytes),
-        ring(memory + params.shared.warp_ring), ring_s(ptx::to_smem(ring)), lane(int(threadIdx.x) & 31),
-        warp(int(threadIdx.x) >> 5), warps(int(params.shared.warp_count)), scoring(params, u, shared) {}
+        ring(memory + params.shared.warp_ring), ring_s(ptx::to_smem(ring)), lane(int(threadIdx.x) & 31), scoring(params, u, shared) {}
 
   // ---- rows
 
@@ -67,8 +66,8 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   // 16-bit rows of `width` values.
   template <int kRows>
   __device__ __forceinline__ void issue_wide(const TileRows& rows, ptx::smem to, const KvlarPool& pool, int head, int first, int width) const {
-    const int blocks = (width + 31) / 32, page_mask = (1 << p.segments[rows.segment].rows.page_rows_log2) - 1;
-    copy_rows<kRows, 4>(lane, to, MatrixRows(blocks), head_rows(pool, unit.seq, head) + 2 * first, pool, rows, page_mask, width / 8, 4 * blocks);
+    const int page_mask = (1 << p.segments[rows.segment].rows.page_rows_log2) - 1, chunks = wide_chunks(width);
+    copy_rows<kRows, 4>(lane, to, head_rows(pool, unit.seq, head) + 2 * first, pool, rows, page_mask, width / 8, chunks);
   }
 
   __device__ __forceinline__ int slice_first(int slice) const { return slice * int(lowrank.slice_width); }
@@ -80,23 +79,23 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   __device__ __forceinline__ void issue_latent(const TileRows& rows, int stage_index, int slice) const {
     const KvlarSegment& s = p.segments[rows.segment];
     const ptx::smem stage = ring_s + uint32_t(stage_index * lowrank.shared.stage_bytes);
-    const int blocks = int(lowrank.key_rank) / 32, page_mask = (1 << s.rows.page_rows_log2) - 1;
+    const int page_mask = (1 << s.rows.page_rows_log2) - 1, chunks = Scoring::Latents::chunks(int(lowrank.key_rank));
     const char* keys = head_rows(s.keys, unit.seq, unit.key_group);
     if constexpr (kInt8) {
-      copy_rows<kLatentRows, 2>(lane, stage, ByteRows(blocks), keys, s.keys, rows, page_mask, 2 * blocks, 2 * blocks);
+      copy_rows<kLatentRows, 2>(lane, stage, keys, s.keys, rows, page_mask, chunks, chunks);
       attend::copy_words<kLatentRows>(lane, stage + lowrank.shared.stage_key_params, keys + s.keys.params_offset, s.keys.page_stride,
                                       s.keys.params_stride, rows, page_mask);
     } else {
-      copy_rows<kLatentRows, 4>(lane, stage, VectorRows(blocks), keys, s.keys, rows, page_mask, 4 * blocks, 4 * blocks);
+      copy_rows<kLatentRows, 4>(lane, stage, keys, s.keys, rows, page_mask, chunks, chunks);
     }
     const ptx::smem to = stage + lowrank.shared.stage_values;
     const int width = slice_values(slice);
     if (!lowrank.value_rank) {
-      const uint32_t bytes = uint32_t(kLatentRows * 64 * ((width + 31) / 32));
+      const uint32_t bytes = uint32_t(kLatentRows * 16 * wide_chunks(width));
       for (int h = 0; h < unit.heads; ++h) issue_wide<kLatentRows>(rows, to + h * bytes, s.values, unit.head[h], 0, width);
     } else if (kInt8 && s.value_codec == KVLAR_CODEC_INT8) {
       const char* values = head_rows(s.values, unit.seq, unit.value_group);
-      copy_rows<kLatentRows, 2>(lane, to, ByteColumns(width / 32), values + slice_first(slice), s.values, rows, page_mask, width / 16, width / 16);
+      copy_rows<kLatentRows, 2>(lane, to, values + slice_first(slice), s.values, rows, page_mask, width / 16, width / 16);
       attend::copy_words<kLatentRows>(lane, stage + lowrank.shared.stage_value_params, values + s.values.params_offset,
                                       s.values.page_stride, s.values.params_stride, rows, page_mask);
     } else {
@@ -124,20 +123,8 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     const int first = positions ? positions[0] : unit.first_row[rows.segment][0] + rows.row;
     const bool in_a_row = !positions || __all_sync(0xffffffffu, lane >= rows.valid || positions[lane] == first + lane);
     scoring.turn_queries(memory, in_a_row ? first : 0);
-    RowAffine affine;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      affine.scale[i] = 1.f;
-      affine.zero[i] = 0.f;
-      if constexpr (kInt8) {
-        const float2 a = ptx::unpack_f16(*reinterpret_cast<const uint32_t*>(tile + lowrank.shared.stage_key_params + 4 * (8 * i + at.g)));
-        constexpr bool kByteBasis = kLatent == KVLAR_LATENT_INT8_BASIS;
-        affine.scale[i] = kByteBasis ? a.x * 0.0078125f : a.x;  // the queries hold 2^7
-        affine.zero[i] = kByteBasis ? a.y * 0.0078125f : fmaf(-1024.f, a.x, a.y);
-      }
-    }
     float s[2][NT][4] = {};
-    scoring.template add<(NT * V > 128)>(s, tile, memory, affine, in_a_row ? nullptr : positions);
+    scoring.template add<(NT * V > 128 || kLatent == KVLAR_LATENT_INT8_BASIS)>(s, tile_s, memory, tile + lowrank.shared.stage_key_params, in_a_row ? nullptr : positions);
     to_logits(s, p);
     bool seen[2][2] = {{true, true}, {true, true}};
     const bool all_visible = !positions && rows.row + kLatentRows <= unit.shortest[rows.segment] && first + kLatentRows - 1 <= unit.lowest_query &&
@@ -152,15 +139,15 @@ template <class T, int NT, int V, int kLatent> struct Warp {
         ValueAffine<2> value_affine;
         value_affine.load(tile + lowrank.shared.stage_value_params, seen, at);
         weigh_int8(weights, state, s, value_affine);
-        add_int8_values<NT, V, 2>(state.o, values, ByteColumns(width / 32), width, weights);
+        add_int8_values<NT, V, 2>(state.o, values, SwizzledRows(narrow_chunks(width)), width, weights);
         return;
       }
     }
     weigh<T>(weights, state, s);
     if (lowrank.value_rank) {
-      add_values<T, NT, V, 2>(state.o, values_s, MatrixRows(width / 32), width, weights);
+      add_values<T, NT, V, 2>(state.o, values_s, SwizzledRows(wide_chunks(width)), width, weights);
     } else {
-      const int blocks = (width + 31) / 32;
+      const SwizzledRows layout(wide_chunks(width));
       for (int h = 0; h < unit.heads; ++h) {  // each head has values of its own: the weights of the others are 0
         Weights<2, NT> own;
 #pragma unroll
@@ -169,7 +156,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
           for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i) own[b][n][i] = scoring.my_head[n] == h ? weights[b][n][i] : 0u;
-        add_values<T, NT, V, 2>(state.o, values_s + uint32_t(h * kLatentRows * 64 * blocks), MatrixRows(blocks), width, own);
+        add_values<T, NT, V, 2>(state.o, values_s + uint32_t(h * kLatentRows * layout.row_bytes), layout, width, own);
       }
     }
   }
@@ -179,7 +166,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   __device__ __forceinline__ void consume_exact(const TileRows& rows, int stage_index, int head) {
     const unsigned char* tile = ring + stage_index * lowrank.shared.stage_bytes;
     const ptx::smem tile_s = ring_s + uint32_t(stage_index * lowrank.shared.stage_bytes);
-    const MatrixRows layout((int(p.head_dim) + 31) / 32);
+    const SwizzledRows layout(wide_chunks(int(p.head_dim)));
     float s[1][NT][4] = {};
     const T* query[NT];
 #pragma unroll
@@ -205,7 +192,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     Weights<1, NT> weights;
     weigh<T>(weights, state, s);
     const int width = int(p.value_dim);
-    add_values<T, NT, V, 1>(state.o, tile_s + lowrank.shared.stage_values, MatrixRows((width + 31) / 32), width, weights);
+    add_values<T, NT, V, 1>(state.o, tile_s + lowrank.shared.stage_values, SwizzledRows(wide_chunks(width)), width, weights);
   }
 
   __device__ const T* query_row(int column) const {
@@ -217,7 +204,8 @@ template <class T, int NT, int V, int kLatent> struct Warp {
 
   template <class Find, class Issue, class Consume>
   __device__ __forceinline__ void take(int first, int end, Find find_tile, Issue issue, Consume consume) {
-    int tile = first + warp, stage = 0;
+    const int warps = int(lowrank.shared.warp_count);
+    int tile = first + int(threadIdx.x) / 32, stage = 0;
     TileRows rows{}, coming{};  // pages are looked up a tile before the copies need them
     if (tile < end) {
       rows = find_tile(tile);

@@ -165,7 +165,13 @@ impl LowrankCase {
             ValueCase::Latent { rank, .. } => LowrankValues::Latent { rank: *rank, codec: self.value_rows().0 },
         };
         let shape = LowrankShape::new(attend, 1, self.rank, self.latents, values, sets.shape());
-        LowrankShape { attend: AttendShape { segments, ..shape.attend }, latent_segments, key_mean: self.mean, ..shape }
+        LowrankShape {
+            attend: AttendShape { segments, ..shape.attend },
+            latent_segments,
+            key_mean: self.mean,
+            stored_positions: self.segments.iter().any(|s| s.latent && s.positions != Positions::Index),
+            ..shape
+        }
     }
 }
 

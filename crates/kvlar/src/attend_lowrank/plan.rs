@@ -306,6 +306,9 @@ impl LowrankPlan {
         if from.rows.lengths.is_none() {
             return invalid("rows", "attend needs lengths");
         }
+        if from.rows.positions.is_some() && !s.stored_positions {
+            return invalid("rows", "they have stored positions; the shape says that none of the latent rows do");
+        }
         if from.rows.max_rows > max_rows {
             return invalid("rows", format!("{} rows in a segment planned for {max_rows}", from.rows.max_rows));
         }

@@ -64,6 +64,8 @@ pub struct LowrankShape {
     pub key_mean: bool,
     /// What values are.
     pub values: LowrankValues,
+    /// Whether latent rows have stored positions (after eviction, say); costs 4 KB of shared memory a warp.
+    pub stored_positions: bool,
     /// Which heads read which latents.
     pub sets: SetsShape,
 }
@@ -86,6 +88,7 @@ impl LowrankShape {
             latents,
             key_mean: false,
             values,
+            stored_positions: false,
             sets,
         }
     }

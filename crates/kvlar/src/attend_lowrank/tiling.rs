@@ -13,21 +13,23 @@ pub(crate) struct Tiling {
     pub latents: Latents,
 }
 
-macro_rules! entries {
-    ($($dtype:ident $latents:ident $name:literal),* $(,)?) => {
-        [$(
-            (Dtype::$dtype, Tiling { width: 128, columns: 8, latents: Latents::$latents }, concat!("kvlar_attend_lowrank_", $name, "_v128_n8")),
-            (Dtype::$dtype, Tiling { width: 256, columns: 8, latents: Latents::$latents }, concat!("kvlar_attend_lowrank_", $name, "_v256_n8")),
-            (Dtype::$dtype, Tiling { width: 128, columns: 16, latents: Latents::$latents }, concat!("kvlar_attend_lowrank_", $name, "_v128_n16")),
-        )*]
-    };
+const fn tiling(width: usize, columns: usize, latents: Latents) -> Tiling {
+    Tiling { width, columns, latents }
 }
 
 /// Every attend_lowrank kernel.
-const ENTRIES: [(Dtype, Tiling, &str); 18] = entries!(
-    Bf16 Dtype "bf16", Bf16 Int8 "bf16_int8", Bf16 Int8Basis "bf16_int8_basis",
-    F16 Dtype "f16", F16 Int8 "f16_int8", F16 Int8Basis "f16_int8_basis",
-);
+const ENTRIES: [(Dtype, Tiling, &str); 10] = [
+    (Dtype::Bf16, tiling(128, 8, Latents::Dtype), "kvlar_attend_lowrank_bf16_v128_n8"),
+    (Dtype::Bf16, tiling(256, 8, Latents::Dtype), "kvlar_attend_lowrank_bf16_v256_n8"),
+    (Dtype::Bf16, tiling(128, 16, Latents::Dtype), "kvlar_attend_lowrank_bf16_v128_n16"),
+    (Dtype::Bf16, tiling(256, 8, Latents::Int8), "kvlar_attend_lowrank_bf16_int8_v256_n8"),
+    (Dtype::Bf16, tiling(256, 8, Latents::Int8Basis), "kvlar_attend_lowrank_bf16_int8_basis_v256_n8"),
+    (Dtype::F16, tiling(128, 8, Latents::Dtype), "kvlar_attend_lowrank_f16_v128_n8"),
+    (Dtype::F16, tiling(256, 8, Latents::Dtype), "kvlar_attend_lowrank_f16_v256_n8"),
+    (Dtype::F16, tiling(128, 16, Latents::Dtype), "kvlar_attend_lowrank_f16_v128_n16"),
+    (Dtype::F16, tiling(256, 8, Latents::Int8), "kvlar_attend_lowrank_f16_int8_v256_n8"),
+    (Dtype::F16, tiling(256, 8, Latents::Int8Basis), "kvlar_attend_lowrank_f16_int8_basis_v256_n8"),
+];
 
 impl Tiling {
     /// `columns_a_head` packed columns for each of up to `heads` kv heads; dense values of `value_dim`, or latents of
@@ -36,10 +38,10 @@ impl Tiling {
         let all = columns_a_head * heads;
         // 16 columns hold up to 128 values: beyond, tiles of fewer heads cost reads from the L2, slices a rebuild each.
         let wide = value_dim > 128 || (value_rank > 128 && (all <= 8 || columns_a_head <= 8));
-        if wide {
-            return Self { width: 256, columns: 8, latents };
+        if latents != Latents::Dtype || wide {
+            return tiling(256, 8, latents);
         }
-        Self { width: 128, columns: if all > 8 { 16 } else { 8 }, latents }
+        tiling(128, if all > 8 { 16 } else { 8 }, latents)
     }
 
     pub fn entry(&self, dtype: Dtype) -> Option<&'static str> {
