@@ -224,9 +224,7 @@ impl LowrankData {
             Latents::Int8Basis => {
                 let pairs = RotaryPairs { rotary_dim: c.rope.rotary_dim(), half: c.rope.layout == RopeLayout::Half };
                 let int8 = Int8Basis::quantize(&raw, copies * c.kv_heads, c.head_dim, c.rank, pairs).expect("a basis");
-                let half = c.head_dim.next_multiple_of(32) / 2;
-                let scale = |i: usize| int8.scales[i / c.rank / c.head_dim * half + pairs.pair_of(i / c.rank % c.head_dim)];
-                (int8.codes.iter().enumerate().map(|(i, &x)| f32::from(x) * scale(i)).collect(), Some(int8))
+                (int8.dequantize(c.head_dim, c.rank, pairs), Some(int8))
             }
         };
         let (value_codec, value_groups, width) = c.value_rows();

@@ -57,4 +57,11 @@ impl Int8Basis {
         }
         Ok(Self { codes, scales })
     }
+
+    /// code · scale, `[heads, head_dim, rank]`.
+    pub fn dequantize(&self, head_dim: usize, rank: usize, pairs: RotaryPairs) -> Vec<f32> {
+        let half = head_dim.next_multiple_of(32) / 2;
+        let scale = |i: usize| self.scales[i / rank / head_dim * half + pairs.pair_of(i / rank % head_dim)];
+        self.codes.iter().enumerate().map(|(i, &c)| f32::from(c) * scale(i)).collect()
+    }
 }

@@ -69,4 +69,13 @@ impl Tolerance {
         };
         Self { absolute: magnitude * step, relative: step, cosine: step * step }
     }
+
+    /// A latent: products of 16-bit values are exact in fp32; a sum of `width` of them, none of whose partial sums is above
+    /// `magnitude`, rounds (on tensor cores: truncates) 2⁻²³ of that each time, mostly in random directions. `out` is what
+    /// it is stored as.
+    pub fn project(out: Dtype, width: usize, magnitude: f64) -> Self {
+        let u = if out == Dtype::F32 { 0.0 } else { out.unit_roundoff() };
+        let absolute = magnitude * 2f64.powi(-21) * (width.max(1) as f64).sqrt();
+        Self { absolute: absolute + u * absolute, relative: 2.0 * u + 2f64.powi(-20), cosine: 4.0 * u * u + 1e-9 }
+    }
 }

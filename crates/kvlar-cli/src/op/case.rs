@@ -83,6 +83,11 @@ impl Case {
         Ok(Some(Floats { shape: t.shape, values }))
     }
 
+    /// The shape of a tensor that has not been taken yet.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.get(name).map(|t| t.shape.clone())
+    }
+
     /// A float tensor of some rank.
     pub fn floats(&mut self, name: &str, rank: usize) -> Result<Floats> {
         match self.floats_if_any(name)? {
@@ -106,6 +111,19 @@ impl Case {
             ));
         }
         Ok(Some(t.bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()))
+    }
+
+    /// An i32 tensor of some rank: its shape and values.
+    pub fn ints_of(&mut self, name: &str, rank: usize) -> Result<(Vec<usize>, Vec<i32>)> {
+        let shape = match self.tensors.get(name) {
+            None => return input(format!("no tensor {name}")),
+            Some(t) if t.shape.len() != rank => {
+                return input(format!("{name} is {:?}; it must have {rank} dimensions", t.shape));
+            }
+            Some(t) => t.shape.clone(),
+        };
+        let values = self.ints(name, &[&shape])?.unwrap_or_default();
+        Ok((shape, values))
     }
 
     /// Refuses what no one asked for.
@@ -137,6 +155,11 @@ pub struct Output(Vec<(&'static str, Dtype, Vec<usize>, Vec<u8>)>);
 impl Output {
     pub fn floats(mut self, name: &'static str, shape: &[usize], values: &[f32]) -> Self {
         self.0.push((name, Dtype::F32, shape.to_vec(), values.iter().flat_map(|x| x.to_le_bytes()).collect()));
+        self
+    }
+
+    pub fn ints(mut self, name: &'static str, shape: &[usize], values: &[i32]) -> Self {
+        self.0.push((name, Dtype::I32, shape.to_vec(), values.iter().flat_map(|x| x.to_le_bytes()).collect()));
         self
     }
 

@@ -5,8 +5,10 @@
 
 mod append;
 mod attend;
+mod attend_lowrank;
 mod case;
 mod encode;
+mod fit;
 mod merge;
 
 use crate::backend::Backend;
@@ -16,7 +18,7 @@ use std::process::ExitCode;
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// The op: attend, append, encode, decode, merge.
+    /// The op: attend, attend_lowrank, append, encode, decode, merge, group_heads, fit_lowrank, fit_values, budget_ranks.
     name: String,
     /// What executes it.
     #[arg(long, value_enum, default_value = "reference")]
@@ -71,10 +73,15 @@ pub fn input<T>(text: impl Into<String>) -> Result<T> {
 fn execute(a: &Arguments) -> Result<()> {
     let op: fn(&mut Case, Backend) -> Result<Output> = match a.name.as_str() {
         "attend" => attend::run,
+        "attend_lowrank" => attend_lowrank::run,
         "append" => append::run,
         "encode" | "decode" => encode::run,
         "merge" => merge::run,
-        other => return input(format!("no op {other:?} (attend, append, encode, decode, merge)")),
+        "group_heads" => fit::group_heads,
+        "fit_lowrank" => fit::fit_lowrank,
+        "fit_values" => fit::fit_values,
+        "budget_ranks" => fit::budget_ranks,
+        other => return input(format!("no op {other:?} (see `kvlar op --help`)")),
     };
     let mut case = Case::read(&a.input, &a.set)?;
     let output = op(&mut case, a.backend)?;

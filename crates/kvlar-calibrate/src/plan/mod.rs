@@ -1,0 +1,209 @@
+//! Plans: what calibration decides and decoding needs.
+
+mod check;
+mod file;
+
+use crate::config::{Latent, RecalkvConfig};
+use crate::error::{Error, Result};
+use crate::shape::ModelShape;
+use serde::{Deserialize, Serialize};
+
+/// The version of plan files that this build writes and reads.
+pub const PLAN_FORMAT: u32 = 1;
+
+/// What one layer's cache is made of, for every layer of one model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Version of the file ([`PLAN_FORMAT`]).
+    pub format: u32,
+    /// The method: `recalkv`.
+    pub method: String,
+    /// Which model it was fitted to.
+    pub fingerprint: String,
+    /// Sizes of that model.
+    pub model: ModelShape,
+    /// The settings it was fitted with.
+    pub config: RecalkvConfig,
+    /// First rows of a sequence that stay exact.
+    pub sink_rows: usize,
+    /// Last rows of a sequence that stay exact.
+    pub recent_rows: usize,
+    /// Layer by layer.
+    pub layers: Vec<LayerPlan>,
+}
+
+/// Keys and values of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerPlan {
+    /// Keys, before RoPE where they are low rank.
+    pub keys: Side,
+    /// Values.
+    pub values: Side,
+}
+
+/// How keys or values are kept.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Side {
+    /// As the model's 16-bit rows: the budget reaches that far.
+    Dense,
+    /// As latents.
+    LowRank(Factors),
+}
+
+/// Latents of head groups: z = encoder · y (y: the group's heads, one after another), ŷ_h = basis_h · z (+ mean_h).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Factors {
+    /// Kv heads of each group; the order inside a group is the order of the encoder's columns.
+    pub groups: Vec<Vec<usize>>,
+    /// Numbers of a latent, a multiple of the plan's `multiple`. Columns that the data did not fill are zero.
+    pub rank: usize,
+    /// Decoder [kv_heads, dim, rank].
+    pub basis: Vec<f32>,
+    /// Encoder [groups, rank, size · dim].
+    pub encoder: Vec<f32>,
+    /// What decoding adds, [kv_heads, dim]: the part of the mean that the basis does not reach, so that encoding needs no
+    /// mean.
+    pub mean: Option<Vec<f32>>,
+    /// What a latent is stored as.
+    pub latent: Latent,
+}
+
+impl Factors {
+    /// The group of each kv head.
+    pub fn group_of(&self) -> Vec<i32> {
+        let mut of = vec![0; self.groups.iter().map(Vec::len).sum()];
+        for (g, heads) in self.groups.iter().enumerate() {
+            for h in heads {
+                if let Some(slot) = of.get_mut(*h) {
+                    *slot = g as i32;
+                }
+            }
+        }
+        of
+    }
+
+    /// Kv heads.
+    pub fn heads(&self) -> usize {
+        self.groups.iter().map(Vec::len).sum()
+    }
+
+    /// Numbers of a head.
+    pub fn dim(&self) -> usize {
+        self.basis.len() / (self.heads() * self.rank).max(1)
+    }
+
+    /// Stored bytes of one token: all groups, scales, zeros and padding columns included.
+    pub fn row_bytes(&self) -> usize {
+        self.groups.len() * self.latent.row_bytes(self.rank)
+    }
+
+    /// Bytes that do not grow with the context: encoder and decoder at 16 bit, the mean in f32.
+    pub fn fixed_bytes(&self) -> usize {
+        2 * (self.basis.len() + self.encoder.len()) + 4 * self.mean.as_ref().map_or(0, Vec::len)
+    }
+
+    /// Latents of rows y [n, kv_heads, dim]: [n, groups, rank], in f64.
+    pub fn encode(&self, y: &[f32]) -> Vec<f64> {
+        let (heads, dim, rank) = (self.heads(), self.dim(), self.rank);
+        let mut latents = Vec::new();
+        for row in y.chunks_exact((heads * dim).max(1)) {
+            let mut at = 0;
+            for group in &self.groups {
+                let width = group.len() * dim;
+                for line in self.encoder[at..at + rank * width].chunks_exact(width) {
+                    let parts = group.iter().zip(line.chunks_exact(dim));
+                    latents.push(parts.map(|(h, e)| dot(e, row[h * dim..(h + 1) * dim].iter().map(|x| f64::from(*x)))).sum());
+                }
+                at += rank * width;
+            }
+        }
+        latents
+    }
+
+    /// Rows of latents [n, groups, rank]: [n, kv_heads, dim], in f64.
+    pub fn decode(&self, latents: &[f64]) -> Vec<f64> {
+        let (dim, rank, of) = (self.dim(), self.rank, self.group_of());
+        let mut rows = Vec::new();
+        for z in latents.chunks_exact((self.groups.len() * rank).max(1)) {
+            for (h, g) in of.iter().enumerate() {
+                let z = &z[*g as usize * rank..][..rank];
+                for i in 0..dim {
+                    let line = &self.basis[(h * dim + i) * rank..][..rank];
+                    let mean = self.mean.as_ref().map_or(0.0, |m| f64::from(m[h * dim + i]));
+                    rows.push(mean + dot(line, z.iter().copied()));
+                }
+            }
+        }
+        rows
+    }
+}
+
+fn dot(a: &[f32], b: impl Iterator<Item = f64>) -> f64 {
+    a.iter().zip(b).map(|(x, y)| f64::from(*x) * y).sum()
+}
+
+impl Side {
+    /// The factors, where there are any.
+    pub fn factors(&self) -> Option<&Factors> {
+        match self {
+            Self::Dense => None,
+            Self::LowRank(f) => Some(f),
+        }
+    }
+
+    fn row_bytes(&self, heads: usize, dim: usize) -> usize {
+        self.factors().map_or(2 * heads * dim, Factors::row_bytes)
+    }
+}
+
+impl Plan {
+    /// Refuses a model that the plan was not fitted to.
+    ///
+    /// # Errors
+    /// [`Error::OtherModel`] naming both fingerprints.
+    pub fn check_model(&self, fingerprint: &str) -> Result<()> {
+        if self.fingerprint == fingerprint {
+            return Ok(());
+        }
+        Err(Error::OtherModel { plan: self.fingerprint.clone(), model: fingerprint.into() })
+    }
+
+    /// Stored bytes of one token in one layer, scales, zeros and padding included; 0 beyond the last layer.
+    pub fn layer_bytes_per_token(&self, layer: usize) -> usize {
+        let shape = self.model.layer;
+        self.layers
+            .get(layer)
+            .map_or(0, |l| l.keys.row_bytes(shape.kv_heads, shape.head_dim) + l.values.row_bytes(shape.kv_heads, shape.value_dim))
+    }
+
+    /// Stored bytes of one token in all layers. Sink and recent rows, which stay at 16 bit, are not part of it.
+    pub fn bytes_per_token(&self) -> f64 {
+        (0..self.layers.len()).map(|l| self.layer_bytes_per_token(l)).sum::<usize>() as f64
+    }
+
+    /// Bytes of one token in the 16-bit cache.
+    pub fn dense_bytes_per_token(&self) -> f64 {
+        (self.layers.len() * self.model.layer.dense_bytes()) as f64
+    }
+
+    /// Bytes that do not grow with the context: bases.
+    pub fn fixed_bytes(&self) -> usize {
+        let sides = self.layers.iter().flat_map(|l| [&l.keys, &l.values]);
+        sides.filter_map(Side::factors).map(Factors::fixed_bytes).sum()
+    }
+
+    /// Bytes kept of the 16-bit cache's for a context of `tokens`: exact sink and recent rows and bases counted. Sequences
+    /// share the bases; this is what one alone pays.
+    pub fn kept(&self, tokens: usize) -> f64 {
+        let exact = tokens.min(self.sink_rows + self.recent_rows) as f64;
+        let bytes = (tokens as f64 - exact) * self.bytes_per_token() + exact * self.dense_bytes_per_token();
+        (bytes + self.fixed_bytes() as f64) / (self.dense_bytes_per_token() * tokens.max(1) as f64)
+    }
+}
+
+/// What a plan file says of a side, beside its tensors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum SideHeader {
+    Dense,
+    LowRank { groups: Vec<Vec<usize>>, rank: usize, latent: Latent, mean: bool },
+}
