@@ -9,6 +9,8 @@ pub mod append;
 #[allow(missing_docs)]
 pub mod attend;
 #[allow(missing_docs)]
+pub mod latents;
+#[allow(missing_docs)]
 pub mod lowrank;
 #[allow(missing_docs)]
 pub mod pages;

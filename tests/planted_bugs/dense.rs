@@ -1,0 +1,183 @@
+//! Bugs of attend, append, encode and merge.
+
+use super::{Bug, Suite, bug};
+use kvlar::{Codec, Dtype, MergeShape, RopeLayout, Schedule};
+use kvlar_reference::testing::Rng;
+use kvlar_reference::tolerance::Tolerance;
+use kvlar_reference::{Rope, RopeScaling, compare};
+use kvlar_tests::Lab;
+use kvlar_tests::append::AppendCase;
+use kvlar_tests::attend::{AttendCase, AttendData, AttendRun, SegmentCase, check};
+use kvlar_tests::pages::Layout;
+
+pub const SUITE: Suite = Suite { name: "dense", source: SOURCE, bugs: BUGS, run: short_suites };
+
+const BUGS: &[Bug] = &[
+    bug(
+        "dropped barrier before the rings become scratch",
+        "attend/attend.cuh",
+        "__syncthreads();  // all rings are drained",
+        "// all rings are drained",
+    ),
+    bug(
+        "dropped barrier after the unit is loaded",
+        "attend/attend.cuh",
+        "load_shared(unit);\n      __syncthreads();",
+        "load_shared(unit);",
+    ),
+    bug(
+        "wrong GQA map",
+        "attend/warp.cuh",
+        "head = shared.unit.head * int(p.group) + i % int(p.group);",
+        "head = i % int(p.group) * int(p.kv_heads) + shared.unit.head;",
+    ),
+    bug(
+        "swapped RoPE halves",
+        "device/rope.cuh",
+        "second ? __fmul_rn(partner, sin) : -__fmul_rn(partner, sin)",
+        "second ? -__fmul_rn(partner, sin) : __fmul_rn(partner, sin)",
+    ),
+    bug("interleaved pairs taken as halves", "device/rope.cuh", ": i ^ 1];", ": (i < half ? i + half : i - half)];"),
+    bug("off-by-one page", "attend/warp.cuh", "table, rows.row + 16 * b) : 0;", "table, max(0, rows.row + 16 * b - 1)) : 0;"),
+    bug(
+        "rows of a page not wrapped",
+        "append/append.cu",
+        "slot & ((1 << p.rows.page_rows_log2) - 1)",
+        "slot & ((2 << p.rows.page_rows_log2) - 1)",
+    ),
+    bug("missing rescale of the output", "attend/warp.cuh", "state.o[i][n][e] *= factor;", ""),
+    bug("missing rescale of the sum", "attend/warp.cuh", "state.sum[n][e] *= factor;", ""),
+    bug(
+        "splits merged with another split's state",
+        "attend/attend.cuh",
+        "const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state(slot, column)));",
+        "const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state(slot_of_split(share, share.splits - 1 - s), column)));",
+    ),
+    bug("partial results share a slot", "attend/work_list.cuh", "(first_cell(cells, ctas, first) < unit_start ? 1 : 0)", "0"),
+    bug("counter not left at zero", "device/ptx.cuh", "if (last) st_release(counter, 0);", ""),
+    bug("lse in the wrong base", "attend/attend.cuh", "(top + __log2f(sum)) * kLn2", "top * kLn2 + __log2f(sum)"),
+    bug("window off by one", "attend/warp.cuh", "query - position >= p.window)", "query - position > p.window)"),
+    bug("causal mask off by one", "attend/warp.cuh", "position > query ||", "position >= query ||"),
+    bug("one row too many", "attend/warp.cuh", "return r >= valid ||", "return r > valid ||"),
+    bug(
+        "a stage is read before it landed",
+        "attend/warp.cuh",
+        "ptx::cp_async_wait<kStages - 2>();",
+        "ptx::cp_async_wait<kStages - 1>();",
+    ),
+    bug("a stage is overwritten while it is read", "attend/warp.cuh", "stage == 0 ? kStages - 1 : stage - 1", "stage"),
+    bug("int8 zeros of keys forgotten", "attend/warp.cuh", "fmaf(k.x, x, k.y * q8_sum[n][e])", "(k.x * x)"),
+    bug(
+        "int8 zeros of values forgotten",
+        "attend/warp.cuh",
+        "state.zero[n][e] = fmaf(w[e], value_zero[b][h], state.zero[n][e]);",
+        "",
+    ),
+    bug(
+        "int8 codes truncated",
+        "device/row_codec.cuh",
+        "rintf(__fdiv_rn(__fsub_rn(x, a.zero), a.scale))",
+        "truncf(__fdiv_rn(__fsub_rn(x, a.zero), a.scale))",
+    ),
+    bug(
+        "sink logit in the wrong base",
+        "attend/attend.cuh",
+        "__ldg(p.sink_logits + head) * kLog2E",
+        "__ldg(p.sink_logits + head)",
+    ),
+    bug(
+        "soft-cap not returned to base 2",
+        "attend/warp.cuh",
+        "soft_cap(s[b][n][e], p.softcap) * kLog2E",
+        "soft_cap(s[b][n][e], p.softcap)",
+    ),
+    bug(
+        "tile bound ignores the window's lower end",
+        "attend/unit.cuh",
+        "u.lowest_query - p.window + 1",
+        "u.highest_query - p.window + 1",
+    ),
+    bug("skipped slots are written", "append/append.cu", "if (slot < 0) return;", "if (slot < -2) return;"),
+    bug(
+        "dropped warp barrier between rotation and rows",
+        "append/append.cu",
+        "own[kLaneDims * lane + i] = x[i];\n    __syncwarp();",
+        "own[kLaneDims * lane + i] = x[i];",
+    ),
+    bug("merge keeps vanished parts", "merge/merge.cu", "if (lse == -INFINITY) continue;", ""),
+];
+
+/// What the short suites need, in one translation unit.
+const SOURCE: &str = r#"
+#include "attend/attend.cuh"
+KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_d64_n8, 64, 1, __nv_bfloat16, false)
+GPU_EXPORT(kvlar_attend_bf16_d64_n8)
+KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_int8_d64_n8, 64, 1, __nv_bfloat16, true)
+GPU_EXPORT(kvlar_attend_bf16_int8_d64_n8)
+#include "attend/schedule.cu"
+#include "append/append.cu"
+#include "encode/encode.cu"
+#include "merge/merge.cu"
+"#;
+
+/// A short form of the suites, within what [`SOURCE`] holds.
+fn short_suites(lab: &Lab) {
+    let base = |lengths: &[usize]| AttendCase::new(Dtype::Bf16, (4, 2), 64, lengths);
+    let cases = [
+        base(&[37, 5, 64]),
+        base(&[70, 129]).with(|c| (c.q_heads, c.kv_heads) = (6, 3)),
+        base(&[85, 33]).with(|c| (c.query_rows, c.window) = (3, 20)),
+        base(&[60, 100]).with(|c| {
+            (c.window, c.query_rows, c.q_positions) = (7, 2, true);
+            (c.segments[0].positions, c.segments[0].layout) = (true, Layout::PerHead(16));
+        }),
+        base(&[500, 20, 0]).with(|c| c.sinks = true),
+        base(&[3000]).with(|c| (c.q_size, c.query_rows) = (40.0, 3)),
+        base(&[50, 30]).with(|c| c.softcap = 5.0),
+        base(&[300, 120]).with(|c| c.segments[0].codec = Codec::Int8),
+        base(&[400, 90]).with(|c| c.schedule = Schedule::Own).with(|c| c.segments[0].capacity = 700),
+        base(&[0, 0]).with(|c| {
+            let segment = |codec, layout, lengths: [usize; 2]| SegmentCase {
+                codec,
+                layout,
+                capacity: 96,
+                lengths: lengths.to_vec(),
+                positions: false,
+            };
+            c.segments = vec![
+                segment(Codec::Bf16, Layout::Contiguous, [4, 4]),
+                segment(Codec::Int8, Layout::Hnd(32), [90, 33]),
+                segment(Codec::Bf16, Layout::Nhd(16), [17, 1]),
+            ];
+        }),
+    ];
+    for case in &cases {
+        check(lab, case).unwrap_or_else(|e| panic!("{e}"));
+    }
+    // Twice through one workspace: counters must be as they were.
+    let data = AttendData::new(&base(&[600, 50]));
+    let mut run = AttendRun::new(lab, &data);
+    run.enqueue();
+    let first = run.result();
+    run.poison();
+    run.enqueue();
+    assert_eq!(first, run.result(), "two runs differ");
+    for codec in [Codec::Bf16, Codec::Int8] {
+        AppendCase { slots: Some(vec![39, -1, 0, 17, 16, -1, -1, 31, 32, 3]), ..AppendCase::new(Dtype::Bf16, codec, 64) }
+            .check(lab);
+        let rope = Rope::new(10000.0, 48, RopeLayout::Interleaved, RopeScaling::None);
+        AppendCase { rope, ..AppendCase::new(Dtype::F16, codec, 64) }.check(lab);
+    }
+    let (n, rows, dim) = (3, 2, 64);
+    let mut rng = Rng::new(2);
+    let mut parts = rng.normals(n * rows * dim, 1.0);
+    let mut lse = rng.normals(n * rows, 3.0);
+    lse[2] = f32::NEG_INFINITY;
+    parts[2 * dim..3 * dim].fill(f32::NAN);
+    let (p, l) = (lab.upload(&parts), lab.upload(&lse));
+    let (mut out, mut merged) = (lab.poisoned(4 * rows * dim), lab.poisoned(4 * rows));
+    let plan = MergeShape { parts: n, rows, dim }.plan(&lab.device).expect("a plan");
+    plan.launch(&lab.stream, p.view(), l.view(), &mut out.view_mut(), &mut merged.view_mut()).expect("merge");
+    let expected = kvlar_reference::merge(&parts, &lse, n, rows, dim).expect("a case");
+    compare::compare(&lab.download::<f32>(&out), &expected.0, Tolerance::merge()).unwrap_or_else(|e| panic!("{e}"));
+}
