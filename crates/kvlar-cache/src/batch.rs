@@ -1,10 +1,11 @@
 //! The sequences of one step, as the device sees them.
 
 use crate::error::invalid;
+use crate::layer::Layer;
 use crate::{CacheConfig, Result, SeqId};
 use kvlar::{
-    AppendPlan, AppendShape, AttendPlan, AttendShape, Buffer, Device, Dtype, Rows, Schedule, SegmentShape, Stream, WorkList,
-    Workspace, WorkspaceSize,
+    AppendLowrankPlan, AppendPlan, AppendShape, AttendPlan, AttendShape, Backend, Buffer, Device, Dtype, LowrankPlan, Rows,
+    Schedule, SegmentShape, Stream, WorkList, Workspace, WorkspaceSize,
 };
 
 /// What a [`Batch`] is made from.
@@ -55,8 +56,22 @@ pub struct Batch {
     pub(crate) workspace: Workspace,
     /// Whether the work list is that of this step.
     pub(crate) scheduled: bool,
+    /// By layer; `None` where rows are token-wise.
+    pub(crate) lowrank: Vec<Option<LowrankPlans>>,
+    /// Work lists of low-rank layers, and whether each is that of this step; layers that differ in ranks alone share one.
+    pub(crate) lowrank_work: Vec<(WorkList, bool)>,
     pub(crate) tables: Tables,
     pub(crate) active: Vec<(SeqId, usize)>,
+}
+
+/// Plans of one low-rank layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LowrankPlans {
+    pub append: AppendLowrankPlan,
+    /// `None`: more new tokens than kernels attend from at a time (a prefill, whose attention is the engine's own).
+    pub attend: Option<LowrankPlan>,
+    /// Index of its work list.
+    pub work: usize,
 }
 
 /// What the device knows of a step's sequences.
@@ -76,7 +91,7 @@ impl Tables {
 }
 
 impl Batch {
-    pub(crate) fn new(device: &Device, config: CacheConfig, shape: BatchShape) -> Result<Self> {
+    pub(crate) fn new(device: &Device, config: CacheConfig, shape: BatchShape, layers: &[Layer]) -> Result<Self> {
         let BatchShape { seqs, new_rows, q_heads, .. } = shape;
         if seqs == 0 || new_rows == 0 {
             return invalid("batch", format!("{seqs} sequences of {new_rows} new tokens"));
@@ -93,7 +108,7 @@ impl Batch {
         };
         let rows = SegmentShape { codec: config.codec, max_rows: config.max_rows };
         let attend = AttendShape::new(config.dtype, seqs, (q_heads, config.kv_heads), new_rows, config.head_dim, rows);
-        let attend = AttendShape {
+        let attend_shape = AttendShape {
             out_dtype: shape.out_dtype,
             value_dim: config.value_dim,
             scale: shape.scale.unwrap_or(attend.scale),
@@ -101,14 +116,40 @@ impl Batch {
             window: shape.window,
             schedule: shape.schedule,
             ..attend
+        };
+        let attend = attend_shape.plan(device)?;
+        let mut workspace = attend.workspace();
+        let (mut lowrank, mut lists) = (Vec::new(), Vec::<(LowrankPlan, WorkList)>::new());
+        for layer in layers {
+            let Some(l) = &layer.lowrank else {
+                lowrank.push(None);
+                continue;
+            };
+            let append = l.append_shape(&config, seqs, new_rows).plan(device)?;
+            let fits = device.backend() == Backend::Reference || new_rows <= kvlar::MAX_QUERY_ROWS;
+            let attend = if fits { Some(l.attend_shape(&config, attend_shape).plan(device)?) } else { None };
+            workspace = workspace.max(append.workspace());
+            let mut work = 0;
+            if let Some(plan) = attend {
+                workspace = workspace.max(plan.workspace());
+                work = match lists.iter().position(|(other, _)| other.shares_work_list(&plan)) {
+                    Some(i) => i,
+                    None => {
+                        lists.push((plan, plan.work_list(device)?));
+                        lists.len() - 1
+                    }
+                };
+            }
+            lowrank.push(Some(LowrankPlans { append, attend, work }));
         }
-        .plan(device)?;
         Ok(Self {
             shape,
             config,
             append: append.plan(device)?,
             work: attend.work_list(device)?,
-            workspace: Workspace::new(device, attend.workspace().max(WorkspaceSize::default()))?,
+            workspace: Workspace::new(device, workspace.max(WorkspaceSize::default()))?,
+            lowrank,
+            lowrank_work: lists.into_iter().map(|(_, work)| (work, false)).collect(),
             attend,
             scheduled: false,
             tables: Tables {
@@ -159,6 +200,7 @@ impl Batch {
         // A row's slot is its position: nothing has been evicted.
         stream.upload(&mut self.tables.slots, 0, bytemuck::cast_slice(&positions))?;
         self.scheduled = false;
+        self.lowrank_work.iter_mut().for_each(|(_, scheduled)| *scheduled = false);
         Ok(())
     }
 }

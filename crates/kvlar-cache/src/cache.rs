@@ -2,10 +2,12 @@
 
 use crate::batch::{Batch, BatchShape};
 use crate::error::invalid;
+use crate::layer::Layer;
 use crate::pages::PageBook;
 use crate::sequence::Sequence;
 use crate::{CacheConfig, CacheError, Result};
-use kvlar::{AppendArgs, AttendArgs, Buffer, Device, Memory, Pool, Rope, Segment, Stream, Strides, View, ViewMut};
+use kvlar::{AppendArgs, AttendArgs, Device, LowrankArgs, Rope, Segment, Stream, Strides, View, ViewMut};
+use kvlar_calibrate::Plan;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -44,12 +46,6 @@ struct Copied {
     own: u32,
 }
 
-#[derive(Debug)]
-struct Layer {
-    keys: Buffer,
-    values: Buffer,
-}
-
 /// New rows of a layer: k before RoPE and v, of the batch's shape.
 #[derive(Clone, Copy, Debug)]
 pub struct NewRows<'a> {
@@ -78,6 +74,8 @@ pub struct Queries<'a> {
     pub lse: Option<ViewMut<'a>>,
     /// f32 `[Hq]`: an extra logit in the denominator.
     pub sink_logits: Option<View<'a>>,
+    /// How keys are rotated: where they are low rank they are rotated as they are rebuilt.
+    pub rope: Option<Rope<'a>>,
 }
 
 /// Pages of fixed capacity and the sequences in them.
@@ -98,17 +96,37 @@ impl Cache {
     /// [`CacheError::Invalid`] for a bad configuration, [`CacheError::Device`] if memory runs out or there is no kernel.
     pub fn new(device: &Device, config: CacheConfig) -> Result<Self> {
         config.check()?;
-        let (k, v) = config.layer_bytes();
-        let layer = |_| -> Result<Layer> { Ok(Layer { keys: device.alloc(k)?, values: device.alloc(v)? }) };
-        let layers = (0..config.layers).map(layer).collect::<Result<_>>()?;
-        Ok(Self {
-            device: device.clone(),
-            config,
-            layers,
-            book: PageBook::new(config.pages),
-            sequences: BTreeMap::new(),
-            next_id: 0,
-        })
+        let layers = (0..config.layers).map(|_| Layer::token_wise(device, &config)).collect::<Result<_>>()?;
+        Ok(Self::of(device, config, layers))
+    }
+
+    /// Allocates a pool for rows as a plan says, and uploads its matrices. `config.codec` is not used. Sink and recent
+    /// rows of the plan are not kept apart: all rows are latents.
+    ///
+    /// # Errors
+    /// [`CacheError::Invalid`] also for a plan of another number of layers, heads or dimensions.
+    pub fn planned(device: &Device, stream: &Stream, config: CacheConfig, plan: &Plan) -> Result<Self> {
+        config.check()?;
+        if plan.layers.len() != config.layers {
+            return invalid("plan", format!("it is for {} layers, the cache has {}", plan.layers.len(), config.layers));
+        }
+        let layers = plan.layers.iter().map(|l| Layer::planned(device, stream, &config, l)).collect::<Result<_>>()?;
+        Ok(Self::of(device, config, layers))
+    }
+
+    fn of(device: &Device, config: CacheConfig, layers: Vec<Layer>) -> Self {
+        let book = PageBook::new(config.pages);
+        Self { device: device.clone(), config, layers, book, sequences: BTreeMap::new(), next_id: 0 }
+    }
+
+    /// Bytes that one token takes, in all layers, with scales and padding.
+    pub fn bytes_per_token(&self) -> usize {
+        self.layers.iter().map(Layer::token_bytes).sum()
+    }
+
+    /// Bytes that do not grow with tokens or sequences: bases, encoders, means.
+    pub fn fixed_bytes(&self) -> usize {
+        self.layers.iter().map(Layer::fixed_bytes).sum()
     }
 
     /// What it was made from.
@@ -118,7 +136,7 @@ impl Cache {
 
     /// Pages and bytes.
     pub fn usage(&self) -> Usage {
-        let bytes: usize = self.layers.iter().map(|l| l.keys.len() + l.values.len()).sum();
+        let bytes: usize = self.layers.iter().map(|l| l.keys.1.len() + l.values.1.len()).sum();
         let (pages, free) = (self.book.capacity(), self.book.free());
         let used_bytes = bytes / pages * (pages - free);
         Usage { sequences: self.sequences.len(), pages, free, shared: self.book.shared(), bytes, used_bytes }
@@ -219,7 +237,7 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Device`] for a shape without a kernel, or if memory runs out.
     pub fn batch(&self, shape: BatchShape) -> Result<Batch> {
-        Batch::new(&self.device, self.config, shape)
+        Batch::new(&self.device, self.config, shape, &self.layers)
     }
 
     /// Starts a step: makes room for new tokens, copies shared pages that they fall into, and uploads the tables.
@@ -344,7 +362,14 @@ impl Cache {
     ) -> Result<()> {
         self.check_step(batch, layer)?;
         let config = &self.config;
-        let Layer { keys, values } = &mut self.layers[layer];
+        let plans = batch.lowrank[layer];
+        let Layer { keys, values, lowrank } = &mut self.layers[layer];
+        let rows = batch.tables.rows(config)?;
+        let pools = (keys.0.pool(config, keys.1.view_mut()), values.0.pool(config, values.1.view_mut()));
+        if let (Some(lowrank), Some(plans)) = (lowrank, plans) {
+            let mut args = lowrank.append_args(&new, rows, batch.tables.slots.view(), pools.0, pools.1);
+            return Ok(plans.append.launch(stream, &mut args, &mut batch.workspace)?);
+        }
         let mut args = AppendArgs {
             k: new.k,
             k_strides: new.k_strides,
@@ -354,10 +379,10 @@ impl Cache {
             slots: batch.tables.slots.view(),
             slots_per_head: false,
             rope,
-            rows: batch.tables.rows(config)?,
+            rows,
             row_positions: None,
-            keys: pool(config, keys.view_mut(), config.head_dim),
-            values: pool(config, values.view_mut(), config.value_dim),
+            keys: pools.0,
+            values: pools.1,
         };
         Ok(batch.append.launch(stream, &mut args, &mut batch.workspace)?)
     }
@@ -370,12 +395,13 @@ impl Cache {
     pub fn attend(&self, stream: &Stream, batch: &mut Batch, layer: usize, args: Queries<'_>) -> Result<()> {
         self.check_step(batch, layer)?;
         let config = &self.config;
-        let Layer { keys, values } = &self.layers[layer];
+        let Layer { keys, values, lowrank } = &self.layers[layer];
         let segments = [Segment {
             rows: batch.tables.rows(config)?,
-            keys: pool(config, keys.view(), config.head_dim),
-            values: pool(config, values.view(), config.value_dim),
+            keys: keys.0.pool(config, keys.1.view()),
+            values: values.0.pool(config, values.1.view()),
         }];
+        let rope = args.rope;
         let mut args = AttendArgs {
             q: args.q,
             q_strides: args.q_strides,
@@ -386,6 +412,19 @@ impl Cache {
             q_positions: Some(batch.tables.positions.view()),
             sink_logits: args.sink_logits,
         };
+        if let (Some(lowrank), Some(plans)) = (lowrank, batch.lowrank[layer]) {
+            let Some(plan) = plans.attend else {
+                let most = kvlar::MAX_QUERY_ROWS;
+                return invalid("new tokens", format!("a low-rank layer attends from up to {most} of them at a time"));
+            };
+            let mut args = LowrankArgs { attend: args, bases: lowrank.bases(), rope, sets: lowrank.sets() };
+            let (work, scheduled) = &mut batch.lowrank_work[plans.work];
+            if !*scheduled {
+                plan.schedule(stream, &args, work, &mut batch.workspace)?;
+                *scheduled = true;
+            }
+            return Ok(plan.launch(stream, &mut args, work, &mut batch.workspace)?);
+        }
         if !batch.scheduled {
             batch.attend.schedule(stream, &args, &mut batch.work, &mut batch.workspace)?;
             batch.scheduled = true;
@@ -433,17 +472,12 @@ impl Cache {
     }
 }
 
-/// A layer's pages: `[page][head][row]`, scales and zeros of a head behind its rows.
-fn pool<M: Memory>(config: &CacheConfig, data: M, dim: usize) -> Pool<M> {
-    let (row, params) = (config.codec.row_bytes(dim), config.codec.params_bytes(dim, dim));
-    Pool::hnd(data, config.pages, config.page_rows, config.kv_heads, row, params)
-}
-
 fn copy_page(stream: &Stream, config: &CacheConfig, layers: &mut [Layer], from: usize, to: usize) -> Result<()> {
-    let (k, v) = config.page_bytes();
     for layer in layers {
-        stream.copy_within(&mut layer.keys, from * k..(from + 1) * k, to * k)?;
-        stream.copy_within(&mut layer.values, from * v..(from + 1) * v, to * v)?;
+        for (format, buffer) in [&mut layer.keys, &mut layer.values] {
+            let bytes = config.page_rows * format.token_bytes();
+            stream.copy_within(buffer, from * bytes..(from + 1) * bytes, to * bytes)?;
+        }
     }
     Ok(())
 }

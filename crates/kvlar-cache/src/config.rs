@@ -17,7 +17,7 @@ pub struct CacheConfig {
     pub value_dim: usize,
     /// Type of q, k and v: bf16 or f16.
     pub dtype: Dtype,
-    /// Format of stored rows: that of `dtype`, or int8 (one scale and zero a row and head).
+    /// Format of token-wise rows: that of `dtype`, or int8 (one scale and zero a row and head).
     pub codec: Codec,
     /// Tokens a page: a power of two, at least 16. 64 is good.
     pub page_rows: usize,
@@ -34,33 +34,20 @@ impl CacheConfig {
         (bytes(self.head_dim), bytes(self.value_dim))
     }
 
-    /// Bytes that one token takes, in all layers.
+    /// Bytes that one token takes in all layers of a cache of token-wise rows.
     pub fn bytes_per_token(&self) -> usize {
         let (k, v) = self.row_bytes();
         self.layers * self.kv_heads * (k + v)
     }
 
-    /// Bytes of the pages that `tokens` of one sequence take.
+    /// Likewise, of the pages that `tokens` of one sequence take.
     pub fn bytes(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.page_rows) * self.page_rows * self.bytes_per_token()
     }
 
-    /// Bytes of the pool: what a cache allocates for rows.
+    /// Likewise, of the pool: what a cache allocates for rows.
     pub fn pool_bytes(&self) -> usize {
         self.pages * self.page_rows * self.bytes_per_token()
-    }
-
-    /// Bytes of one layer's key pages and value pages.
-    pub(crate) fn layer_bytes(&self) -> (usize, usize) {
-        let (k, v) = self.row_bytes();
-        let rows = self.pages * self.page_rows * self.kv_heads;
-        (rows * k, rows * v)
-    }
-
-    /// Bytes of one page of one layer's keys and values.
-    pub(crate) fn page_bytes(&self) -> (usize, usize) {
-        let (k, v) = self.row_bytes();
-        (self.page_rows * self.kv_heads * k, self.page_rows * self.kv_heads * v)
     }
 
     /// Entries of a sequence's page table.

@@ -8,11 +8,14 @@
 //! [`begin`](Cache::begin), which makes room and uploads tables; for each layer [`append`](Cache::append) and
 //! [`attend`](Cache::attend), which only enqueue; [`finish`](Cache::finish), after which the new tokens are part of their
 //! sequences ([`cancel`](Cache::cancel): as if nothing had been).
+//!
+//! [`Cache::new`] keeps token-wise rows; [`Cache::planned`] keeps what a plan of `kvlar-calibrate` says, layer by layer.
 
 mod batch;
 mod cache;
 mod config;
 mod error;
+mod layer;
 mod pages;
 mod sequence;
 

@@ -111,7 +111,15 @@ impl Lab {
         let q = upload(&queries);
         let mut out = device.alloc(queries.len() * 4).unwrap();
         self.stream.fill(&mut out, 0..queries.len() * 4, 0xff).unwrap();
-        let args = Queries { q: q.view(), q_strides: None, out: out.view_mut(), out_strides: None, lse: None, sink_logits: None };
+        let args = Queries {
+            q: q.view(),
+            q_strides: None,
+            out: out.view_mut(),
+            out_strides: None,
+            lse: None,
+            sink_logits: None,
+            rope: None,
+        };
         self.cache.attend(&self.stream, batch, layer, args).unwrap();
         let mut bytes = vec![0u8; out.len()];
         self.stream.download(&out, 0, &mut bytes).unwrap();

@@ -90,6 +90,9 @@ fn the_released_rule_breaks_ties_in_order_and_places_the_head_left_over() {
     // A head joins the group of its partner while there is room.
     let s = similarity(6, 0.0, &[(0, 1, 0.9), (0, 2, 0.8), (4, 5, 0.7), (3, 0, 0.6)]);
     assert_eq!(greedy(&s, 6, 3).unwrap(), [vec![0, 1, 2], vec![4, 5, 3]]);
+    // 3 finds its partner's group full and waits, so 6 still has room with 4 and 5.
+    let s = similarity(9, 0.1, &[(0, 1, 0.9), (0, 2, 0.8), (0, 3, 0.7), (4, 5, 0.6), (5, 6, 0.5)]);
+    assert_eq!(greedy(&s, 9, 3).unwrap(), [vec![0, 1, 2], vec![4, 5, 6], vec![3, 7, 8]]);
     // Two groups overfill, 8 is left over and opens the third, which then takes what is too much.
     let s = similarity(9, 0.1, &[(0, 1, 0.9), (2, 3, 0.8), (4, 5, 0.7), (6, 7, 0.6)]);
     assert_eq!(greedy(&s, 9, 3).unwrap(), [vec![0, 1, 2], vec![4, 5, 6], vec![8, 3, 7]]);

@@ -3,8 +3,9 @@
 use crate::{KvShape, KvStore, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
-use kvlar::{Buffer, Codec, Device, Dtype, Rope, Stream, Strides};
+use kvlar::{Backend, Buffer, Codec, Device, Dtype, Rope, Stream, Strides};
 use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, NewRows, Queries, SeqId};
+use kvlar_calibrate::Plan;
 use std::collections::BTreeMap;
 
 /// What a [`PagedStore`] is made from.
@@ -47,6 +48,8 @@ pub struct PagedStore {
     /// Tables and scratch, one for each number of new tokens that has occurred.
     batches: BTreeMap<usize, Batch>,
     step: usize,
+    /// Of an attention; a prefill is none.
+    max_step: usize,
 }
 
 impl PagedStore {
@@ -56,24 +59,33 @@ impl PagedStore {
     /// If memory runs out, or there is no kernel for the shape.
     pub fn new(device: &Device, shape: &KvShape, config: StoreConfig) -> Result<Self> {
         let stream = device.stream()?;
-        let mut cache = Cache::new(
-            device,
-            CacheConfig {
-                layers: shape.layers,
-                kv_heads: shape.kv_heads,
-                head_dim: shape.head_dim,
-                value_dim: shape.head_dim,
-                dtype: config.dtype,
-                codec: config.codec,
-                page_rows: config.page_rows,
-                pages: config.max_rows.div_ceil(config.page_rows).max(1),
-                max_rows: config.max_rows,
-            },
-        )?;
+        let cache = Cache::new(device, cache_config(shape, config))?;
+        Self::of(device, shape, config, stream, cache, usize::MAX)
+    }
+
+    /// An empty store whose layers are kept as a plan says; `config.codec` is not used.
+    ///
+    /// # Errors
+    /// As for [`PagedStore::new`]; also for a plan of another model.
+    pub fn planned(device: &Device, shape: &KvShape, config: StoreConfig, plan: &Plan) -> Result<Self> {
+        let stream = device.stream()?;
+        let cache = Cache::planned(device, &stream, cache_config(shape, config), plan)?;
+        let max_step = if device.backend() == Backend::Reference { usize::MAX } else { kvlar::MAX_QUERY_ROWS };
+        Self::of(device, shape, config, stream, cache, max_step)
+    }
+
+    fn of(
+        device: &Device,
+        shape: &KvShape,
+        config: StoreConfig,
+        stream: Stream,
+        mut cache: Cache,
+        max_step: usize,
+    ) -> Result<Self> {
         let mut inv_freq = device.alloc(4 * shape.rope.inv_freq.len())?;
         stream.upload(&mut inv_freq, 0, bytemuck::cast_slice(&shape.rope.inv_freq))?;
         let seq = cache.create();
-        Ok(Self { stream, cache, seq, shape: shape.clone(), config, inv_freq, batches: BTreeMap::new(), step: 0 })
+        Ok(Self { stream, cache, seq, shape: shape.clone(), config, inv_freq, batches: BTreeMap::new(), step: 0, max_step })
     }
 
     /// The cache.
@@ -95,6 +107,10 @@ impl PagedStore {
 }
 
 impl KvStore for PagedStore {
+    fn max_step(&self) -> usize {
+        self.max_step
+    }
+
     fn len(&self) -> usize {
         self.cache.len(self.seq).unwrap_or(0)
     }
@@ -119,12 +135,7 @@ impl KvStore for PagedStore {
     fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let (k, v) = (self.upload(k)?, self.upload(v)?);
         let strides = Some(Strides::rows_first(self.shape.kv_heads, self.step, self.shape.head_dim));
-        let rope = Rope {
-            inv_freq: self.inv_freq.view(),
-            rotary_dim: self.shape.rope.rotary_dim(),
-            layout: self.shape.rope.layout,
-            attention_factor: self.shape.rope.attention_factor,
-        };
+        let rope = rope_of(&self.shape, &self.inv_freq);
         let rows = NewRows { k: k.view(), k_strides: strides, v: v.view(), v_strides: strides };
         let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
         self.cache.append(&self.stream, batch, layer, rows, Some(rope))?;
@@ -137,6 +148,7 @@ impl KvStore for PagedStore {
         let input = self.upload(q)?;
         let mut out = self.stream.device().alloc(4 * self.step * heads * d)?;
         let strides = Some(Strides::rows_first(heads, self.step, d));
+        let rope = rope_of(&self.shape, &self.inv_freq);
         let queries = Queries {
             q: input.view(),
             q_strides: strides,
@@ -144,6 +156,7 @@ impl KvStore for PagedStore {
             out_strides: strides,
             lse: None,
             sink_logits: None,
+            rope: Some(rope),
         };
         let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
         self.cache.attend(&self.stream, batch, layer, queries)?;
@@ -171,7 +184,30 @@ impl KvStore for PagedStore {
     }
 
     fn bytes(&self) -> usize {
-        self.len() * self.cache.config().bytes_per_token()
+        self.len() * self.cache.bytes_per_token() + self.cache.fixed_bytes()
+    }
+}
+
+fn rope_of<'a>(shape: &KvShape, inv_freq: &'a Buffer) -> Rope<'a> {
+    Rope {
+        inv_freq: inv_freq.view(),
+        rotary_dim: shape.rope.rotary_dim(),
+        layout: shape.rope.layout,
+        attention_factor: shape.rope.attention_factor,
+    }
+}
+
+fn cache_config(shape: &KvShape, config: StoreConfig) -> CacheConfig {
+    CacheConfig {
+        layers: shape.layers,
+        kv_heads: shape.kv_heads,
+        head_dim: shape.head_dim,
+        value_dim: shape.head_dim,
+        dtype: config.dtype,
+        codec: config.codec,
+        page_rows: config.page_rows,
+        pages: config.max_rows.div_ceil(config.page_rows).max(1),
+        max_rows: config.max_rows,
     }
 }
 

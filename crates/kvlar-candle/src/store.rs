@@ -49,6 +49,11 @@ pub trait KvStore {
     /// If the device refuses.
     fn attend(&mut self, layer: usize, q: &Tensor) -> Result<Tensor>;
 
+    /// Most new tokens that [`KvStore::attend`] takes at a time; the engine cuts longer steps.
+    fn max_step(&self) -> usize {
+        usize::MAX
+    }
+
     /// Ends a step.
     ///
     /// # Errors

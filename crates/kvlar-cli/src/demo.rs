@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::eval::{Work, describe, measure, read_tasks, report, windows};
-use crate::methods::{METHODS, Method};
+use crate::methods::{self, Method};
 use crate::table::Table;
 use anyhow::{Context, Result};
 use kvlar_candle::llama::Llama;
@@ -27,7 +27,8 @@ impl Default for Arguments {
 
 /// Windows of 1,024 tokens, and contexts of each recall task: enough to see a difference, and short.
 const WINDOWS: usize = 4;
-const CONTEXTS: usize = 12;
+const CONTEXTS: usize = 6;
+const CALIBRATION_WINDOWS: usize = 16;
 
 pub fn run(a: &Arguments) -> Result<()> {
     let start = Instant::now();
@@ -44,11 +45,16 @@ pub fn run(a: &Arguments) -> Result<()> {
         work.tasks.push(read_tasks(&assets.join(name), CONTEXTS)?);
     }
     println!("bundled model tiny-llama (6 layers, 8 query heads, 4 kv heads, head dimension 64); cache on {}", describe(&device));
-    for m in METHODS {
-        println!("  {:<6} {}", m.name, m.about);
+    let mut all = methods::uncalibrated();
+    let path = assets.join("calibration.txt");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let calibration = windows(&model, &text, 1024, CALIBRATION_WINDOWS)?;
+    all.extend(methods::calibrated(&crate::calibrate::calibrate(&model, &calibration)?)?);
+    for m in &all {
+        println!("  {:<18} {}", m.name, m.about);
     }
     println!();
-    let rows = measure(&model, &device, &METHODS.iter().collect::<Vec<&Method>>(), &work)?;
+    let rows = measure(&model, &device, &all.iter().collect::<Vec<&Method>>(), &work)?;
     let table = Table { model: "tiny-llama".into(), backend: describe(&device), rows };
     report(&table, &a.output)?;
     println!("took {:.0} s", start.elapsed().as_secs_f64());

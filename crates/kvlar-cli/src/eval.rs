@@ -1,7 +1,7 @@
 //! `kvlar eval`, and the measuring that the demonstration shares.
 
 use crate::backend::Backend;
-use crate::methods::{self, METHODS, Method};
+use crate::methods::{self, Method};
 use crate::table::{RecallResult, Row, Table};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -21,6 +21,12 @@ pub struct Arguments {
     /// Recall tasks: lines of {"context", "questions": [{"question", "answer"}]}; may be given several times.
     #[arg(long)]
     recall: Vec<PathBuf>,
+    /// A text to calibrate on, other than --text: adds the methods that need calibration.
+    #[arg(long)]
+    calibration: Option<PathBuf>,
+    /// A plan file of `kvlar calibrate`: adds it as a method; may be given several times.
+    #[arg(long)]
+    plan: Vec<PathBuf>,
     /// Methods, separated by commas; all of them by default.
     #[arg(long, value_delimiter = ',')]
     method: Vec<String>,
@@ -132,8 +138,8 @@ pub fn measure(model: &Llama, device: &Device, methods: &[&Method], work: &Work)
         };
         let windows = work.windows.len();
         rows.push(Row {
-            method: method.name.into(),
-            about: method.about.into(),
+            method: method.name.clone(),
+            about: method.about.clone(),
             bytes_per_token,
             kept: bytes_per_token / full,
             perplexity: (count > 0).then(|| (nll / count as f64).exp()),
@@ -185,11 +191,6 @@ pub fn run(a: &Arguments) -> Result<()> {
     if a.text.is_none() && a.recall.is_empty() {
         bail!("nothing to measure: give --text, --recall, or both");
     }
-    let chosen: Vec<&Method> = if a.method.is_empty() {
-        METHODS.iter().collect()
-    } else {
-        a.method.iter().map(|n| methods::find(n)).collect::<Result<_>>()?
-    };
     let device = match a.backend {
         Some(b) => b.open()?,
         None => Backend::best().1,
@@ -204,6 +205,20 @@ pub fn run(a: &Arguments) -> Result<()> {
     for path in &a.recall {
         work.tasks.push(read_tasks(path, a.contexts.unwrap_or(usize::MAX))?);
     }
+    let mut all = methods::uncalibrated();
+    if let Some(path) = &a.calibration {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        let windows = windows(&model, &text, a.window, usize::MAX).with_context(|| path.display().to_string())?;
+        all.extend(methods::calibrated(&crate::calibrate::calibrate(&model, &windows)?)?);
+    }
+    for path in &a.plan {
+        all.push(methods::from_file(path, &model.fingerprint()?)?);
+    }
+    let chosen: Vec<&Method> = if a.method.is_empty() {
+        all.iter().collect()
+    } else {
+        a.method.iter().map(|n| methods::find(&all, n)).collect::<Result<_>>()?
+    };
     let rows = measure(&model, &device, &chosen, &work)?;
     let name = a.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
     report(&Table { model: name, backend: describe(&device), rows }, &a.output)

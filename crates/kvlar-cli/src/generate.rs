@@ -14,9 +14,12 @@ pub struct Arguments {
     /// Folder of a Hugging Face checkpoint; the bundled model by default.
     #[arg(long)]
     model: Option<PathBuf>,
-    /// How the cache is kept.
-    #[arg(long, default_value = "bf16")]
-    method: String,
+    /// How the cache is kept; bf16 by default.
+    #[arg(long, conflicts_with = "plan")]
+    method: Option<String>,
+    /// A plan file of `kvlar calibrate`: keep the cache as it says.
+    #[arg(long)]
+    plan: Option<PathBuf>,
     /// New tokens at most.
     #[arg(long, default_value_t = 100)]
     tokens: usize,
@@ -35,7 +38,6 @@ pub struct Arguments {
 }
 
 pub fn run(a: &Arguments) -> Result<()> {
-    let method = methods::find(&a.method)?;
     let device = match a.backend {
         Some(b) => b.open()?,
         None => Backend::best().1,
@@ -45,6 +47,15 @@ pub fn run(a: &Arguments) -> Result<()> {
         None => crate::assets::folder()?.join("tiny-llama"),
     };
     let model = Llama::load(folder)?;
+    let mut all = methods::uncalibrated();
+    if let Some(path) = &a.plan {
+        all.push(methods::from_file(path, &model.fingerprint()?)?);
+    }
+    let method = match &a.method {
+        Some(name) => methods::find(&all, name)?,
+        None if a.plan.is_some() => &all[all.len() - 1],
+        None => &all[0],
+    };
     let sampling = if a.temperature == 0.0 {
         Sampling::Greedy
     } else {

@@ -2,6 +2,7 @@
 
 mod assets;
 mod backend;
+mod calibrate;
 mod chart;
 mod demo;
 mod eval;
@@ -27,6 +28,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Compare methods on a checkpoint and texts of your own.
     Eval(eval::Arguments),
+    /// Fit a method to a model and a text: writes a plan file.
+    Calibrate(Box<calibrate::Arguments>),
     /// Continue a prompt.
     Generate(generate::Arguments),
     /// Run one op on tensors from a safetensors file.
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command.unwrap_or(Command::Demo(demo::Arguments::default())) {
         Command::Demo(a) => demo::run(&a),
         Command::Eval(a) => eval::run(&a),
+        Command::Calibrate(a) => calibrate::run(&a),
         Command::Generate(a) => generate::run(&a),
         Command::Op(a) => return op::run(&a),
         Command::Info(a) => info::run(&a),

@@ -1,34 +1,112 @@
 //! The methods that the table compares. A method is a way to make a store; adding one here is all it takes.
 
+use crate::calibrate::{Calibration, plan};
+use anyhow::{Context, Result};
 use kvlar::Device;
-use kvlar_candle::{KvShape, KvStore, PagedStore, Result, StoreConfig};
+use kvlar_calibrate::{Budget, Grouping, Latent, Plan, RecalkvConfig, ValueFit, Weighting};
+use kvlar_candle::{KvShape, KvStore, PagedStore, StoreConfig};
+use std::path::Path;
+
+type MakeStore = dyn Fn(&Device, &KvShape, usize) -> kvlar_candle::Result<Box<dyn KvStore>>;
 
 /// A way to keep keys and values.
 pub struct Method {
     /// On the command line and in the table.
-    pub name: &'static str,
+    pub name: String,
     /// One line.
-    pub about: &'static str,
+    pub about: String,
     /// An empty store for so many tokens.
-    pub store: fn(&Device, &KvShape, usize) -> Result<Box<dyn KvStore>>,
+    pub store: Box<MakeStore>,
 }
 
-/// All methods; the first is what the others are compared with.
-pub const METHODS: &[Method] = &[
-    Method { name: "bf16", about: "full cache in bf16", store: |d, s, n| paged(d, s, StoreConfig::bf16(n)) },
+fn token_wise(name: &str, about: &str, config: fn(usize) -> StoreConfig) -> Method {
     Method {
-        name: "int8",
-        about: "keys and values in 8 bits, a scale and zero a row",
-        store: |d, s, n| paged(d, s, StoreConfig::int8(n)),
-    },
-];
+        name: name.into(),
+        about: about.into(),
+        store: Box::new(move |d, s, n| Ok(Box::new(PagedStore::new(d, s, config(n))?))),
+    }
+}
 
-fn paged(device: &Device, shape: &KvShape, config: StoreConfig) -> Result<Box<dyn KvStore>> {
-    Ok(Box::new(PagedStore::new(device, shape, config)?))
+/// Methods that need no calibration; the first is what the others are compared with.
+pub fn uncalibrated() -> Vec<Method> {
+    vec![
+        token_wise("bf16", "full cache in bf16", StoreConfig::bf16),
+        token_wise("int8", "keys and values in 8 bits, a scale and zero a row", StoreConfig::int8),
+    ]
+}
+
+/// A method that keeps what a plan says.
+pub fn planned(name: impl Into<String>, about: impl Into<String>, plan: Plan) -> Method {
+    Method {
+        name: name.into(),
+        about: about.into(),
+        store: Box::new(move |d, s, n| Ok(Box::new(PagedStore::planned(d, s, StoreConfig::bf16(n), &plan)?))),
+    }
+}
+
+/// The plan of a file, for a model of that fingerprint.
+pub fn from_file(path: &Path, fingerprint: &str) -> Result<Method> {
+    let plan = Plan::read(path).with_context(|| path.display().to_string())?;
+    plan.check_model(fingerprint).with_context(|| path.display().to_string())?;
+    let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(planned(name, format!("plan file {}", path.display()), plan))
+}
+
+/// ReCalKV as the table's rows have it: ranks where they save most, all rows latents.
+fn recalkv(kept: f64, groups: (usize, usize)) -> RecalkvConfig {
+    RecalkvConfig {
+        kept,
+        key_group: groups.0,
+        value_group: groups.1,
+        budget: Budget::Spectral,
+        weighting_keys: Weighting::Query,
+        weighting_values: Weighting::Output,
+        sink_rows: 0,
+        recent_rows: 0,
+        ..RecalkvConfig::default()
+    }
+}
+
+/// ReCalKV at 50, 60 and 70 % removed, with latents in 16 and in 4 bits, and at 70 % without head grouping, without
+/// calibrated values and without both (the ablation of ReCalKV, table 3).
+pub fn calibrated(calibration: &Calibration<'_>) -> Result<Vec<Method>> {
+    let layer = crate::calibrate::shape(calibration.model()).layer;
+    let groups = (2.min(layer.kv_heads), 4.min(layer.kv_heads));
+    let fits = |n: usize| if layer.kv_heads.is_multiple_of(n) { n } else { 1 };
+    let groups = (fits(groups.0), fits(groups.1));
+    let mut methods = Vec::new();
+    let mut add = |name: String, about: String, config: RecalkvConfig| -> Result<()> {
+        let (plan, _) = plan(calibration, &config).with_context(|| name.clone())?;
+        methods.push(planned(name, about, plan));
+        Ok(())
+    };
+    for removed in [50, 60, 70] {
+        let kept = 1.0 - f64::from(removed) / 100.0;
+        add(format!("recalkv-{removed}"), format!("ReCalKV, {removed} % removed"), recalkv(kept, groups))?;
+        // The same ranks in a quarter of the bytes, and 4 bytes of scale and zero a row and group.
+        let rows = layer.kv_heads / groups.0 + layer.kv_heads / groups.1;
+        let scales = (4 * rows) as f64 / (2 * layer.kv_heads * (layer.head_dim + layer.value_dim)) as f64;
+        let int4 =
+            RecalkvConfig { latent_keys: Latent::Int4, latent_values: Latent::Int4, ..recalkv(kept / 4.0 + scales, groups) };
+        add(format!("recalkv-{removed}-int4"), format!("ReCalKV, {removed} % removed, latents in 4 bits"), int4)?;
+    }
+    let natural = |grouping, values| RecalkvConfig { grouping, values, ..recalkv(0.3, groups) };
+    let ablation = [
+        ("hsr", "without calibrated values", Grouping::Best, ValueFit::WeightSvd),
+        ("ovc", "without grouping of similar heads", Grouping::Natural, ValueFit::Closed),
+        ("neither", "without both", Grouping::Natural, ValueFit::WeightSvd),
+    ];
+    for (name, about, grouping, values) in ablation {
+        // A basis from weights alone knows nothing of what the output projection makes of values.
+        let weighting_values = if values == ValueFit::Closed { Weighting::Output } else { Weighting::None };
+        let config = RecalkvConfig { weighting_values, ..natural(grouping, values) };
+        add(format!("recalkv-70-{name}"), format!("ReCalKV, 70 % removed, {about}"), config)?;
+    }
+    Ok(methods)
 }
 
 /// The method of that name.
-pub fn find(name: &str) -> anyhow::Result<&'static Method> {
-    let names: Vec<_> = METHODS.iter().map(|m| m.name).collect();
-    METHODS.iter().find(|m| m.name == name).ok_or_else(|| anyhow::anyhow!("no method {name:?} ({})", names.join(", ")))
+pub fn find<'a>(methods: &'a [Method], name: &str) -> Result<&'a Method> {
+    let names: Vec<_> = methods.iter().map(|m| m.name.as_str()).collect();
+    methods.iter().find(|m| m.name == name).ok_or_else(|| anyhow::anyhow!("no method {name:?} ({})", names.join(", ")))
 }

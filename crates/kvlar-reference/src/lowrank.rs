@@ -1,5 +1,6 @@
 //! Low-rank keys and values: projection to latents, and attention over latents.
 
+use crate::attend::dot;
 use crate::error::{ReferenceError, shape, value};
 use crate::{AttendInput, Attended, Codec, Rope, attend, decode_row, encode_row};
 
@@ -67,8 +68,7 @@ pub fn expand_row(basis: &[f32], z: &[f32], mean: Option<&[f32]>, dims: usize) -
     let r = z.len();
     (0..dims)
         .map(|c| {
-            let sum: f64 = basis[c * r..][..r].iter().zip(z).map(|(&u, &z)| f64::from(u) * f64::from(z)).sum();
-            (sum + mean.map_or(0.0, |m| f64::from(m[c]))) as f32
+            (dot(&basis[c * r..][..r], z) + mean.map_or(0.0, |m| f64::from(m[c]))) as f32
         })
         .collect()
 }

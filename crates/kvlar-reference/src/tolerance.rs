@@ -66,6 +66,7 @@ impl Tolerance {
             Codec::Bf16 => 2f64.powi(-7),
             Codec::F16 => 2f64.powi(-10),
             Codec::Int8 => 2.0 / 255.0 * 1.01 + 2f64.powi(-10),
+            Codec::Int4 => 2.0 / 15.0 * 1.01 + 2f64.powi(-10),
         };
         Self { absolute: magnitude * step, relative: step, cosine: step * step }
     }

@@ -2,13 +2,16 @@
 //!
 //! Dense arithmetic is candle's, on the CPU in f32; attention of decoding and the cache are kvlar's.
 
+mod capture;
 mod checkpoint;
 mod config;
 mod evaluate;
+mod fisher;
 mod generate;
 mod model;
 
 pub use config::{Config, Family};
 pub use evaluate::{Recall, RecallTask, attention_error, perplexity, recall};
+pub use fisher::{Fisher, Gradients};
 pub use generate::{Sampler, Sampling, generate};
 pub use model::{Llama, Logits};

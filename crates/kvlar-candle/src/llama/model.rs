@@ -18,10 +18,10 @@ pub enum Logits {
 }
 
 /// A matrix product, with bias.
-struct Linear {
+pub(super) struct Linear {
     /// Transposed: `[in, out]`.
-    weight: Tensor,
-    bias: Option<Tensor>,
+    pub(super) weight: Tensor,
+    pub(super) bias: Option<Tensor>,
 }
 
 impl Linear {
@@ -31,7 +31,7 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let y = x.matmul(&self.weight)?;
         Ok(match &self.bias {
             Some(b) => y.broadcast_add(b)?,
@@ -40,17 +40,17 @@ impl Linear {
     }
 }
 
-struct Layer {
-    input_norm: Tensor,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    out: Linear,
-    qk_norms: Option<(Tensor, Tensor)>,
-    mlp_norm: Tensor,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+pub(super) struct Layer {
+    pub(super) input_norm: Tensor,
+    pub(super) q: Linear,
+    pub(super) k: Linear,
+    pub(super) v: Linear,
+    pub(super) out: Linear,
+    pub(super) qk_norms: Option<(Tensor, Tensor)>,
+    pub(super) mlp_norm: Tensor,
+    pub(super) gate: Linear,
+    pub(super) up: Linear,
+    pub(super) down: Linear,
 }
 
 /// A checkpoint of the Llama family.
@@ -58,10 +58,10 @@ pub struct Llama {
     config: Config,
     tokenizer: Tokenizer,
     folder: PathBuf,
-    embedding: Tensor,
-    layers: Vec<Layer>,
-    norm: Tensor,
-    head: Linear,
+    pub(super) embedding: Tensor,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Tensor,
+    pub(super) head: Linear,
 }
 
 /// Query rows of a prefill whose scores exist at a time: `[Hq, rows, T]` floats.
@@ -140,6 +140,11 @@ impl Llama {
         &self.folder
     }
 
+    pub(super) fn layer(&self, layer: usize) -> Result<&Layer> {
+        let none = || EngineError::Input(format!("no layer {layer}: the model has {}", self.layers.len()));
+        self.layers.get(layer).ok_or_else(none)
+    }
+
     /// Sizes of its cache.
     pub fn kv_shape(&self) -> KvShape {
         let c = &self.config;
@@ -195,19 +200,42 @@ impl Llama {
     /// # Errors
     /// [`EngineError::Input`] for a bad token; what the store refuses.
     pub fn extend(&self, store: &mut dyn KvStore, tokens: &[u32], want: Logits) -> Result<Tensor> {
-        self.step(store, tokens, want, |q, _, _, store, layer| store.attend(layer, q))
+        let most = store.max_step();
+        if tokens.len() <= most {
+            return self.step(store, tokens, want, |q, _, _, store, layer| store.attend(layer, q));
+        }
+        let first = store.len();
+        let mut parts = Vec::new();
+        for part in tokens.chunks(most) {
+            match self.step(store, part, want, |q, _, _, store, layer| store.attend(layer, q)) {
+                Ok(logits) => parts.push(logits),
+                Err(e) => {
+                    store.truncate(first)?; // all tokens or none
+                    return Err(e);
+                }
+            }
+        }
+        match (want, parts.pop()) {
+            (Logits::Last, Some(last)) => Ok(last),
+            (_, last) => Ok(Tensor::cat(&parts.into_iter().chain(last).collect::<Vec<_>>(), 0)?),
+        }
     }
 
-    fn step(
+    pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        match tokens.iter().find(|&&t| t as usize >= self.config.vocab) {
+            Some(bad) => Err(EngineError::Input(format!("token {bad} is not below the vocabulary's {}", self.config.vocab))),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn step(
         &self,
         store: &mut dyn KvStore,
         tokens: &[u32],
         want: Logits,
-        attention: impl Fn(&Tensor, &Tensor, &Tensor, &mut dyn KvStore, usize) -> Result<Tensor>,
+        mut attention: impl FnMut(&Tensor, &Tensor, &Tensor, &mut dyn KvStore, usize) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if let Some(bad) = tokens.iter().find(|&&t| t as usize >= self.config.vocab) {
-            return Err(EngineError::Input(format!("token {bad} is not below the vocabulary's {}", self.config.vocab)));
-        }
+        self.check_tokens(tokens)?;
         let first = store.len();
         store.begin(tokens.len())?;
         let mut run = || -> Result<Tensor> {
@@ -252,7 +280,7 @@ impl Llama {
     }
 
     /// RoPE of `[n, heads, d]`, whose rows are at positions `first`, `first + 1`, …
-    fn rotate(&self, x: &Tensor, first: usize) -> Result<Tensor> {
+    pub(super) fn rotate(&self, x: &Tensor, first: usize) -> Result<Tensor> {
         let rope = &self.config.rope;
         let (n, half, rotary) = (x.dim(0)?, rope.inv_freq.len(), rope.rotary_dim());
         let table = |f: fn(f64) -> f64| -> Result<Tensor> {
@@ -271,7 +299,7 @@ impl Llama {
     }
 
     /// Causal attention of a whole prompt, in f32: q `[n, Hq, d]`, k (rotated) and v `[n, Hk, d]`.
-    fn exact_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    pub(super) fn exact_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let c = &self.config;
         let (n, group) = (q.dim(0)?, c.heads / c.kv_heads);
         let (keys, values) = (k.transpose(0, 1)?.contiguous()?, v.transpose(0, 1)?.contiguous()?);

@@ -10,6 +10,7 @@ mod case;
 mod encode;
 mod fit;
 mod merge;
+mod project;
 
 use crate::backend::Backend;
 use case::{Case, Output};
@@ -18,7 +19,7 @@ use std::process::ExitCode;
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// The op: attend, attend_lowrank, append, encode, decode, merge, group_heads, fit_lowrank, fit_values, budget_ranks.
+    /// The op: attend, attend_lowrank, append, encode, decode, merge, project, group_heads, fit_lowrank, fit_values, budget_ranks.
     name: String,
     /// What executes it.
     #[arg(long, value_enum, default_value = "reference")]
@@ -77,6 +78,7 @@ fn execute(a: &Arguments) -> Result<()> {
         "append" => append::run,
         "encode" | "decode" => encode::run,
         "merge" => merge::run,
+        "project" => project::run,
         "group_heads" => fit::group_heads,
         "fit_lowrank" => fit::fit_lowrank,
         "fit_values" => fit::fit_values,

@@ -1,0 +1,224 @@
+//! The command line of `kvlar calibrate`.
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+use kvlar_calibrate as fit;
+use kvlar_calibrate::{LayerShape, RecalkvConfig, ValueFit};
+use std::path::{Path, PathBuf};
+
+/// Methods that need calibration.
+const METHODS: &[&str] = &["recalkv"];
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// What the plan is for: recalkv (low-rank keys and values).
+    #[arg(long, default_value = "recalkv")]
+    pub method: String,
+    /// Folder of a Hugging Face checkpoint; the bundled model by default.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// A text to calibrate on, unlike those to evaluate on; the bundled one by default, for the bundled model.
+    #[arg(long)]
+    pub text: Option<PathBuf>,
+    /// Where the plan goes; a report goes beside it (.report.json).
+    #[arg(long, default_value = "plan.safetensors")]
+    pub out: PathBuf,
+    /// Windows of the text at most.
+    #[arg(long, default_value_t = 256)]
+    pub windows: usize,
+    /// Tokens of a window.
+    #[arg(long, default_value_t = 1024)]
+    pub window: usize,
+    /// Bytes kept of the bf16 cache's, above 0, up to 1 [default: 0.5].
+    #[arg(long)]
+    kept: Option<f64>,
+    /// Settings by name, instead of choosing groups, budget and latents.
+    #[arg(long, conflicts_with_all = ["kept", "group_keys", "group_values", "budget", "latent"])]
+    preset: Option<Preset>,
+    /// Kv heads of a key group [default: 2, where that divides them].
+    #[arg(long)]
+    group_keys: Option<usize>,
+    /// Kv heads of a value group [default: 2, where that divides them].
+    #[arg(long)]
+    group_values: Option<usize>,
+    /// Which key heads share a group [default: best].
+    #[arg(long)]
+    grouping: Option<Grouping>,
+    /// How ranks are dealt out [default: uniform].
+    #[arg(long)]
+    budget: Option<Budget>,
+    /// What errors are weighted by; `query,output` for both [default: query,output].
+    #[arg(long, value_delimiter = ',')]
+    weighting: Vec<Weighting>,
+    /// Where value bases come from [default: closed].
+    #[arg(long)]
+    values: Option<Values>,
+    /// Rounds of `--values alternating`.
+    #[arg(long, default_value_t = 1)]
+    rounds: usize,
+    /// What latents are stored as [default: model].
+    #[arg(long)]
+    latent: Option<Latent>,
+    /// Ranks are multiples of it; kernels want 32.
+    #[arg(long)]
+    multiple: Option<usize>,
+    /// Fit keys around their mean, which decoding adds.
+    #[arg(long)]
+    center: bool,
+    /// Do not rotate quantized latents.
+    #[arg(long)]
+    no_hadamard: bool,
+    /// Tensor-parallel shards; no group has heads of two.
+    #[arg(long)]
+    shards: Option<usize>,
+    /// First rows of a sequence that stay exact.
+    #[arg(long)]
+    sinks: Option<usize>,
+    /// Last rows of a sequence that stay exact.
+    #[arg(long)]
+    recent: Option<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Preset {
+    /// Fastest decoding.
+    Speed,
+    /// Least error.
+    Quality,
+    /// Most tokens.
+    Capacity,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Grouping {
+    /// In order.
+    Natural,
+    /// The released rule: most similar pairs first.
+    Greedy,
+    /// Least discarded energy.
+    Best,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Budget {
+    /// All layers alike.
+    Uniform,
+    /// By how much the loss depends on each layer's keys and values.
+    Fisher,
+    /// Where a rank saves most discarded energy.
+    Spectral,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Weighting {
+    /// Nothing.
+    None,
+    /// Keys: the power of the queries.
+    Query,
+    /// Values: the output projection.
+    Output,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Values {
+    /// SVD of the weights, without data.
+    Svd,
+    /// That, and rounds of updates on the data (OVC).
+    Alternating,
+    /// What the rounds converge to: PCA of the values.
+    Closed,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Latent {
+    /// The model's 16-bit type.
+    Model,
+    /// 8 bits.
+    Int8,
+    /// 4 bits.
+    Int4,
+}
+
+impl Arguments {
+    /// Refuses what is wrong whatever the model.
+    pub fn check(&self) -> Result<()> {
+        if !METHODS.contains(&self.method.as_str()) {
+            bail!("no method {:?} to calibrate ({})", self.method, METHODS.join(", "));
+        }
+        if self.windows == 0 {
+            bail!("--windows 0: calibration needs at least one window");
+        }
+        let folder = match self.out.parent() {
+            Some(p) if !p.as_os_str().is_empty() => p,
+            _ => Path::new("."),
+        };
+        if !folder.is_dir() {
+            bail!("{}: no such folder; make it, or choose another --out", folder.display());
+        }
+        if self.out.is_dir() {
+            bail!("{}: a folder; --out is a file", self.out.display());
+        }
+        Ok(())
+    }
+
+    /// The settings for a model of these heads.
+    pub fn config(&self, shape: &LayerShape) -> Result<RecalkvConfig> {
+        let mut c = match self.preset {
+            Some(Preset::Speed) => fit::Preset::Speed.config(shape),
+            Some(Preset::Quality) => fit::Preset::Quality.config(shape),
+            Some(Preset::Capacity) => fit::Preset::Capacity.config(shape),
+            None => RecalkvConfig::default(),
+        };
+        c.shards = self.shards.unwrap_or(c.shards);
+        if self.preset.is_none() {
+            let heads = shape.kv_heads / c.shards.max(1);
+            let usual = |size: usize| if heads.is_multiple_of(size) { size } else { 1 };
+            c.key_group = self.group_keys.unwrap_or_else(|| usual(c.key_group));
+            c.value_group = self.group_values.unwrap_or_else(|| usual(c.value_group));
+        }
+        c.kept = self.kept.unwrap_or(c.kept);
+        c.multiple = self.multiple.unwrap_or(c.multiple);
+        c.center |= self.center;
+        c.hadamard &= !self.no_hadamard;
+        c.sink_rows = self.sinks.unwrap_or(c.sink_rows);
+        c.recent_rows = self.recent.unwrap_or(c.recent_rows);
+        if let Some(g) = self.grouping {
+            c.grouping = match g {
+                Grouping::Natural => fit::Grouping::Natural,
+                Grouping::Greedy => fit::Grouping::Greedy,
+                Grouping::Best => fit::Grouping::Best,
+            };
+        }
+        if let Some(b) = self.budget {
+            c.budget = match b {
+                Budget::Uniform => fit::Budget::Uniform,
+                Budget::Fisher => fit::Budget::Proportional,
+                Budget::Spectral => fit::Budget::Spectral,
+            };
+        }
+        if !self.weighting.is_empty() {
+            if self.weighting.contains(&Weighting::None) && self.weighting.len() > 1 {
+                bail!("--weighting: none and something else; choose none, query, output, or query,output");
+            }
+            let has = |w: Weighting, side: fit::Weighting| if self.weighting.contains(&w) { side } else { fit::Weighting::None };
+            c.weighting_keys = has(Weighting::Query, fit::Weighting::Query);
+            c.weighting_values = has(Weighting::Output, fit::Weighting::Output);
+        }
+        if let Some(v) = self.values {
+            c.values = match v {
+                Values::Svd => ValueFit::WeightSvd,
+                Values::Alternating => ValueFit::Alternating { rounds: self.rounds },
+                Values::Closed => ValueFit::Closed,
+            };
+        }
+        if let Some(l) = self.latent {
+            let latent = match l {
+                Latent::Model => fit::Latent::Model,
+                Latent::Int8 => fit::Latent::Int8,
+                Latent::Int4 => fit::Latent::Int4,
+            };
+            (c.latent_keys, c.latent_values) = (latent, latent);
+        }
+        Ok(c)
+    }
+}
