@@ -30,7 +30,7 @@ enum {
   KVLAR_CODEC_BF16 = 0,
   KVLAR_CODEC_F16 = 1,
   KVLAR_CODEC_INT8 = 2,  // token-wise: u8 codes, then (f16 scale, f16 zero) a group in the page's params
-  KVLAR_CODEC_F32 = 3,   // results of project
+  KVLAR_CODEC_INT4 = 3,  // likewise, two 4-bit codes a byte; of the reference backend alone
 };
 
 // How a segment's latents are stored, and with what type they meet the basis.
@@ -45,8 +45,7 @@ enum {
 enum {
   KVLAR_SIDE_NONE = 0,     // nothing
   KVLAR_SIDE_PROJECT = 1,  // rows to latents
-  KVLAR_SIDE_LATENT = 2,   // latents come ready-made
-  KVLAR_SIDE_DENSE = 3,    // rows are stored as they are
+  KVLAR_SIDE_STORE = 2,    // rows as they come: ready-made latents, or dense rows of the kv heads
 };
 
 // Element types of activations.
@@ -165,7 +164,7 @@ typedef struct {
 } KvlarLowrankShared;
 KVLAR_CHECK_SIZE(KvlarLowrankShared, 64);
 
-// attend_lowrank: attend, where segments of codec KVLAR_CODEC_LATENT hold latents of keys before RoPE:
+// attend_lowrank: attend, where segments of a KVLAR_LATENT_* hold latents of keys before RoPE:
 // k = RoPE(key_basis[head] z + key_mean[head]), and of values (v = value_basis[head] z) or dense values.
 typedef struct {
   KvlarAttend attend;       // query_tiles are a set's; units = seqs * set_count * query_tiles
@@ -190,42 +189,67 @@ typedef struct {
 } KvlarAttendLowrank;
 KVLAR_CHECK_SIZE(KvlarAttendLowrank, 1144);
 
+// z = encoder x - offset, x being the rows of a group's kv heads, one after the other; and how it is divided.
+typedef struct {
+  KVLAR_ADDR(const void) x;  // [seqs][kv_heads][rows][dim]
+  int64_t x_seq_stride;      // elements; multiples of 8
+  int64_t x_head_stride;
+  int64_t x_row_stride;
+  KVLAR_ADDR(const void) encoder;     // [groups][rank][size * dim], type of x
+  KVLAR_ADDR(const int32_t) members;  // [groups][size]: kv heads
+  KVLAR_ADDR(const float) offset;     // [groups][rank]: the encoder times a mean of the rows; may be null
+  uint32_t groups;
+  uint32_t size;        // kv heads a group
+  uint32_t dim;
+  uint32_t rank;
+  uint32_t rank_warps;  // of a CTA's 8: have 32 ranks each
+  uint32_t sum_warps;   // share the contraction of those (1 in _m64 kernels); the rest of the 8 have further rows
+  uint32_t row_blocks;  // CTAs that share the rows
+  uint32_t parts;       // CTAs that share the ranks; 1 in a _m64 kernel and int8: one takes them all, in turn
+} KvlarProjection;
+KVLAR_CHECK_SIZE(KvlarProjection, 88);
+
+// project: rows to latents [seqs][groups][rows][rank].
+typedef struct {
+  KvlarProjection projection;
+  KVLAR_ADDR(void) out;
+  int64_t out_seq_stride;  // elements
+  int64_t out_group_stride;
+  int64_t out_row_stride;
+  uint32_t seqs;
+  uint32_t rows;
+  uint32_t dtype;      // KVLAR_DTYPE_* of x and the encoder
+  uint32_t out_dtype;  // likewise, or KVLAR_DTYPE_F32
+} KvlarProject;
+KVLAR_CHECK_SIZE(KvlarProject, 136);
+
 // One side of append_lowrank: what becomes of new keys, or of new values.
 typedef struct {
   KvlarPool pool;
-  KVLAR_ADDR(const void) x;  // dense rows [seqs][kv_heads][new_rows][dim], or latents [seqs][groups][new_rows][rank]
-  int64_t x_seq_stride;      // elements
-  int64_t x_head_stride;
-  int64_t x_row_stride;
-  KVLAR_ADDR(const void) encoder;      // [groups][rank][size * dim], type of x
-  KVLAR_ADDR(const int32_t) members;   // [groups][size]: kv heads
-  KVLAR_ADDR(const float) mean;        // [kv_heads][dim], taken off first; may be null
-  uint32_t mode;             // KVLAR_SIDE_*
-  uint32_t codec;            // KVLAR_CODEC_* of the stored rows
-  uint32_t groups;           // rows a token: latent groups, or kv heads
-  uint32_t size;             // kv heads a group
-  uint32_t dim;
-  uint32_t rank;             // values a latent; one scale and zero where the codec has them
-  uint32_t stored;           // values a row with padding (zeros)
-  uint32_t reserved;
+  KvlarProjection projection;     // KVLAR_SIDE_STORE: x is [seqs][groups][rows][rank], at any strides
+  KVLAR_ADDR(float) scratch;      // [group][row block][16 rows][stored]: of int8 latents where CTAs have parts
+  KVLAR_ADDR(uint32_t) counters;  // [group][row block]: parts that are there; zero before and after a launch
+  uint32_t mode;    // KVLAR_SIDE_*
+  uint32_t codec;   // KVLAR_CODEC_* of the stored rows
+  uint32_t stored;  // values a row with its padding (zeros)
+  uint32_t ctas;
 } KvlarLatentSide;
-KVLAR_CHECK_SIZE(KvlarLatentSide, 136);
+KVLAR_CHECK_SIZE(KvlarLatentSide, 168);
 
 // append_lowrank: new keys (before RoPE) and values become latents, encoded and written at their slots.
 typedef struct {
   KvlarRows rows;                       // tables and positions are indexed by group
-  KvlarLatentSide keys;
-  KvlarLatentSide values;
-  KVLAR_ADDR(const int32_t) positions;  // [seqs][new_rows]; null: none are stored
-  KVLAR_ADDR(const int32_t) slots;      // [seqs][new_rows]; negative = skip
+  KvlarLatentSide sides[2];             // keys, values
+  KVLAR_ADDR(const int32_t) positions;  // [seqs][new_rows]; null where rows has none
+  KVLAR_ADDR(const int32_t) slots;      // row that a new row goes to, [seqs][new_rows]; negative = skip
   int64_t slot_seq_stride;
   KVLAR_ADDR(uint32_t) status;
   uint32_t seqs;
   uint32_t new_rows;
-  uint32_t dtype;                       // KVLAR_DTYPE_* of x, encoders
+  uint32_t dtype;                       // KVLAR_DTYPE_* of x and the encoders
   uint32_t reserved;
 } KvlarAppendLowrank;
-KVLAR_CHECK_SIZE(KvlarAppendLowrank, 400);
+KVLAR_CHECK_SIZE(KvlarAppendLowrank, 464);
 
 // append: rotate keys, encode keys and values, write both (and positions) at the rows of `slots`.
 typedef struct {

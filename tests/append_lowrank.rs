@@ -48,7 +48,7 @@ fn rows_and_ranks(lab: &Lab) {
 
 fn int8_rows_and_ranks(lab: &Lab) {
     for (i, rows) in [1, 2, 9, 16, 33].into_iter().enumerate() {
-        for (j, ranks) in [(1, 32), (31, 33), (64, 100), (5, 128)].into_iter().enumerate() {
+        for (j, ranks) in [(1, 32), (31, 33), (72, 100), (5, 128)].into_iter().enumerate() {
             Case::new(DTYPES[(i + j) % 2], rows, 64, ranks).int8().check(lab);
         }
     }
@@ -60,7 +60,7 @@ fn int8_rows_and_ranks(lab: &Lab) {
 
 /// Kernels of 64 tokens a warp: one pass over the ranks and several.
 fn many_tokens(lab: &Lab) {
-    for (i, ranks) in [(32, 33), (100, 128), (160, 31), (260, 8)].into_iter().enumerate() {
+    for (i, ranks) in [(32, 33), (96, 128), (160, 31), (260, 72)].into_iter().enumerate() {
         for rows in [130, 150] {
             let case = Case::new(DTYPES[i % 2], rows, 136, ranks);
             case.check(lab);
@@ -198,6 +198,10 @@ fn bad_slots_and_pages(lab: &Lab) {
     }
     let first = Case::new(Dtype::F16, 20, 64, (40, 64)).with(|c| (c.bad_pages, c.capacity) = (vec![(1, 99)], 48));
     first.check(lab);
+    // A row is stored on both sides or on none.
+    for pages in [1, 3, 6] {
+        Case::new(Dtype::Bf16, 40, 64, (40, 64)).with(|c| (c.value_pages, c.capacity) = (Some(pages), 48)).check(lab);
+    }
 }
 
 fn strided_inputs(lab: &Lab) {

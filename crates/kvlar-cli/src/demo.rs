@@ -26,8 +26,8 @@ impl Default for Arguments {
 }
 
 /// Windows of 1,024 tokens, and contexts of each recall task: enough to see a difference, and short.
-const WINDOWS: usize = 4;
-const CONTEXTS: usize = 6;
+const WINDOWS: usize = 2;
+const CONTEXTS: usize = 4;
 const CALIBRATION_WINDOWS: usize = 16;
 
 pub fn run(a: &Arguments) -> Result<()> {

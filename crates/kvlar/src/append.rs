@@ -123,7 +123,9 @@ impl AppendShape {
     /// # Errors
     /// [`crate::Error::Unsupported`] for a head dimension or type without a kernel, [`crate::Error::Invalid`] for a group
     /// that does not divide.
-    pub fn plan(&self, _device: &Device) -> Result<AppendPlan> {
+    pub fn plan(&self, device: &Device) -> Result<AppendPlan> {
+        self.key_codec.0.check("append", device)?;
+        self.value_codec.0.check("append", device)?;
         check_dim("append", "head_dim", self.head_dim)?;
         check_dim("append", "value_dim", self.value_dim)?;
         check_group("key group", self.head_dim, self.key_codec)?;

@@ -53,6 +53,8 @@ pub enum Codec {
     F16,
     /// 8-bit codes with one (f16 scale, f16 zero) a row and group.
     Int8,
+    /// 4-bit codes, likewise. The reference backend alone has it so far: kernels refuse it as unsupported.
+    Int4,
 }
 
 impl Codec {
@@ -61,11 +63,12 @@ impl Codec {
             Self::Bf16 => abi::KVLAR_CODEC_BF16,
             Self::F16 => abi::KVLAR_CODEC_F16,
             Self::Int8 => abi::KVLAR_CODEC_INT8,
+            Self::Int4 => abi::KVLAR_CODEC_INT4,
         }
     }
 
     pub(crate) fn from_abi(codec: u32) -> Option<Self> {
-        [Self::Bf16, Self::F16, Self::Int8].into_iter().find(|c| c.abi() == codec)
+        [Self::Bf16, Self::F16, Self::Int8, Self::Int4].into_iter().find(|c| c.abi() == codec)
     }
 
     /// The reference's name for it.
@@ -74,7 +77,16 @@ impl Codec {
             Self::Bf16 => kvlar_reference::Codec::Bf16,
             Self::F16 => kvlar_reference::Codec::F16,
             Self::Int8 => kvlar_reference::Codec::Int8,
+            Self::Int4 => kvlar_reference::Codec::Int4,
         }
+    }
+
+    /// Refuses a format that a device has no kernels for.
+    pub(crate) fn check(self, op: &'static str, device: &crate::Device) -> crate::Result<()> {
+        if self == Self::Int4 && device.backend() != crate::Backend::Reference {
+            return crate::error::unsupported(op, "int4 rows: the reference backend alone has them");
+        }
+        Ok(())
     }
 
     /// Bytes of a row's codes, padded to 16.

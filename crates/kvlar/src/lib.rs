@@ -19,6 +19,7 @@
 //! [`Device::reference`] (plain Rust, which interprets the same parameter structs).
 
 mod append;
+mod append_lowrank;
 mod attend;
 mod attend_lowrank;
 mod buffer;
@@ -27,6 +28,7 @@ mod error;
 mod formats;
 mod merge;
 mod paged;
+mod project;
 mod reference;
 mod stream;
 mod strides;
@@ -34,10 +36,11 @@ mod transcode;
 mod workspace;
 
 pub use append::{AppendArgs, AppendPlan, AppendShape, Rope};
+pub use append_lowrank::{AppendLowrankArgs, AppendLowrankPlan, AppendLowrankShape, SideArgs, SideShape};
 pub use attend::{AttendArgs, AttendPlan, AttendShape, MAX_SEGMENTS, Schedule, Segment, SegmentShape, WorkList};
 pub use attend_lowrank::{
-    Arithmetic, Bases, Bound, HeadSets, Latents, LowrankArgs, LowrankPlan, LowrankShape, LowrankValues, RANK_MULTIPLE, SetsShape,
-    padded_rank,
+    Arithmetic, Bases, Bound, HeadSets, Latents, LowrankArgs, LowrankPlan, LowrankShape, LowrankValues, MAX_QUERY_ROWS,
+    RANK_MULTIPLE, SetsShape, padded_rank,
 };
 pub use buffer::{Buffer, Memory, View, ViewMut};
 #[doc(hidden)]
@@ -49,6 +52,7 @@ pub use kvlar_kernels::params as abi;
 pub use kvlar_reference::RopeLayout;
 pub use merge::{MergePlan, MergeShape};
 pub use paged::{Pool, Rows};
+pub use project::{HeadGroups, ProjectPlan, ProjectShape, Projection};
 pub use stream::{Graph, Stream};
 pub use strides::Strides;
 pub use transcode::{EncodeShape, TranscodePlan};

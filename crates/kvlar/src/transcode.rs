@@ -38,7 +38,8 @@ impl EncodeShape {
     /// # Errors
     /// [`crate::Error::Unsupported`] for a row length without a kernel, [`crate::Error::Invalid`] for a group that does not
     /// divide.
-    pub fn plan(&self, _device: &Device) -> Result<TranscodePlan> {
+    pub fn plan(&self, device: &Device) -> Result<TranscodePlan> {
+        self.codec.check("encode", device)?;
         check_dim("encode", "dim", self.dim)?;
         check_group("group", self.dim, (self.codec, self.group))?;
         let grid = (self.seqs * self.heads * self.rows).div_ceil(4);

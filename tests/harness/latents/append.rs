@@ -49,6 +49,8 @@ pub struct AppendLowrankCase {
     pub slots: Option<Vec<i32>>,
     /// Entries of the table that are replaced.
     pub bad_pages: Vec<(usize, i32)>,
+    /// Pages that the pool of values has, where that of keys has more.
+    pub value_pages: Option<usize>,
     pub positions: bool,
     pub rows_first: bool,
     /// Elements of x (or of ready-made latents) that are replaced.
@@ -95,6 +97,7 @@ impl AppendLowrankCase {
             head_dim,
             slots: None,
             bad_pages: Vec::new(),
+            value_pages: None,
             positions: true,
             rows_first: false,
             odd: Vec::new(),
@@ -221,6 +224,10 @@ impl AppendLowrankCase {
             if self.layout == Layout::Contiguous && !self.positions {
                 args.rows.position_seq_stride = 0;
             }
+            if let (Some(n), SideArgs::Project { pool, .. } | SideArgs::Store { pool, .. }) = (self.value_pages, &mut args.values)
+            {
+                pool.page_count = n;
+            }
             change(&plan, &mut args, &mut workspace);
             plan.launch(&lab.stream, &mut args, &mut workspace).expect("append_lowrank");
         }
@@ -274,11 +281,12 @@ impl Expected<'_> {
         let per_table = self.pages.capacity.div_ceil(n);
         let table = if matches!(self.pages.layout, Layout::PerHead(_)) { seq * self.pages.heads + group } else { seq };
         let entry = table * per_table + slot / n;
-        if self.case.bad_pages.iter().any(|b| b.0 == entry) {
+        let page = self.pages.table[entry] as usize;
+        if self.case.bad_pages.iter().any(|b| b.0 == entry) || self.case.value_pages.is_some_and(|n| page >= n) {
             self.bad_page = true;
             return None;
         }
-        Some((self.pages.table[entry] as usize, slot % n))
+        Some((page, slot % n))
     }
 
     fn check_side(&mut self, name: &str, side: &SideData, pages: &Pages, mut actual: Vec<u8>) {

@@ -116,11 +116,18 @@ impl AttendShape {
             return invalid("segments", "there must be one, and none may be missing before another");
         }
         for s in self.segments() {
-            if s.codec != Codec::Int8 && Some(s.codec) != self.dtype.into() {
-                return unsupported("attend", format!("{:?} rows for {} q: int8 or the type of q are", s.codec, self.dtype));
-            }
             if s.max_rows > 1 << 30 {
                 return invalid("max_rows", format!("{} rows are more than 2^30", s.max_rows));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses rows that dense attention has no kernel for.
+    fn check_codecs(&self) -> Result<()> {
+        for s in self.segments() {
+            if s.codec != Codec::Int8 && Some(s.codec) != self.dtype.into() {
+                return unsupported("attend", format!("{:?} rows for {} q: int8 or the type of q are", s.codec, self.dtype));
             }
         }
         Ok(())
@@ -132,6 +139,7 @@ impl AttendShape {
     /// [`crate::Error::Unsupported`] for a combination without a kernel; [`crate::Error::Invalid`] for a contradiction.
     pub fn plan(&self, device: &Device) -> Result<AttendPlan> {
         self.check()?;
+        self.check_codecs()?;
         let packed = self.group() * self.query_rows;
         let int8 = self.segments().any(|s| s.codec == Codec::Int8);
         let tiling = Tiling::of(self.head_dim.max(self.value_dim), packed, int8);

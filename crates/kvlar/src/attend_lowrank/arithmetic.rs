@@ -37,7 +37,7 @@ impl LowrankPlan {
     pub fn arithmetic(&self, rows: usize) -> Arithmetic {
         let (s, a) = (&self.shape, &self.shape.attend);
         let all_rows = (rows * a.seqs) as f64;
-        let element = if s.latents == Latents::Dtype { 2.0 } else { 1.0 };
+        let element = s.latents.codec(crate::Codec::Bf16).reference().bits() as f64 / 8.0;
         let affine = if s.latents == Latents::Dtype { 0.0 } else { 4.0 };
         let key_bytes = s.sets.key_groups as f64 * (s.key_rank as f64 * element + affine);
         let (value_bytes, value_width) = match s.values {

@@ -10,7 +10,7 @@ mod tiling;
 pub use arithmetic::{Arithmetic, Bound};
 pub use plan::{Bases, LowrankArgs, LowrankPlan};
 pub use sets::HeadSets;
-pub use shape::{Latents, LowrankShape, LowrankValues, SetsShape};
+pub use shape::{Latents, LowrankShape, LowrankValues, MAX_QUERY_ROWS, SetsShape};
 
 pub(crate) use plan::ScheduleKey;
 

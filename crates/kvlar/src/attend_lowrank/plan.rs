@@ -114,6 +114,11 @@ impl LowrankPlan {
         WorkList::new(device, self.work_list_bytes())
     }
 
+    /// Whether a layer of the other plan may use this one's work list: they differ in ranks alone.
+    pub fn shares_work_list(&self, other: &Self) -> bool {
+        self.schedule_key() == other.schedule_key()
+    }
+
     pub(crate) fn schedule_key(&self) -> ScheduleKey {
         let a = &self.shape.attend;
         let mut segments = [None; crate::MAX_SEGMENTS];
@@ -312,8 +317,7 @@ impl LowrankPlan {
         if from.rows.max_rows > max_rows {
             return invalid("rows", format!("{} rows in a segment planned for {max_rows}", from.rows.max_rows));
         }
-        let key_codec =
-            if s.latents == Latents::Dtype { Option::<Codec>::from(a.dtype).unwrap_or(Codec::Bf16) } else { Codec::Int8 };
+        let key_codec = s.latents.codec(Option::<Codec>::from(a.dtype).unwrap_or(Codec::Bf16));
         let (value_codec, value_heads, values) = match s.values {
             LowrankValues::Dense => (Option::<Codec>::from(a.dtype).unwrap_or(Codec::Bf16), a.kv_heads, a.value_dim),
             LowrankValues::Latent { rank, codec } => (codec, s.sets.value_groups, rank),
@@ -333,7 +337,7 @@ impl LowrankPlan {
 fn latent_abi(latents: Latents) -> u32 {
     match latents {
         Latents::Dtype => abi::KVLAR_LATENT_DTYPE,
-        Latents::Int8 => abi::KVLAR_LATENT_INT8,
+        Latents::Int8 | Latents::Int4 => abi::KVLAR_LATENT_INT8,
         Latents::Int8Basis => abi::KVLAR_LATENT_INT8_BASIS,
     }
 }

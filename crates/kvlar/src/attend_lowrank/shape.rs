@@ -6,7 +6,7 @@ use super::plan::LowrankPlan;
 use super::tiling::Tiling;
 use crate::device::Launch;
 use crate::error::{invalid, unsupported};
-use crate::{AttendShape, Codec, Device, MAX_SEGMENTS, Result, Schedule, SegmentShape};
+use crate::{AttendShape, Backend, Codec, Device, MAX_SEGMENTS, Result, Schedule, SegmentShape};
 
 /// How key latents are stored, and in what arithmetic keys are rebuilt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,10 +15,26 @@ pub enum Latents {
     Dtype,
     /// int8 with a scale and zero a row; the basis is f16. Saves bytes; the tensor work is the same.
     Int8,
+    /// int4, likewise; the reference backend alone has it so far.
+    Int4,
     /// int8 latents and an int8 basis ([`kvlar_reference::Int8Basis`]): half the tensor work, for groups that are bound by
     /// it. The basis loses precision: about 0.4 % of a key.
     Int8Basis,
 }
+
+impl Latents {
+    /// The codec of such latents, beside queries whose own is `native`.
+    pub fn codec(self, native: Codec) -> Codec {
+        match self {
+            Self::Dtype => native,
+            Self::Int8 | Self::Int8Basis => Codec::Int8,
+            Self::Int4 => Codec::Int4,
+        }
+    }
+}
+
+/// Query rows that kernels take; the reference backend takes any number.
+pub const MAX_QUERY_ROWS: usize = 8;
 
 /// What values are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,7 +96,7 @@ impl LowrankShape {
         values: LowrankValues,
         sets: SetsShape,
     ) -> Self {
-        let codec = if latents == Latents::Dtype { attend.segments[0].map_or(Codec::Bf16, |s| s.codec) } else { Codec::Int8 };
+        let codec = latents.codec(attend.segments[0].map_or(Codec::Bf16, |s| s.codec));
         Self {
             attend: AttendShape { segments: [Some(SegmentShape { codec, max_rows }), None, None, None], ..attend },
             latent_segments: [true, false, false, false],
@@ -104,9 +120,6 @@ impl LowrankShape {
         let a = &self.attend;
         a.check()?;
         let native = Option::<Codec>::from(a.dtype);
-        if a.query_rows > 8 {
-            return unsupported("attend_lowrank", format!("{} query rows: up to 8 are", a.query_rows));
-        }
         for (name, rank) in [
             ("key_rank", Some(self.key_rank)),
             ("value rank", Some(self.value_rank()).filter(|_| self.values != LowrankValues::Dense)),
@@ -124,17 +137,18 @@ impl LowrankShape {
             if self.sets.value_groups == 0 {
                 return invalid("sets", "they name no value groups, but values are latents");
             }
-            if codec == Codec::Int8 && self.latents == Latents::Dtype {
-                return unsupported("attend_lowrank", "int8 value latents beside 16-bit key latents");
+            let integer = codec.reference().is_integer();
+            if integer && Some(codec) != Some(self.latents.codec(codec)).filter(|_| self.latents != Latents::Dtype) {
+                return unsupported("attend_lowrank", format!("{codec:?} value latents beside {:?} key latents", self.latents));
             }
-            if codec != Codec::Int8 && Some(codec) != native {
+            if !integer && Some(codec) != native {
                 return unsupported(
                     "attend_lowrank",
                     format!("{codec:?} value latents for {} q: int8 or the type of q are", a.dtype),
                 );
             }
         }
-        let key_codec = if self.latents == Latents::Dtype { native } else { Some(Codec::Int8) };
+        let key_codec = native.map(|n| self.latents.codec(n));
         for (s, latent) in a.segments().zip(self.latent_segments) {
             let expected = if latent { key_codec } else { native };
             if Some(s.codec) != expected {
@@ -154,6 +168,12 @@ impl LowrankShape {
     pub fn plan(&self, device: &Device) -> Result<LowrankPlan> {
         self.check()?;
         let (a, info) = (&self.attend, device.info());
+        if device.backend() != Backend::Reference {
+            self.latents.codec(Codec::Bf16).check("attend_lowrank", device)?;
+            if a.query_rows > MAX_QUERY_ROWS {
+                return unsupported("attend_lowrank", format!("{} query rows: up to {MAX_QUERY_ROWS} are", a.query_rows));
+            }
+        }
         let columns_a_head = a.group() * a.query_rows;
         let rank = self.value_rank();
         let tiling = Tiling::of(self.latents, columns_a_head, self.sets.largest, a.value_dim, rank);

@@ -35,6 +35,7 @@ impl Tiling {
     /// `columns_a_head` packed columns for each of up to `heads` kv heads; dense values of `value_dim`, or latents of
     /// `value_rank` as well.
     pub fn of(latents: Latents, columns_a_head: usize, heads: usize, value_dim: usize, value_rank: usize) -> Self {
+        let latents = if latents == Latents::Int4 { Latents::Int8 } else { latents }; // the reference reads the codec
         let all = columns_a_head * heads;
         // 16 columns hold up to 128 values: beyond, tiles of fewer heads cost reads from the L2, slices a rebuild each.
         let wide = value_dim > 128 || (value_rank > 128 && (all <= 8 || columns_a_head <= 8));

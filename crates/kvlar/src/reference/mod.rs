@@ -7,6 +7,7 @@
 mod attend;
 mod attend_lowrank;
 mod memory;
+mod project;
 mod rows;
 mod write;
 
@@ -25,6 +26,10 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
         "kvlar_append" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
         "kvlar_encode" => unsafe { write::encode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_decode" => unsafe { write::decode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
+        e if e.starts_with("kvlar_project_") => unsafe { project::project(&pod_read_unaligned::<abi::KvlarProject>(params)) },
+        e if e.starts_with("kvlar_append_lowrank_") => unsafe {
+            project::append_lowrank(&pod_read_unaligned::<abi::KvlarAppendLowrank>(params))
+        },
         "kvlar_merge" => unsafe { merge(&pod_read_unaligned::<abi::KvlarMerge>(params)) },
         _ => {
             if let Some(dtype) = crate::attend::dtype_of(entry) {

@@ -1,0 +1,12 @@
+// Projection to latents and appending of latents, bf16 rows and encoders.
+#include "project/append.cuh"
+#include "project/project.cuh"
+
+KVLAR_PROJECT_ENTRY(kvlar_project_bf16_m16, __nv_bfloat16, 1)
+GPU_EXPORT(kvlar_project_bf16_m16)
+KVLAR_PROJECT_ENTRY(kvlar_project_bf16_m64, __nv_bfloat16, 4)
+GPU_EXPORT(kvlar_project_bf16_m64)
+KVLAR_APPEND_LOWRANK_ENTRY(kvlar_append_lowrank_bf16_m16, __nv_bfloat16, 1)
+GPU_EXPORT(kvlar_append_lowrank_bf16_m16)
+KVLAR_APPEND_LOWRANK_ENTRY(kvlar_append_lowrank_bf16_m64, __nv_bfloat16, 4)
+GPU_EXPORT(kvlar_append_lowrank_bf16_m64)
