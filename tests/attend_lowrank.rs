@@ -16,6 +16,7 @@ on_every_device!(
     layouts,
     int8_latents,
     int8_bases,
+    int4_latents_on_the_reference_alone,
     dense_values,
     exact_rows_beside_latents,
     partitions_that_cut_across,
@@ -114,6 +115,16 @@ fn int8_bases(lab: &Lab) {
     let case = |t, k, v| LowrankCase::new(t, (8, 4), 4, 64, (k, v), &[45, 64]).int8(Latents::Int8Basis);
     all(lab, [(32, 32), (64, 96), (128, 128), (160, 64), (256, 32)].into_iter().flat_map(|(k, v)| DTYPES.map(|t| case(t, k, v))));
     all(lab, [case(Dtype::Bf16, 64, 64).with(|c| c.mean = true), case(Dtype::F16, 64, 64).with(|c| c.head_dim = 80)]);
+}
+
+fn int4_latents_on_the_reference_alone(lab: &Lab) {
+    let case = LowrankCase::new(Dtype::Bf16, (8, 4), 2, 64, (64, 96), &[45, 64]).int8(Latents::Int4);
+    if !lab.runs_kernels() {
+        return all(lab, [case]);
+    }
+    let ValueCase::Latent { group, .. } = &case.values else { return };
+    let sets = kvlar::HeadSets::new(&lab.device, &lab.stream, &case.group_k, Some(group)).unwrap();
+    assert!(matches!(case.shape(&sets).plan(&lab.device), Err(kvlar::Error::Unsupported { .. })));
 }
 
 fn dense_values(lab: &Lab) {

@@ -3,10 +3,12 @@
 #include "attend_lowrank/unit.cuh"
 
 extern "C" __global__ void __launch_bounds__(1024) kvlar_attend_lowrank_schedule(const __grid_constant__ KvlarAttendLowrank p) {
+  using namespace kvlar::attend_lowrank;
   kvlar::attend::build_work_list(p.attend, [&](int index) {
-    kvlar::attend_lowrank::Unit unit;
-    load_unit(p, index, unit);
-    return unit.tile_count;
+    const Place at(p, index);
+    const Visible visible(p.attend, at);
+    visible.store(unit_record(p.attend, index));
+    return visible.count(p, at);
   });
 }
 GPU_EXPORT(kvlar_attend_lowrank_schedule)

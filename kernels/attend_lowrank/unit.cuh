@@ -7,7 +7,7 @@
 //   latent rows: 32 rows for all heads of the tile, once for each slice of the value rank.
 #pragma once
 #include "attend/tiles.cuh"
-#include "attend/unit.cuh"
+#include "attend/work_list.cuh"
 
 namespace kvlar::attend_lowrank {
 
@@ -40,27 +40,144 @@ __device__ inline int row_owner(const KvlarAttend& p, const Unit& u, int segment
 }
 __device__ inline uint32_t pages_of(const KvlarSegment& s) { return min(s.keys.page_count, s.values.page_count); }
 
-__device__ inline int position_of(const KvlarAttend& p, const Unit& u, int head, int segment, int row) {
+// Rows that a kv head holds in each segment, and in the segments before it. Indexed by constants only: registers.
+struct HeadRows {
+  int length[KVLAR_MAX_SEGMENTS], first[KVLAR_MAX_SEGMENTS], total;
+
+  __device__ HeadRows(const KvlarAttend& p, int seq, int head) : total(0) {
+    FOR_EACH_SEGMENT(p, s) {
+      length[s] = attend::held_rows(p, s, seq, head);
+      first[s] = total;
+      total += length[s];
+    }
+  }
+};
+
+// Tables and positions of latent rows are the key group's, of exact rows the kv head's.
+__device__ inline int stored_position(const KvlarAttend& p, int segment, int seq, int owner, int row) {
   const KvlarRows& r = p.segments[segment].rows;
-  if (!r.positions || row < 0) return u.first_row[segment][head] + row;
-  const int owner = row_owner(p, u, segment, head);
-  const int page = page_of(p, r, pages_of(p.segments[segment]), attend::table_of(r, u.seq, owner), row);
-  return __ldg(r.positions + u.seq * r.position_seq_stride + owner * r.position_head_stride +
-               (int64_t(page) << r.page_rows_log2) + (row & ((1 << r.page_rows_log2) - 1)));
+  const int page = page_of(p, r, pages_of(p.segments[segment]), attend::table_of(r, seq, owner), row);
+  return __ldg(r.positions + seq * r.position_seq_stride + owner * r.position_head_stride + (int64_t(page) << r.page_rows_log2) +
+               (row & ((1 << r.page_rows_log2) - 1)));
 }
 
 // Position of query row s of a head: given, or that of the s-th of its last query_rows rows.
-__device__ inline int query_position(const KvlarAttend& p, const Unit& u, int head, int s) {
-  if (p.q_positions) return __ldg(p.q_positions + int64_t(u.seq) * p.query_rows + s);
-  int total = 0;
-  FOR_EACH_SEGMENT(p, i) total += u.length[i][head];
-  const int row = total - int(p.query_rows) + s;
+__device__ inline int query_position(const KvlarAttend& p, const HeadRows& rows, int seq, int head, int key_group, int s) {
+  if (p.q_positions) return __ldg(p.q_positions + int64_t(seq) * p.query_rows + s);
+  const int row = rows.total - int(p.query_rows) + s;
   int position = 0;
   FOR_EACH_SEGMENT(p, i) {
-    const int r = row - u.first_row[i][head];
-    if (i == 0 || r >= 0) position = position_of(p, u, head, i, min(r, u.length[i][head] - 1));
+    const int r = min(row - rows.first[i], rows.length[i] - 1);
+    if (i != 0 && row < rows.first[i]) continue;
+    position = rows.first[i] + r;
+    if (p.segments[i].rows.positions && r >= 0) position = stored_position(p, i, seq, is_latent(p, i) ? key_group : head, r);
   }
   return position;
+}
+
+// Which heads and columns a unit is of.
+struct Place {
+  int seq, set, key_group, value_group;
+  int heads, columns, first_column;
+  const int32_t* head;  // the kv heads
+
+  __device__ Place(const KvlarAttendLowrank& lowrank, int index) {
+    const KvlarAttend& p = lowrank.attend;
+    const int tile = index % int(p.query_tiles);
+    set = index / int(p.query_tiles) % int(lowrank.set_count);
+    seq = index / int(p.query_tiles * lowrank.set_count);
+    const int32_t* entry = lowrank.sets + 4 * set;
+    key_group = __ldg(entry);
+    value_group = __ldg(entry + 1);
+    const int in_set = __ldg(entry + 2), a_head = columns_a_head(p);
+    int from = 0;  // first head of the tile within the set
+    first_column = 0;
+    if (a_head <= int(p.columns)) {
+      from = tile * int(lowrank.heads_per_tile);
+      heads = max(0, min(int(lowrank.heads_per_tile), in_set - from));
+      columns = heads * a_head;
+    } else {
+      const int parts = (a_head + int(p.columns) - 1) / int(p.columns);
+      from = tile / parts;
+      heads = from < in_set ? 1 : 0;
+      first_column = tile % parts * int(p.columns);
+      columns = heads ? min(int(p.columns), a_head - first_column) : 0;
+    }
+    head = lowrank.sets + 4 * lowrank.set_count + __ldg(entry + 3) + from;
+  }
+};
+
+// Tiles that some query of a unit can see.
+struct Visible {
+  int lowest_query, highest_query;
+  int first[KVLAR_MAX_SEGMENTS], tiles[KVLAR_MAX_SEGMENTS];
+  int exact, latent;  // in all: of one head, of the set
+
+  __device__ Visible(const KvlarAttend& p, const Place& at)
+      : lowest_query(INT32_MAX), highest_query(INT32_MIN), exact(0), latent(0) {
+#pragma unroll
+    for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) first[s] = tiles[s] = 0;
+    if (at.columns == 0) return;
+    bool by_index = true;  // is a row's position its index?
+    FOR_EACH_SEGMENT(p, s) by_index = by_index && !p.segments[s].rows.positions;
+    const int first_row = at.first_column / int(p.group);
+    const int last_row = at.heads > 1 ? int(p.query_rows) - 1 : (at.first_column + at.columns - 1) / int(p.group);
+    for (int h = 0; h < at.heads; ++h) {
+      const HeadRows rows(p, at.seq, __ldg(at.head + h));
+      for (int s = first_row; s <= last_row; ++s) {
+        const int position = query_position(p, rows, at.seq, __ldg(at.head + h), at.key_group, s);
+        lowest_query = min(lowest_query, position);
+        highest_query = max(highest_query, position);
+      }
+    }
+    int from[KVLAR_MAX_SEGMENTS], to[KVLAR_MAX_SEGMENTS];
+    FOR_EACH_SEGMENT(p, s) {
+      from[s] = INT32_MAX;
+      to[s] = 0;
+    }
+    for (int h = 0; h < at.heads; ++h) {
+      const HeadRows rows(p, at.seq, __ldg(at.head + h));
+      FOR_EACH_SEGMENT(p, s) {
+        int low = 0, high = rows.length[s];
+        if (by_index) {
+          if (p.window > 0) low = max(0, min(high, lowest_query - p.window + 1 - rows.first[s]));
+          if (highest_query != INT32_MAX) high = max(0, min(high, highest_query + 1 - rows.first[s]));
+        }
+        if (high > low) {
+          from[s] = min(from[s], low);
+          to[s] = max(to[s], high);
+        }
+      }
+    }
+    FOR_EACH_SEGMENT(p, s) {
+      const int height = is_latent(p, s) ? kLatentRows : kExactRows;
+      first[s] = to[s] > 0 ? from[s] / height : 0;
+      tiles[s] = to[s] > 0 ? tiles_of(to[s], height) - first[s] : 0;
+      if (is_latent(p, s)) latent += tiles[s]; else exact += tiles[s];
+    }
+  }
+
+  __device__ int count(const KvlarAttendLowrank& lowrank, const Place& at) const {
+    return exact * at.heads + latent * int(lowrank.slices);
+  }
+
+  __device__ void store(int32_t* record) const {
+    record[0] = lowest_query;
+    record[1] = highest_query;
+    record[2] = exact;
+    record[3] = latent;
+#pragma unroll
+    for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {
+      record[4 + s] = first[s];
+      record[4 + KVLAR_MAX_SEGMENTS + s] = tiles[s];
+    }
+  }
+};
+
+// What the schedule found out about a unit: behind the work list.
+constexpr int kUnitRecord = 4 + 2 * KVLAR_MAX_SEGMENTS;
+__device__ inline int32_t* unit_record(const KvlarAttend& p, int index) {
+  return attend::cta_records(p) + 4 * p.ctas + kUnitRecord * index;
 }
 
 // Which kv head of the tile, query row and query head a packed column is.
@@ -72,84 +189,49 @@ __device__ inline Column column_at(const KvlarAttend& p, const Unit& u, int colu
   return {used ? head : 0, packed / int(p.group), used ? u.head[head] * int(p.group) + packed % int(p.group) : 0, used};
 }
 
-// Rows of each segment that some query of the tile can see, as tiles.
-__device__ inline void find_visible_tiles(const KvlarAttendLowrank& lowrank, Unit& u, bool by_index) {
-  const KvlarAttend& p = lowrank.attend;
-  int exact = 0, latent = 0;
-  FOR_EACH_SEGMENT(p, s) {
-    const int height = is_latent(p, s) ? kLatentRows : kExactRows;
-    int from = INT32_MAX, to = 0;
-    u.shortest[s] = INT32_MAX;
-    u.longest[s] = 0;
-    for (int h = 0; h < u.heads; ++h) {
-      const int length = u.length[s][h];
-      u.shortest[s] = min(u.shortest[s], length);
-      u.longest[s] = max(u.longest[s], length);
-      int low = 0, high = length;
-      if (by_index) {
-        if (p.window > 0) low = max(0, min(length, u.lowest_query - p.window + 1 - u.first_row[s][h]));
-        if (u.highest_query != INT32_MAX) high = max(0, min(length, u.highest_query + 1 - u.first_row[s][h]));
-      }
-      if (high > low) {
-        from = min(from, low);
-        to = max(to, high);
-      }
-    }
-    u.first_tile[s] = to > 0 ? from / height : 0;
-    u.tiles[s] = to > 0 ? tiles_of(to, height) - u.first_tile[s] : 0;
-    if (is_latent(p, s)) latent += u.tiles[s]; else exact += u.tiles[s];
-  }
-  u.exact_tiles = exact * u.heads;
-  u.latent_tiles = latent;
-  u.tile_count = u.exact_tiles + latent * int(lowrank.slices);
-}
-
 // Fills in everything of unit `index`. One thread does it.
 __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, Unit& u) {
   const KvlarAttend& p = lowrank.attend;
-  const int tile = index % int(p.query_tiles);
-  u.set = index / int(p.query_tiles) % int(lowrank.set_count);
-  u.seq = index / int(p.query_tiles * lowrank.set_count);
-  const int32_t* set = lowrank.sets + 4 * u.set;
-  u.key_group = __ldg(set);
-  u.value_group = __ldg(set + 1);
-  const int in_set = __ldg(set + 2), first = __ldg(set + 3), a_head = columns_a_head(p);
-  int from = 0;  // first head of the tile within the set
-  if (a_head <= int(p.columns)) {
-    from = tile * int(lowrank.heads_per_tile);
-    u.heads = max(0, min(int(lowrank.heads_per_tile), in_set - from));
-    u.first_column = 0;
-    u.columns = u.heads * a_head;
-  } else {
-    const int parts = (a_head + int(p.columns) - 1) / int(p.columns);
-    from = tile / parts;
-    u.heads = from < in_set ? 1 : 0;
-    u.first_column = tile % parts * int(p.columns);
-    u.columns = u.heads ? min(int(p.columns), a_head - u.first_column) : 0;
+  const Place at(lowrank, index);
+  const int32_t* record = unit_record(p, index);
+  u.seq = at.seq;
+  u.set = at.set;
+  u.key_group = at.key_group;
+  u.value_group = at.value_group;
+  u.heads = at.heads;
+  u.columns = at.columns;
+  u.first_column = at.first_column;
+  u.lowest_query = __ldg(record);
+  u.highest_query = __ldg(record + 1);
+  u.exact_tiles = __ldg(record + 2) * at.heads;
+  u.latent_tiles = __ldg(record + 3);
+  u.tile_count = u.exact_tiles + u.latent_tiles * int(lowrank.slices);
+  for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {
+    u.first_tile[s] = __ldg(record + 4 + s);
+    u.tiles[s] = __ldg(record + 4 + KVLAR_MAX_SEGMENTS + s);
+    u.shortest[s] = INT32_MAX;
+    u.longest[s] = 0;
   }
-  for (int h = 0; h < u.heads; ++h) u.head[h] = __ldg(lowrank.sets + 4 * lowrank.set_count + first + from + h);
-  bool by_index = true;  // is a row's position its index?
-  FOR_EACH_SEGMENT(p, s) {
-    by_index = by_index && !p.segments[s].rows.positions;
-    for (int h = 0; h < u.heads; ++h) {
-      u.length[s][h] = attend::held_rows(p, s, u.seq, u.head[h]);
-      u.first_row[s][h] = s == 0 ? 0 : u.first_row[s - 1][h] + u.length[s - 1][h];
+  for (int c = 0; c < kMaxColumns; ++c) {
+    u.column_head[c] = 0;
+    u.column_query[c] = attend::kMaskedColumn;
+  }
+  for (int h = 0; h < at.heads; ++h) {
+    u.head[h] = __ldg(at.head + h);
+    const HeadRows rows(p, at.seq, u.head[h]);
+    FOR_EACH_SEGMENT(p, s) {
+      u.length[s][h] = rows.length[s];
+      u.first_row[s][h] = rows.first[s];
+      u.shortest[s] = min(u.shortest[s], rows.length[s]);
+      u.longest[s] = max(u.longest[s], rows.length[s]);
+    }
+    const int a_head = at.heads > 1 ? columns_a_head(p) : at.columns;
+    for (int c = h * a_head; c < (h + 1) * a_head; ++c) {
+      const int packed = at.first_column + c - h * a_head;
+      u.column_head[c] = h;
+      u.column_query[c] = query_position(p, rows, at.seq, u.head[h], at.key_group, packed / int(p.group));
     }
   }
-  u.lowest_query = INT32_MAX;
-  u.highest_query = INT32_MIN;
-  for (int c = 0; c < kMaxColumns; ++c) {
-    const Column column = column_at(p, u, c);
-    u.column_head[c] = column.head;
-    u.column_query[c] = attend::kMaskedColumn;
-    if (!column.used) continue;
-    const bool as_before = c > 0 && column.query_head % int(p.group) != 0;  // the same query row
-    const int position = as_before ? u.column_query[c - 1] : query_position(p, u, column.head, column.row);
-    u.column_query[c] = position;
-    u.lowest_query = min(u.lowest_query, position);
-    u.highest_query = max(u.highest_query, position);
-  }
-  find_visible_tiles(lowrank, u, by_index);
 }
 
 }  // namespace kvlar::attend_lowrank

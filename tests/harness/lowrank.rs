@@ -131,14 +131,16 @@ impl LowrankCase {
     }
 
     fn key_codec(&self) -> Codec {
-        if self.latents == Latents::Dtype { self.native() } else { Codec::Int8 }
+        self.latents.codec(self.native())
     }
 
     /// Codec, groups and width of a latent segment's values.
     fn value_rows(&self) -> (Codec, usize, usize) {
         match &self.values {
             ValueCase::Dense => (self.native(), self.kv_heads, self.value_dim),
-            ValueCase::Latent { group, rank, int8 } => (if *int8 { Codec::Int8 } else { self.native() }, groups(group), *rank),
+            ValueCase::Latent { group, rank, int8 } => {
+                (if *int8 { self.latents.codec(self.native()) } else { self.native() }, groups(group), *rank)
+            }
         }
     }
 
@@ -220,7 +222,7 @@ impl LowrankData {
         let raw = basis(&mut rng, c.head_dim, c.rank);
         let (key_basis, int8_basis) = match c.latents {
             Latents::Dtype => (dtype.round_all(&raw), None),
-            Latents::Int8 => (kvlar_reference::Dtype::F16.round_all(&raw), None),
+            Latents::Int8 | Latents::Int4 => (kvlar_reference::Dtype::F16.round_all(&raw), None),
             Latents::Int8Basis => {
                 let pairs = RotaryPairs { rotary_dim: c.rope.rotary_dim(), half: c.rope.layout == RopeLayout::Half };
                 let int8 = Int8Basis::quantize(&raw, copies * c.kv_heads, c.head_dim, c.rank, pairs).expect("a basis");
@@ -419,7 +421,7 @@ impl<'a> LowrankRun<'a> {
         let rows = c.seqs * c.q_heads * c.query_rows;
         let key_basis = match &data.int8_basis {
             Some(int8) => lab.upload(&int8.codes),
-            None => lab.upload_as(&data.key_basis, if c.latents == Latents::Int8 { Dtype::F16 } else { c.dtype }),
+            None => lab.upload_as(&data.key_basis, if matches!(c.latents, Latents::Int8 | Latents::Int4) { Dtype::F16 } else { c.dtype }),
         };
         Self {
             lab,

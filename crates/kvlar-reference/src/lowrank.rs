@@ -66,11 +66,7 @@ pub fn project(i: &ProjectInput<'_>) -> Result<Vec<f32>, ReferenceError> {
 /// `dims` numbers from a latent row: basis · z (+ mean), in f64, rounded to f32.
 pub fn expand_row(basis: &[f32], z: &[f32], mean: Option<&[f32]>, dims: usize) -> Vec<f32> {
     let r = z.len();
-    (0..dims)
-        .map(|c| {
-            (dot(&basis[c * r..][..r], z) + mean.map_or(0.0, |m| f64::from(m[c]))) as f32
-        })
-        .collect()
+    (0..dims).map(|c| (dot(&basis[c * r..][..r], z) + mean.map_or(0.0, |m| f64::from(m[c]))) as f32).collect()
 }
 
 /// Values of a low-rank attention.

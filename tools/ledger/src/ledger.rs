@@ -1,6 +1,6 @@
 //! The committed file, what it says of one entry point, and what may not be.
 
-use crate::model::{Attend, Kind, LIMIT, MODELLED, arch_number};
+use crate::model::{Attend, Kind, LIMIT, MODELLED, Rebuild, arch_number};
 use crate::path::Graph;
 use crate::sass::{Instruction, Usage};
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,19 @@ pub struct Facts {
     /// Innermost loops that multiply on tensor cores; of attend kernels only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub loops: Vec<LoopFacts>,
+    /// Of low-rank attention kernels: the loop that rebuilds, turns and scores keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rebuild: Option<RebuildFacts>,
+}
+
+/// The fast path of `attend_lowrank/scores.cuh`: 32 rows, 16 rotary pairs, one head, latents held in registers.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RebuildFacts {
+    pub instructions: u32,
+    /// Issue time of these loops alone over 128K rows of 8 kv heads of 128 dimensions, on the GPU of the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub microseconds: Option<f64>,
 }
 
 /// A main loop.
@@ -85,7 +98,18 @@ impl Facts {
             spill_loads: spills.1,
             in_flight: None,
             loops: Vec::new(),
+            rebuild: None,
         };
+        if let Some(rebuild) = Rebuild::of(entry) {
+            let place = |e: String| format!("{entry} sm_{arch}: {e}");
+            let graph = Graph::new(body).map_err(place)?;
+            let paths = graph.main_loops().into_iter().filter_map(|l| Some(graph.fast_path(&l, rebuild.work())?.len() as u32));
+            let none = || place("no main loop has a path that rebuilds 16 pairs of a head".into());
+            let instructions = paths.min().ok_or_else(none)?;
+            let microseconds = (arch == MODELLED).then(|| (rebuild.microseconds(instructions) * 10.0).round() / 10.0);
+            facts.rebuild = Some(RebuildFacts { instructions, microseconds });
+            return Ok(facts);
+        }
         let Some(attend) = Attend::of(entry) else { return Ok(facts) };
         let attend = attend?;
         let place = |e: String| format!("{entry} sm_{arch}: {e}");

@@ -41,7 +41,7 @@ pub struct Attend {
 impl Attend {
     /// None for entry points that are no attend kernel. Errors: an attend kernel that this program can't judge.
     pub fn of(entry: &str) -> Option<Result<Attend, String>> {
-        let name = entry.strip_prefix("kvlar_attend_").filter(|n| *n != "schedule")?;
+        let name = entry.strip_prefix("kvlar_attend_").filter(|n| *n != "schedule" && !n.starts_with("lowrank_"))?;
         let parsed = || {
             let (storage, shape) = name.split_once("_d")?;
             let (dim, columns) = shape.split_once("_n")?;
@@ -125,6 +125,30 @@ impl Attend {
     pub fn issue_percent(&self, kind: Kind, per_16_rows: f64) -> f64 {
         let row_bytes = if kind == Kind::Int8 { 2 * self.dim + 8 } else { 2 * self.dim * 2 };
         100.0 * (per_16_rows / ISSUE_RATE) / (f64::from(16 * row_bytes) / READ_RATE)
+    }
+}
+
+/// The rebuilding of keys in a low-rank attention kernel: 32 rows, 16 rotary pairs of one head, at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rebuild;
+
+impl Rebuild {
+    /// None for other kernels.
+    pub fn of(entry: &str) -> Option<Rebuild> {
+        let name = entry.strip_prefix("kvlar_attend_lowrank_")?;
+        (name != "schedule").then_some(Rebuild)
+    }
+
+    /// Of the path that holds latents in registers: 32 products for the ranks that it holds (64 in 16 bits, 128 for an int8
+    /// basis), then 4 for the scores of 8 columns.
+    pub fn work(&self) -> Work {
+        Work { mma: 36, ..Work::default() }
+    }
+
+    /// Time to issue `instructions` a pass, over 128K rows of 8 kv heads of 128 dimensions.
+    pub fn microseconds(&self, instructions: u32) -> f64 {
+        let passes = f64::from(128 * 1024 / 32) * 8.0 * (128.0 / 32.0);
+        1e6 * passes * f64::from(instructions) / ISSUE_RATE
     }
 }
 

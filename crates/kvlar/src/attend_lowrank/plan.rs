@@ -73,6 +73,9 @@ pub struct LowrankArgs<'a> {
     pub sets: &'a HeadSets,
 }
 
+/// Integers that the schedule keeps of a unit: `kUnitRecord` of `kernels/attend_lowrank/unit.cuh`.
+const UNIT_RECORD: usize = 4 + 2 * crate::MAX_SEGMENTS;
+
 const SCHEDULE: Launch = Launch { entry: "kvlar_attend_lowrank_schedule", grid: 1, block: 1024, shared_bytes: 0 };
 
 impl LowrankPlan {
@@ -103,7 +106,7 @@ impl LowrankPlan {
 
     /// Bytes of a work list.
     pub fn work_list_bytes(&self) -> usize {
-        4 * (8 + self.units + 1 + 4 * self.launch.grid as usize)
+        4 * (8 + self.units + 1 + 4 * self.launch.grid as usize + UNIT_RECORD * self.units)
     }
 
     /// Memory for a work list of this plan.
