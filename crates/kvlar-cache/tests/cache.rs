@@ -1,7 +1,10 @@
 //! A cache against a model of it: what every sequence should hold, and what pages that takes.
 
-use kvlar::{Codec, Device, Dtype, Stream};
+use kvlar::{Codec, Device, Dtype, SimtOptions, Stream};
 use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, NewRows, Queries, SeqId};
+use kvlar_calibrate::{
+    Factors, Latent, LayerPlan, LayerShape, ModelShape, PLAN_FORMAT, PairLayout, Plan, RecalkvConfig, RopePairs, Side,
+};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
 use kvlar_reference::{AttendInput, compare};
@@ -35,6 +38,33 @@ struct Lab {
     model: BTreeMap<SeqId, Vec<u64>>,
     next_token: u64,
     codec: Codec,
+    tolerance: Tolerance,
+}
+
+/// Latents that hold both heads' rows, the second head's first: nothing is lost, but all of the low-rank path is taken.
+fn lossless() -> Side {
+    let groups = vec![vec![1, 0]];
+    let width = HEADS * DIM;
+    let encoder = (0..width * width).map(|i| if i / width == i % width { 1.0 } else { 0.0 }).collect();
+    let at = |head: usize| groups[0].iter().position(|&h| h == head).unwrap() * DIM;
+    let select = |head: usize| (0..DIM * width).map(move |i| if at(head) + i / width == i % width { 1.0 } else { 0.0 });
+    let basis = (0..HEADS).flat_map(select).collect();
+    Side::LowRank(Factors { groups: groups.clone(), rank: width, basis, encoder, mean: None, latent: Latent::Model })
+}
+
+/// Low-rank keys and values in the first layer, low-rank keys beside dense values in the second.
+fn plan() -> Plan {
+    let layer = LayerShape { q_heads: Q_HEADS, kv_heads: HEADS, head_dim: DIM, value_dim: DIM };
+    Plan {
+        format: PLAN_FORMAT,
+        method: "recalkv".into(),
+        fingerprint: "a model".into(),
+        model: ModelShape { layers: LAYERS, layer, hidden: 64, rope: RopePairs { rotary_dim: 0, layout: PairLayout::Half } },
+        config: RecalkvConfig::default(),
+        sink_rows: 0,
+        recent_rows: 0,
+        layers: vec![LayerPlan { keys: lossless(), values: lossless() }, LayerPlan { keys: lossless(), values: Side::Dense }],
+    }
 }
 
 /// A token's key (or value) of a head in a layer, as f16 holds it.
@@ -51,7 +81,14 @@ impl Lab {
     fn new(codec: Codec, pages: usize) -> Self {
         let device = Device::reference();
         let (stream, cache) = (device.stream().unwrap(), Cache::new(&device, config(codec, pages)).unwrap());
-        Self { stream, cache, model: BTreeMap::new(), next_token: 1, codec }
+        Self { stream, cache, model: BTreeMap::new(), next_token: 1, codec, tolerance: Tolerance::merge() }
+    }
+
+    /// Layers of a plan; results are as exact as the device's.
+    fn planned(device: &Device, pages: usize, tolerance: Tolerance) -> Self {
+        let stream = device.stream().unwrap();
+        let cache = Cache::planned(device, &stream, config(Codec::F16, pages), &plan()).unwrap();
+        Self { stream, cache, model: BTreeMap::new(), next_token: 1, codec: Codec::F16, tolerance }
     }
 
     fn create(&mut self) -> SeqId {
@@ -153,7 +190,7 @@ impl Lab {
             })
             .unwrap();
             let actual = &actual[i * Q_HEADS * rows * DIM..(i + 1) * Q_HEADS * rows * DIM];
-            compare::compare(actual, &expected.out, Tolerance::merge()).unwrap_or_else(|e| panic!("{seq} layer {layer}: {e}"));
+            compare::compare(actual, &expected.out, self.tolerance).unwrap_or_else(|e| panic!("{seq} layer {layer}: {e}"));
         }
     }
 
@@ -196,8 +233,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     proptest::collection::vec(op, 1..40)
 }
 
-fn play(codec: Codec, ops: &[Op]) {
-    let mut lab = Lab::new(codec, 12);
+fn play(mut lab: Lab, ops: &[Op]) {
     let mut committed: BTreeMap<SeqId, usize> = BTreeMap::new();
     for op in ops {
         let ids: Vec<SeqId> = lab.model.keys().copied().collect();
@@ -273,12 +309,81 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
     #[test]
     fn any_history_agrees_with_the_model(ops in ops()) {
-        play(Codec::F16, &ops);
+        play(Lab::new(Codec::F16, 12), &ops);
+    }
+    #[test]
+    fn any_history_of_planned_layers_agrees_with_the_model(ops in ops()) {
+        play(Lab::planned(&Device::reference(), 12, Tolerance::merge()), &ops);
     }
     #[test]
     fn any_history_of_int8_rows_agrees_with_the_model(ops in ops()) {
-        play(Codec::Int8, &ops);
+        play(Lab::new(Codec::Int8, 12), &ops);
     }
+}
+
+/// The same on the emulated kernels, with one history: forks, copies on write, truncation, up to 8 tokens a step.
+#[test]
+fn planned_layers_run_on_kernels() {
+    let Ok(device) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3 }) else { return };
+    let f16 = kvlar_reference::Dtype::F16;
+    let mut lab = Lab::planned(&device, 12, Tolerance::attend_lowrank(f16, 100, 4.0, 1.0));
+    let a = lab.create();
+    for n in [8, 8, 5] {
+        lab.extend(&[(a, n)]).unwrap();
+    }
+    let b = lab.cache.fork(a).unwrap();
+    lab.model.insert(b, lab.model[&a].clone());
+    lab.extend(&[(a, 1), (b, 3)]).unwrap();
+    lab.cache.truncate(b, 17).unwrap();
+    lab.model.get_mut(&b).unwrap().truncate(17);
+    lab.extend(&[(b, 8), (a, 2)]).unwrap();
+    // A prefill's attention is the engine's own: a long step is refused by attend, not by begin.
+    let mut batch = lab.cache.batch(BatchShape::new(1, 9, Q_HEADS)).unwrap();
+    lab.cache.begin(&lab.stream, &mut batch, &[(a, 9)]).unwrap();
+    let (q, mut out) = (device.alloc(2 * Q_HEADS * 9 * DIM).unwrap(), device.alloc(4 * Q_HEADS * 9 * DIM).unwrap());
+    let queries = Queries {
+        q: q.view(),
+        q_strides: None,
+        out: out.view_mut(),
+        out_strides: None,
+        lse: None,
+        sink_logits: None,
+        rope: None,
+    };
+    let refused = lab.cache.attend(&lab.stream, &mut batch, 0, queries);
+    assert!(matches!(refused, Err(CacheError::Invalid { arg: "new tokens", .. })), "{refused:?}");
+    lab.cache.cancel(&mut batch).unwrap();
+}
+
+#[test]
+fn plans_of_another_shape_are_refused() {
+    let device = Device::reference();
+    let stream = device.stream().unwrap();
+    let refused = |change: &dyn Fn(&mut Plan), word: &str| {
+        let mut p = plan();
+        change(&mut p);
+        let e = Cache::planned(&device, &stream, config(Codec::F16, 4), &p).unwrap_err().to_string();
+        assert!(e.contains(word), "{e:?} does not say {word:?}");
+    };
+    refused(&|p| p.layers.truncate(1), "1 layers");
+    let factors = |p: &mut Plan, change: &dyn Fn(&mut Factors)| {
+        let Side::LowRank(f) = &mut p.layers[0].keys else { return };
+        change(f);
+    };
+    refused(&|p| factors(p, &|f| f.groups = vec![vec![0, 1, 2]]), "heads");
+    let int8_values = |p: &mut Plan| {
+        let Side::LowRank(f) = &mut p.layers[0].values else { return };
+        f.latent = Latent::Int8;
+    };
+    refused(&int8_values, "beside");
+    refused(
+        &|p| {
+            factors(p, &|f| {
+                (f.rank, f.basis) = (16, vec![0.0; HEADS * DIM * 16]);
+            });
+        },
+        "multiple of 32",
+    );
 }
 
 #[test]
