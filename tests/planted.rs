@@ -8,6 +8,8 @@
 mod dense;
 #[path = "planted_bugs/lowrank.rs"]
 mod lowrank;
+#[path = "planted_bugs/project.rs"]
+mod project;
 
 use kvlar::{Device, Emulation, SimtOptions};
 use kvlar_tests::Lab;
@@ -39,7 +41,7 @@ struct Suite {
     run: fn(&Lab),
 }
 
-const SUITES: [&Suite; 2] = [&dense::SUITE, &lowrank::SUITE];
+const SUITES: [&Suite; 3] = [&dense::SUITE, &lowrank::SUITE, &project::SUITE];
 
 fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kernels")

@@ -67,6 +67,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
       if (lowrank.shared.resident) {
         const SwizzledRows layout(Scoring::Latents::basis_chunks(rank));
         const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const char*>(lowrank.key_basis) + (row << Scoring::kBasisShift));
+#pragma unroll 1
         for (int w = 0; w < layout.row_bytes / 4; w += 8) {  // 32 bytes in the order of the fragments
           uint32_t x[8];
 #pragma unroll
@@ -77,6 +78,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
       }
       if constexpr (kInt8) {
         float sum = 0.f;
+#pragma unroll 1
         for (int r = 0; exists && r < rank; ++r) sum += basis_value(row, r);
         reinterpret_cast<float*>(memory + lowrank.shared.basis_sums)[i] = sum;
       }

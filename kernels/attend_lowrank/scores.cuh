@@ -19,18 +19,13 @@ template <class T, int NT, int kLatent> struct Scores {
   const Lane at;
   const int lane, groups, blocks;
   const SwizzledRows latent_rows, basis_rows;
-  int my_head[NT];  // of this lane's column as a B column: 8 n + g; -1: not in use
-
   __device__ Scores(const KvlarAttendLowrank& params, const Unit& u, const unsigned char* memory)
       : p(params), unit(u), shared(memory), basis(ptx::to_smem(memory) + params.shared.basis), lane(int(threadIdx.x) & 31),
         groups(int(params.padded_dim) / 32), blocks(int(params.key_rank) / 32),
-        latent_rows(Latents::chunks(int(params.key_rank))), basis_rows(Latents::basis_chunks(int(params.key_rank))) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const Column column = column_at(p.attend, unit, 8 * n + at.g);
-      my_head[n] = column.used ? column.head : -1;
-    }
-  }
+        latent_rows(Latents::chunks(int(params.key_rank))), basis_rows(Latents::basis_chunks(int(params.key_rank))) {}
+
+  // The head of this lane's column as a B column; of columns that are not in use, any: their queries are 0.
+  __device__ __forceinline__ int head_of(int n) const { return unit.column_head[8 * n + at.g]; }
 
   // ---- queries: [group][n][lane], four words each
 
@@ -63,7 +58,7 @@ template <class T, int NT, int kLatent> struct Scores {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const int i = (group * NT + n) * 32 + lane;
-        if constexpr (kByteBasis) queries[i] = turn_back_scaled(raw_queries()[i], low, high, group, my_head[n]);
+        if constexpr (kByteBasis) queries[i] = turn_back_scaled(raw_queries()[i], low, high, group, head_of(n));
         else queries[i] = turn_back<T>(raw_queries()[i], low, high);
       }
     }
@@ -74,7 +69,7 @@ template <class T, int NT, int kLatent> struct Scores {
   // stay near 1.
   __device__ uint4 turn_back_scaled(uint4 q, float4 low, float4 high, int group, int head) const {
     const float* scales = p.key_scales + unit.seq * p.key_scales_seq_stride +
-                          int64_t(unit.head[max(head, 0)]) * (p.padded_dim / 2) + kGroupPairs * group + 2 * at.c;
+                          int64_t(unit.head[head]) * (p.padded_dim / 2) + kGroupPairs * group + 2 * at.c;
     const float2 a = __ldg(reinterpret_cast<const float2*>(scales)), b = __ldg(reinterpret_cast<const float2*>(scales + 8));
     const auto times = [](float4 t, float2 s) { return make_float4(t.x * s.x, t.y * s.x, t.z * s.y, t.w * s.y); };
     return turn_back<T>(q, times(low, make_float2(128.f * a.x, 128.f * a.y)), times(high, make_float2(128.f * b.x, 128.f * b.y)));
@@ -266,7 +261,7 @@ template <class T, int NT, int kLatent> struct Scores {
         for (int n = 0; n < NT; ++n) {
           if (NT > 1 && unit.heads > 1 && (head * a_head >= 8 * (n + 1) || (head + 1) * a_head <= 8 * n)) continue;  // no column here
           uint4 q = queries[32 * n];
-          if (my_head[n] != head) q = make_uint4(0u, 0u, 0u, 0u);
+          if (head_of(n) != head) q = make_uint4(0u, 0u, 0u, 0u);
           const uint32_t low[2] = {q.x, q.y}, high[2] = {q.z, q.w};
 #pragma unroll
           for (int r = 0; r < 2; ++r) {

@@ -45,9 +45,10 @@ struct HeadRows {
   int length[KVLAR_MAX_SEGMENTS], first[KVLAR_MAX_SEGMENTS], total;
 
   __device__ HeadRows(const KvlarAttend& p, int seq, int head) : total(0) {
-    FOR_EACH_SEGMENT(p, s) {
-      length[s] = attend::held_rows(p, s, seq, head);
+#pragma unroll
+    for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {  // all are set: what is not would live in registers forever
       first[s] = total;
+      length[s] = s < int(p.segment_count) ? attend::held_rows(p, s, seq, head) : 0;
       total += length[s];
     }
   }
@@ -131,7 +132,8 @@ struct Visible {
       }
     }
     int from[KVLAR_MAX_SEGMENTS], to[KVLAR_MAX_SEGMENTS];
-    FOR_EACH_SEGMENT(p, s) {
+#pragma unroll
+    for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {
       from[s] = INT32_MAX;
       to[s] = 0;
     }
@@ -206,16 +208,19 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
   u.exact_tiles = __ldg(record + 2) * at.heads;
   u.latent_tiles = __ldg(record + 3);
   u.tile_count = u.exact_tiles + u.latent_tiles * int(lowrank.slices);
+#pragma unroll 1
   for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {
     u.first_tile[s] = __ldg(record + 4 + s);
     u.tiles[s] = __ldg(record + 4 + KVLAR_MAX_SEGMENTS + s);
     u.shortest[s] = INT32_MAX;
     u.longest[s] = 0;
   }
+#pragma unroll 1
   for (int c = 0; c < kMaxColumns; ++c) {
     u.column_head[c] = 0;
     u.column_query[c] = attend::kMaskedColumn;
   }
+#pragma unroll 1
   for (int h = 0; h < at.heads; ++h) {
     u.head[h] = __ldg(at.head + h);
     const HeadRows rows(p, at.seq, u.head[h]);
@@ -226,6 +231,7 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
       u.longest[s] = max(u.longest[s], rows.length[s]);
     }
     const int a_head = at.heads > 1 ? columns_a_head(p) : at.columns;
+#pragma unroll 1
     for (int c = h * a_head; c < (h + 1) * a_head; ++c) {
       const int packed = at.first_column + c - h * a_head;
       u.column_head[c] = h;

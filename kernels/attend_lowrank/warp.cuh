@@ -17,8 +17,6 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   const KvlarAttend& p;
   const Unit& unit;
   unsigned char* const memory;  // the warp's
-  unsigned char* const ring;
-  const ptx::smem ring_s;
   const int lane;
   const Lane at;
   const Scoring scoring;
@@ -27,7 +25,11 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   __device__ Warp(const KvlarAttendLowrank& params, const Unit& u, unsigned char* shared)
       : lowrank(params), p(params.attend), unit(u),
         memory(shared + params.shared.warps + (threadIdx.x / 32) * params.shared.warp_bytes),
-        ring(memory + params.shared.warp_ring), ring_s(ptx::to_smem(ring)), lane(int(threadIdx.x) & 31), scoring(params, u, shared) {}
+        lane(int(threadIdx.x) & 31), scoring(params, u, shared) {}
+
+  __device__ __forceinline__ unsigned char* stage_memory(int stage) const {
+    return memory + lowrank.shared.warp_ring + stage * lowrank.shared.stage_bytes;
+  }
 
   // ---- rows
 
@@ -78,7 +80,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
 
   __device__ __forceinline__ void issue_latent(const TileRows& rows, int stage_index, int slice) const {
     const KvlarSegment& s = p.segments[rows.segment];
-    const ptx::smem stage = ring_s + uint32_t(stage_index * lowrank.shared.stage_bytes);
+    const ptx::smem stage = ptx::to_smem(stage_memory(stage_index));
     const int page_mask = (1 << s.rows.page_rows_log2) - 1, chunks = Scoring::Latents::chunks(int(lowrank.key_rank));
     const char* keys = head_rows(s.keys, unit.seq, unit.key_group);
     if constexpr (kInt8) {
@@ -106,7 +108,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
 
   __device__ __forceinline__ void issue_exact(const TileRows& rows, int stage_index, int head) const {
     const KvlarSegment& s = p.segments[rows.segment];
-    const ptx::smem stage = ring_s + uint32_t(stage_index * lowrank.shared.stage_bytes);
+    const ptx::smem stage = ptx::to_smem(stage_memory(stage_index));
     issue_wide<kExactRows>(rows, stage, s.keys, unit.head[head], 0, int(p.head_dim));
     issue_wide<kExactRows>(rows, stage + lowrank.shared.stage_values, s.values, unit.head[head], 0, int(p.value_dim));
     issue_positions<kExactRows>(rows, stage, unit.head[head]);
@@ -115,8 +117,8 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   // ---- latent tiles
 
   __device__ __forceinline__ void consume_latent(const TileRows& rows, int stage_index, int slice) {
-    const unsigned char* tile = ring + stage_index * lowrank.shared.stage_bytes;
-    const ptx::smem tile_s = ring_s + uint32_t(stage_index * lowrank.shared.stage_bytes);
+    const unsigned char* tile = stage_memory(stage_index);
+    const ptx::smem tile_s = ptx::to_smem(stage_memory(stage_index));
     const KvlarSegment& segment = p.segments[rows.segment];
     const int* positions = segment.rows.positions ? reinterpret_cast<const int*>(tile + lowrank.shared.stage_positions) : nullptr;
     // Rows in a row (as they mostly are) share the table of turns, wherever they are.
@@ -155,7 +157,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
 #pragma unroll
           for (int n = 0; n < NT; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) own[b][n][i] = scoring.my_head[n] == h ? weights[b][n][i] : 0u;
+            for (int i = 0; i < 2; ++i) own[b][n][i] = scoring.head_of(n) == h ? weights[b][n][i] : 0u;
         add_values<T, NT, V, 2>(state.o, values_s + uint32_t(h * kLatentRows * layout.row_bytes), layout, width, own);
       }
     }
@@ -164,13 +166,13 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   // ---- exact tiles: 16 rows of one head
 
   __device__ __forceinline__ void consume_exact(const TileRows& rows, int stage_index, int head) {
-    const unsigned char* tile = ring + stage_index * lowrank.shared.stage_bytes;
-    const ptx::smem tile_s = ring_s + uint32_t(stage_index * lowrank.shared.stage_bytes);
+    const unsigned char* tile = stage_memory(stage_index);
+    const ptx::smem tile_s = ptx::to_smem(stage_memory(stage_index));
     const SwizzledRows layout(wide_chunks(int(p.head_dim)));
     float s[1][NT][4] = {};
     const T* query[NT];
 #pragma unroll
-    for (int n = 0; n < NT; ++n) query[n] = scoring.my_head[n] == head ? query_row(8 * n + at.g) : nullptr;
+    for (int n = 0; n < NT; ++n) query[n] = scoring.head_of(n) == head ? query_row(8 * n + at.g) : nullptr;
     for (int k = 0; k < (int(p.head_dim) + 15) / 16; ++k) {
       uint32_t a[4];
       ptx::ldmatrix_x4(a, tile_s + uint32_t(layout.at(lane & 15, 2 * k + (lane >> 4))));
@@ -202,27 +204,41 @@ template <class T, int NT, int V, int kLatent> struct Warp {
 
   // ---- tiles first + warp, first + warp + warps, ... below end, one stage ahead
 
+  // Where the rows of a stage are, behind its positions: in shared memory, since registers are scarce.
+  __device__ __forceinline__ int* stage_record(int stage) const {
+    return reinterpret_cast<int*>(stage_memory(stage) + lowrank.shared.stage_positions) + kLatentRows;
+  }
+
   template <class Find, class Issue, class Consume>
   __device__ __forceinline__ void take(int first, int end, Find find_tile, Issue issue, Consume consume) {
     const int warps = int(lowrank.shared.warp_count);
     int tile = first + int(threadIdx.x) / 32, stage = 0;
-    TileRows rows{}, coming{};  // pages are looked up a tile before the copies need them
+    TileRows coming{};  // pages are looked up a tile before the copies need them
+    const auto start = [&](int to, int next) {
+      issue(coming, to, next);
+      if (lane == 0) {
+        int* record = stage_record(to);
+        record[0] = coming.segment;
+        record[1] = coming.row;
+        record[2] = coming.valid;
+      }
+      if (next + warps < end) coming = find_tile(next + warps);
+    };
     if (tile < end) {
-      rows = find_tile(tile);
-      issue(rows, 0, tile);
-      if (tile + warps < end) coming = find_tile(tile + warps);
+      coming = find_tile(tile);
+      start(0, tile);
     }
     ptx::cp_async_commit();
     for (; tile < end; tile += warps) {
       ptx::cp_async_wait<0>();
       __syncwarp();  // every lane's copies of this stage have landed, and every lane is done with the one before
-      const TileRows here = rows;
-      if (tile + warps < end) {
-        issue(coming, stage ^ 1, tile + warps);
-        rows = coming;
-        if (tile + 2 * warps < end) coming = find_tile(tile + 2 * warps);
-      }
+      if (tile + warps < end) start(stage ^ 1, tile + warps);
       ptx::cp_async_commit();
+      const int* record = stage_record(stage);
+      TileRows here{};
+      here.segment = record[0];
+      here.row = record[1];
+      here.valid = record[2];
       consume(here, stage, tile);
       stage ^= 1;
     }

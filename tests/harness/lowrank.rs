@@ -421,7 +421,10 @@ impl<'a> LowrankRun<'a> {
         let rows = c.seqs * c.q_heads * c.query_rows;
         let key_basis = match &data.int8_basis {
             Some(int8) => lab.upload(&int8.codes),
-            None => lab.upload_as(&data.key_basis, if matches!(c.latents, Latents::Int8 | Latents::Int4) { Dtype::F16 } else { c.dtype }),
+            None => lab.upload_as(
+                &data.key_basis,
+                if matches!(c.latents, Latents::Int8 | Latents::Int4) { Dtype::F16 } else { c.dtype },
+            ),
         };
         Self {
             lab,

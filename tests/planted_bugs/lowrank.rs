@@ -24,7 +24,7 @@ const BUGS: &[Bug] = &[
         "lowrank.key_basis_seq_stride + (int64_t(unit.head[head]) * p.head_dim + dim) * rank;",
         "lowrank.key_basis_seq_stride + (int64_t(head) * p.head_dim + dim) * rank;",
     ),
-    bug("wrong value group", "attend_lowrank/unit.cuh", "u.value_group = __ldg(set + 1);", "u.value_group = u.key_group;"),
+    bug("wrong value group", "attend_lowrank/unit.cuh", "value_group = __ldg(entry + 1);", "value_group = key_group;"),
     bug("stale basis", "attend_lowrank/cta.cuh", "    load_bases();\n", "    if (progress.unit % 2 == 0) load_bases();\n"),
     bug("latents rotated by the wrong tile", "attend_lowrank/warp.cuh", "in_a_row ? first : 0", "in_a_row ? rows.row : 0"),
     bug("scattered rows taken as rows in a row", "attend_lowrank/warp.cuh", "in_a_row ? nullptr : positions", "nullptr"),
@@ -40,8 +40,8 @@ const BUGS: &[Bug] = &[
     bug(
         "queries of other heads not masked",
         "attend_lowrank/scores.cuh",
-        "if (my_head[n] != head) q =",
-        "if (my_head[n] < 0) q =",
+        "if (head_of(n) != head) q =",
+        "if (head_of(n) < 0) q =",
     ),
     bug("exact rows seen by all heads", "attend_lowrank/warp.cuh", "positions, head, at);", "positions, -1, at);"),
     bug("zeros of int8 latents forgotten", "attend_lowrank/scores.cuh", "fmaf(-1024.f, a.x, a.y)", "-1024.f * a.x"),
@@ -51,7 +51,7 @@ const BUGS: &[Bug] = &[
     bug(
         "a stage is overwritten while it is read",
         "attend_lowrank/warp.cuh",
-        "issue(coming, stage ^ 1, tile + warps);",
+        "start(stage ^ 1, tile + warps);",
         "issue(coming, stage, tile + warps);",
     ),
     bug("dropped wait", "attend_lowrank/warp.cuh", "      ptx::cp_async_wait<0>();\n      __syncwarp();", "      __syncwarp();"),

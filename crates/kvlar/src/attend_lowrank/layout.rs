@@ -75,7 +75,7 @@ fn divide(s: &LowrankShape, tiling: &Tiling, slice_width: usize, heads: usize, w
     };
     let values = latent_values.max(EXACT_ROWS * wide_row(dv));
     let params = if int8 { 4 * LATENT_ROWS } else { 0 };
-    let stage = keys + values + 2 * params + 4 * LATENT_ROWS;
+    let stage = keys + values + 2 * params + 4 * LATENT_ROWS + 16; // positions, and where the rows are
     // In front of a warp's queries: angles of a tile's first row; turns of 32 rows and 16 pairs where positions are stored.
     let warp_queries = (padded_dim / 2 * 8).max(if s.stored_positions { 8 * 32 * 16 } else { 0 });
     let warp_ring = warp_queries + tile_queries;
