@@ -123,8 +123,10 @@ struct Visible {
     FOR_EACH_SEGMENT(p, s) by_index = by_index && !p.segments[s].rows.positions;
     const int first_row = at.first_column / int(p.group);
     const int last_row = at.heads > 1 ? int(p.query_rows) - 1 : (at.first_column + at.columns - 1) / int(p.group);
+#pragma unroll 1
     for (int h = 0; h < at.heads; ++h) {
       const HeadRows rows(p, at.seq, __ldg(at.head + h));
+#pragma unroll 1
       for (int s = first_row; s <= last_row; ++s) {
         const int position = query_position(p, rows, at.seq, __ldg(at.head + h), at.key_group, s);
         lowest_query = min(lowest_query, position);
@@ -137,6 +139,7 @@ struct Visible {
       from[s] = INT32_MAX;
       to[s] = 0;
     }
+#pragma unroll 1
     for (int h = 0; h < at.heads; ++h) {
       const HeadRows rows(p, at.seq, __ldg(at.head + h));
       FOR_EACH_SEGMENT(p, s) {
