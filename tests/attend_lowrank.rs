@@ -352,3 +352,19 @@ fn own_schedule_and_workspace(lab: &Lab) {
     assert_eq!(alone, again);
     run(&case(&[650, 12, 333]));
 }
+
+/// A work list of layers whose sets have other sizes is refused: its tiles would be others.
+#[test]
+fn work_lists_are_shared_where_sets_have_the_same_sizes() {
+    let lab = Lab::reference();
+    let plan = |groups: [i32; 4], rank: usize| {
+        let case = LowrankCase::new(Dtype::Bf16, (8, 4), 2, 64, (rank, 32), &[50]);
+        let sets = kvlar::HeadSets::new(&lab.device, &lab.stream, &groups, Some(&groups)).unwrap();
+        case.shape(&sets).plan(&lab.device).unwrap()
+    };
+    let here = plan([0, 0, 0, 1], 32);
+    assert!(here.shares_work_list(&plan([0, 0, 0, 1], 96)));
+    assert!(here.shares_work_list(&plan([0, 1, 0, 0], 32)));
+    assert!(!here.shares_work_list(&plan([0, 1, 1, 1], 32)));
+    assert!(!here.shares_work_list(&plan([0, 0, 1, 1], 32)));
+}

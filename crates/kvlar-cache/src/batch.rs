@@ -49,6 +49,7 @@ impl BatchShape {
 #[derive(Debug)]
 pub struct Batch {
     pub(crate) shape: BatchShape,
+    pub(crate) cache: u64,
     pub(crate) config: CacheConfig,
     pub(crate) append: AppendPlan,
     pub(crate) attend: AttendPlan,
@@ -91,7 +92,7 @@ impl Tables {
 }
 
 impl Batch {
-    pub(crate) fn new(device: &Device, config: CacheConfig, shape: BatchShape, layers: &[Layer]) -> Result<Self> {
+    pub(crate) fn new(device: &Device, cache: u64, config: CacheConfig, shape: BatchShape, layers: &[Layer]) -> Result<Self> {
         let BatchShape { seqs, new_rows, q_heads, .. } = shape;
         if seqs == 0 || new_rows == 0 {
             return invalid("batch", format!("{seqs} sequences of {new_rows} new tokens"));
@@ -144,6 +145,7 @@ impl Batch {
         }
         Ok(Self {
             shape,
+            cache,
             config,
             append: append.plan(device)?,
             work: attend.work_list(device)?,

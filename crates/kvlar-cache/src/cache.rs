@@ -2,7 +2,7 @@
 
 use crate::batch::{Batch, BatchShape};
 use crate::error::invalid;
-use crate::layer::Layer;
+use crate::layer::{Layer, native};
 use crate::pages::PageBook;
 use crate::sequence::Sequence;
 use crate::{CacheConfig, CacheError, Result};
@@ -10,6 +10,7 @@ use kvlar::{AppendArgs, AttendArgs, Device, LowrankArgs, Rope, Segment, Stream, 
 use kvlar_calibrate::Plan;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Names a sequence of one cache; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -81,6 +82,8 @@ pub struct Queries<'a> {
 /// Pages of fixed capacity and the sequences in them.
 #[derive(Debug)]
 pub struct Cache {
+    /// Batches know their cache by it.
+    id: u64,
     device: Device,
     config: CacheConfig,
     layers: Vec<Layer>,
@@ -100,13 +103,14 @@ impl Cache {
         Ok(Self::of(device, config, layers))
     }
 
-    /// Allocates a pool for rows as a plan says, and uploads its matrices. `config.codec` is not used. Sink and recent
+    /// Allocates a pool for rows as a plan says, and uploads its matrices. `config.codec` is not used: dense layers keep the type of the model. Sink and recent
     /// rows of the plan are not kept apart: all rows are latents.
     ///
     /// # Errors
     /// [`CacheError::Invalid`] also for a plan of another number of layers, heads or dimensions.
     pub fn planned(device: &Device, stream: &Stream, config: CacheConfig, plan: &Plan) -> Result<Self> {
         config.check()?;
+        let config = CacheConfig { codec: native(config.dtype), ..config };
         if plan.layers.len() != config.layers {
             return invalid("plan", format!("it is for {} layers, the cache has {}", plan.layers.len(), config.layers));
         }
@@ -115,8 +119,9 @@ impl Cache {
     }
 
     fn of(device: &Device, config: CacheConfig, layers: Vec<Layer>) -> Self {
-        let book = PageBook::new(config.pages);
-        Self { device: device.clone(), config, layers, book, sequences: BTreeMap::new(), next_id: 0 }
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let (id, book) = (NEXT.fetch_add(1, Ordering::Relaxed), PageBook::new(config.pages));
+        Self { id, device: device.clone(), config, layers, book, sequences: BTreeMap::new(), next_id: 0 }
     }
 
     /// Bytes that one token takes, in all layers, with scales and padding.
@@ -237,7 +242,7 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Device`] for a shape without a kernel, or if memory runs out.
     pub fn batch(&self, shape: BatchShape) -> Result<Batch> {
-        Batch::new(&self.device, self.config, shape, &self.layers)
+        Batch::new(&self.device, self.id, self.config, shape, &self.layers)
     }
 
     /// Starts a step: makes room for new tokens, copies shared pages that they fall into, and uploads the tables.
@@ -250,7 +255,7 @@ impl Cache {
         if let Some(&(seq, _)) = batch.active.first() {
             return Err(CacheError::Busy(seq));
         }
-        if batch.config != self.config {
+        if batch.cache != self.id {
             return invalid("batch", "was made for another cache");
         }
         let BatchShape { seqs, new_rows, .. } = batch.shape;
@@ -465,7 +470,7 @@ impl Cache {
         if layer >= self.layers.len() {
             return invalid("layer", format!("{layer} of {}", self.layers.len()));
         }
-        if batch.active.is_empty() || batch.config != self.config {
+        if batch.active.is_empty() || batch.cache != self.id {
             return invalid("batch", "no step of this cache has begun");
         }
         Ok(())

@@ -85,8 +85,7 @@ impl Layer {
     /// bytes.
     pub fn planned(device: &Device, stream: &Stream, config: &CacheConfig, plan: &LayerPlan) -> Result<Self> {
         if plan.keys == Side::Dense && plan.values == Side::Dense {
-            let dense = CacheConfig { codec: native(config.dtype), ..*config };
-            return Self::token_wise(device, &dense);
+            return Self::token_wise(device, config);
         }
         let identity;
         let keys = match &plan.keys {
@@ -146,7 +145,7 @@ impl Layer {
     }
 }
 
-fn native(dtype: Dtype) -> Codec {
+pub(crate) fn native(dtype: Dtype) -> Codec {
     if dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 }
 }
 

@@ -356,6 +356,32 @@ fn planned_layers_run_on_kernels() {
 }
 
 #[test]
+fn a_batch_of_another_cache_is_refused() {
+    let device = Device::reference();
+    // Equal configurations, other layers.
+    let (mut planned, dense) = (Lab::planned(&device, 4, Tolerance::merge()), Lab::new(Codec::F16, 4));
+    let a = planned.create();
+    let mut batch = dense.cache.batch(BatchShape::new(1, 1, Q_HEADS)).unwrap();
+    let refused = planned.cache.begin(&planned.stream, &mut batch, &[(a, 1)]);
+    assert!(matches!(refused, Err(CacheError::Invalid { arg: "batch", .. })), "{refused:?}");
+}
+
+/// Layers that a plan leaves dense keep the model's type, whatever the configuration's codec.
+#[test]
+fn dense_layers_of_a_plan() {
+    let device = Device::reference();
+    let stream = device.stream().unwrap();
+    let mut p = plan();
+    p.layers[1] = LayerPlan { keys: Side::Dense, values: Side::Dense };
+    let cache = Cache::planned(&device, &stream, config(Codec::Int8, 6), &p).unwrap();
+    let tolerance = Tolerance::merge();
+    let mut lab = Lab { stream, cache, model: BTreeMap::new(), next_token: 1, codec: Codec::F16, tolerance };
+    let a = lab.create();
+    lab.extend(&[(a, 20)]).unwrap();
+    lab.extend(&[(a, 1)]).unwrap();
+}
+
+#[test]
 fn plans_of_another_shape_are_refused() {
     let device = Device::reference();
     let stream = device.stream().unwrap();

@@ -35,7 +35,8 @@ pub(crate) struct ScheduleKey {
     slices: usize,
     own_cell_tiles: usize,
     ctas: u32,
-    sets: usize,
+    /// How many, and which sizes.
+    sets: (usize, u64),
     heads: (usize, usize, usize),
     window: u32,
     segments: [Option<(usize, bool)>; crate::MAX_SEGMENTS],
@@ -117,7 +118,7 @@ impl LowrankPlan {
         WorkList::new(device, self.work_list_bytes())
     }
 
-    /// Whether a layer of the other plan may use this one's work list: they differ in ranks alone.
+    /// Whether a layer of the other plan may use this one's work list: they differ in ranks and in which heads a set has, not in how many.
     pub fn shares_work_list(&self, other: &Self) -> bool {
         self.schedule_key() == other.schedule_key()
     }
@@ -136,7 +137,7 @@ impl LowrankPlan {
             slices: self.slices,
             own_cell_tiles: self.own_cell_tiles,
             ctas: self.launch.grid,
-            sets: self.shape.sets.count,
+            sets: (self.shape.sets.count, self.shape.sets.sizes_hash),
             heads: (a.q_heads, a.kv_heads, a.query_rows),
             window: a.window,
             segments,

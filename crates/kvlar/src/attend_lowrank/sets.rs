@@ -4,6 +4,7 @@ use super::SetsShape;
 use crate::error::invalid;
 use crate::{Buffer, Device, Result, Stream};
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// Which key latents and value latents each kv head reads, as the kernels want it: made once a layer.
 ///
@@ -36,6 +37,8 @@ impl HeadSets {
             table.extend([*k, *v, members.len() as i32, heads.len() as i32]);
             heads.extend(members);
         }
+        let mut hasher = DefaultHasher::new();
+        sets.values().for_each(|members| members.len().hash(&mut hasher));
         let groups = |g: &[i32]| g.iter().max().map_or(0, |&m| m as usize + 1);
         let shape = SetsShape {
             count: sets.len(),
@@ -43,6 +46,7 @@ impl HeadSets {
             kv_heads: group_k.len(),
             key_groups: groups(group_k),
             value_groups: group_v.map_or(0, groups),
+            sizes_hash: hasher.finish(),
         };
         table.extend(heads);
         let mut buffer = device.alloc(4 * table.len())?;

@@ -63,6 +63,8 @@ pub struct SetsShape {
     pub key_groups: usize,
     /// Nv; 0 for dense values.
     pub value_groups: usize,
+    /// Of the sets' sizes in order: layers share a work list only where these agree.
+    pub sizes_hash: u64,
 }
 
 /// What [`LowrankPlan`] is made from. Start from [`LowrankShape::new`] and change fields.
