@@ -8,20 +8,53 @@ use kvlar::{
 };
 use kvlar_reference::{AttendInput, Attended};
 
+/// What every attention op takes besides its rows.
+pub struct Common {
+    pub lengths: Option<Vec<i32>>,
+    pub positions: Option<Vec<i32>>,
+    pub q_positions: Option<Vec<i32>>,
+    pub sink_logits: Option<Vec<f32>>,
+    pub dtype: Dtype,
+    pub scale: f64,
+    pub softcap: f64,
+    pub window: u32,
+}
+
+impl Common {
+    /// Of q `[b, hq, s, d]` over `t` rows of `hk` kv heads.
+    pub fn read(case: &mut Case, (b, hq, hk, s, t, d): (usize, usize, usize, usize, usize, usize)) -> Result<Self> {
+        let lengths = case.ints("lengths", &[&[b], &[b, hk]])?;
+        if let Some(bad) = lengths.iter().flatten().find(|&&n| n < 0 || n as usize > t) {
+            return input(format!("lengths: {bad} is outside 0..={t}"));
+        }
+        let positions = case.ints("positions", &[&[t], &[b, t]])?;
+        let q_positions = case.ints("q_positions", &[&[b, s]])?;
+        let sink_logits = case.floats_if_any("sink_logits")?;
+        if let Some(sinks) = &sink_logits {
+            expect("sink_logits", &sinks.shape, &[hq])?;
+        }
+        let dtype = case.dtype()?;
+        let scale = finite("scale", case.scalar("scale", 1.0 / (d as f64).sqrt())?)?;
+        let softcap = finite("softcap", case.scalar("softcap", 0.0)?)?;
+        if softcap < 0.0 {
+            return input(format!("softcap: {softcap} is negative"));
+        }
+        let window: u32 = case.scalar("window", 0)?;
+        if window > i32::MAX as u32 {
+            return input(format!("window: {window} is above 2^31 - 1"));
+        }
+        let sink_logits = sink_logits.map(|x| x.values);
+        Ok(Self { lengths, positions, q_positions, sink_logits, dtype, scale, softcap, window })
+    }
+}
+
 /// Everything that attention reads, rounded and checked.
 struct Inputs {
     dims: Dims,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    lengths: Option<Vec<i32>>,
-    positions: Option<Vec<i32>>,
-    q_positions: Option<Vec<i32>>,
-    sink_logits: Option<Vec<f32>>,
-    dtype: Dtype,
-    scale: f64,
-    softcap: f64,
-    window: u32,
+    common: Common,
     page_size: usize,
     schedule: Schedule,
 }
@@ -55,46 +88,20 @@ impl Inputs {
         if hk == 0 || !hq.is_multiple_of(hk) || d == 0 || dv == 0 {
             return input(format!("q has {hq} heads of {d} dimensions, k {hk} heads, v {dv} dimensions"));
         }
-        let lengths = case.ints("lengths", &[&[b], &[b, hk]])?;
-        if let Some(bad) = lengths.iter().flatten().find(|&&n| n < 0 || n as usize > t) {
-            return input(format!("lengths: {bad} is outside 0..={t}"));
-        }
-        let positions = case.ints("positions", &[&[t], &[b, t]])?;
-        let q_positions = case.ints("q_positions", &[&[b, s]])?;
-        let sink_logits = case.floats_if_any("sink_logits")?;
-        if let Some(sinks) = &sink_logits {
-            expect("sink_logits", &sinks.shape, &[hq])?;
-        }
-        let dtype = case.dtype()?;
-        let scale = finite("scale", case.scalar("scale", 1.0 / (d as f64).sqrt())?)?;
-        let softcap = finite("softcap", case.scalar("softcap", 0.0)?)?;
-        if softcap < 0.0 {
-            return input(format!("softcap: {softcap} is negative"));
-        }
-        let window: u32 = case.scalar("window", 0)?;
-        if window > i32::MAX as u32 {
-            return input(format!("window: {window} is above 2^31 - 1"));
-        }
+        let common = Common::read(case, (b, hq, hk, s, t, d))?;
         let page_size: usize = case.scalar("page_size", 64)?;
         if page_size != 0 && (!page_size.is_power_of_two() || !(16..=1 << 20).contains(&page_size)) {
             return input(format!("page_size: {page_size} is neither 0 nor a power of two from 16 to 2^20"));
         }
         let schedule = case.choice("schedule", &[("balanced", Schedule::Balanced), ("own", Schedule::Own)])?;
         case.finish()?;
-        let round = |x: Vec<f32>| reference_dtype(dtype).round_all(&x);
+        let round = |x: Vec<f32>| reference_dtype(common.dtype).round_all(&x);
         Ok(Self {
             dims: Dims { b, hq, hk, s, t, d, dv },
             q: round(q.values),
             k: round(k.values),
             v: round(v.values),
-            lengths,
-            positions,
-            q_positions,
-            sink_logits: sink_logits.map(|x| x.values),
-            dtype,
-            scale,
-            softcap,
-            window,
+            common,
             page_size,
             schedule,
         })
@@ -113,13 +120,13 @@ impl Inputs {
             q: &self.q,
             k: &self.k,
             v: &self.v,
-            lengths: self.lengths.as_deref(),
-            positions: self.positions.as_deref(),
-            q_positions: self.q_positions.as_deref(),
-            sink_logits: self.sink_logits.as_deref(),
-            scale: Some(self.scale),
-            softcap: self.softcap,
-            window: i64::from(self.window),
+            lengths: self.common.lengths.as_deref(),
+            positions: self.common.positions.as_deref(),
+            q_positions: self.common.q_positions.as_deref(),
+            sink_logits: self.common.sink_logits.as_deref(),
+            scale: Some(self.common.scale),
+            softcap: self.common.softcap,
+            window: i64::from(self.common.window),
         })?)
     }
 
@@ -165,7 +172,7 @@ impl Inputs {
     /// Positions laid out as the rows are.
     fn stored_positions(&self) -> Option<Vec<i32>> {
         let Dims { b, t, .. } = self.dims;
-        let given = self.positions.as_ref()?;
+        let given = self.common.positions.as_ref()?;
         let at = |seq: usize, row: usize| given[if given.len() == t && b * t != t { row } else { seq * t + row }];
         if self.page_size == 0 {
             let positions: Vec<i32> =
@@ -220,23 +227,23 @@ impl Lab {
 
 fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     let Dims { b, hq, hk, s, t, d, dv } = i.dims;
-    let lab = Lab::open(backend, i.dtype)?;
-    let codec = if i.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 };
+    let lab = Lab::open(backend, i.common.dtype)?;
+    let codec = if i.common.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 };
     let max_rows = t.max(1);
     let shape = AttendShape {
         value_dim: dv,
-        scale: i.scale as f32,
-        softcap: i.softcap as f32,
-        window: i.window,
+        scale: i.common.scale as f32,
+        softcap: i.common.softcap as f32,
+        window: i.common.window,
         schedule: i.schedule,
-        ..AttendShape::new(i.dtype, b, (hq, hk), s.max(1), d, SegmentShape { codec, max_rows })
+        ..AttendShape::new(i.common.dtype, b, (hq, hk), s.max(1), d, SegmentShape { codec, max_rows })
     };
     let plan = shape.plan(&lab.device)?;
     if b * hq * s == 0 {
         return Ok(Attended { out: Vec::new(), lse: Vec::new() });
     }
     let table = lab.upload(&i.table())?;
-    let lengths = lab.upload(i.lengths.as_deref().unwrap_or(&vec![t as i32; b]))?;
+    let lengths = lab.upload(i.common.lengths.as_deref().unwrap_or(&vec![t as i32; b]))?;
     let positions = i.stored_positions().map(|p| lab.upload(&p)).transpose()?;
     let (page_rows, pages) = (i.page_rows(), i.table().len() / b);
     let mut rows = if i.page_size == 0 {
@@ -244,16 +251,16 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     } else {
         Rows { max_rows, ..Rows::block_table(table.view(), pages, lengths.view(), page_rows)? }
     };
-    if i.lengths.as_ref().is_some_and(|l| l.len() != b) {
+    if i.common.lengths.as_ref().is_some_and(|l| l.len() != b) {
         (rows.length_seq_stride, rows.length_head_stride) = (hk, 1);
     }
     rows.positions = positions.as_ref().map(Buffer::view);
     rows.position_seq_stride = if i.page_size == 0 { max_rows } else { 0 };
-    let (keys, values) = (lab.upload_as(&i.paged(&i.k, d), i.dtype)?, lab.upload_as(&i.paged(&i.v, dv), i.dtype)?);
+    let (keys, values) = (lab.upload_as(&i.paged(&i.k, d), i.common.dtype)?, lab.upload_as(&i.paged(&i.v, dv), i.common.dtype)?);
     let segments = [Segment { rows, keys: i.pool(keys.view(), pages, d), values: i.pool(values.view(), pages, dv) }];
-    let q = lab.upload_as(&i.q, i.dtype)?;
-    let q_positions = i.q_positions.as_ref().map(|p| lab.upload(p)).transpose()?;
-    let sinks = i.sink_logits.as_ref().map(|x| lab.upload(x)).transpose()?;
+    let q = lab.upload_as(&i.q, i.common.dtype)?;
+    let q_positions = i.common.q_positions.as_ref().map(|p| lab.upload(p)).transpose()?;
+    let sinks = i.common.sink_logits.as_ref().map(|x| lab.upload(x)).transpose()?;
     let (mut out, mut lse) = (lab.device.alloc(4 * b * hq * s * dv)?, lab.device.alloc(4 * b * hq * s)?);
     let mut work = plan.work_list(&lab.device)?;
     let mut workspace = Workspace::new(&lab.device, plan.workspace())?;

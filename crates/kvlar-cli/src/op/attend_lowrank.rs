@@ -1,6 +1,6 @@
 //! attend_lowrank.
 
-use super::attend::{Lab, reference_dtype};
+use super::attend::{Common, Lab, reference_dtype};
 use super::case::{Case, Output, expect, finite};
 use super::{OpError, Result, input};
 use crate::backend::Backend;
@@ -38,15 +38,8 @@ struct Inputs {
     mean: Option<Vec<f32>>,
     values: Values,
     rope: kvlar_reference::Rope,
-    lengths: Option<Vec<i32>>,
-    positions: Option<Vec<i32>>,
-    q_positions: Option<Vec<i32>>,
-    sink_logits: Option<Vec<f32>>,
-    dtype: Dtype,
+    common: Common,
     latents: Latents,
-    scale: f64,
-    softcap: f64,
-    window: u32,
 }
 
 /// A basis `[Hk, dim, rank]` or `[B, Hk, dim, rank]`.
@@ -119,33 +112,14 @@ impl Inputs {
         }
         let layout = case.choice("rope", &[("half", RopeLayout::Half), ("interleaved", RopeLayout::Interleaved)])?;
         let attention_factor = finite("attention_factor", case.scalar("attention_factor", 1.0)?)? as f32;
-        let lengths = case.ints("lengths", &[&[b], &[b, hk]])?;
-        if let Some(bad) = lengths.iter().flatten().find(|&&n| n < 0 || n as usize > t) {
-            return input(format!("lengths: {bad} is outside 0..={t}"));
-        }
-        let positions = case.ints("positions", &[&[t], &[b, t]])?;
-        let q_positions = case.ints("q_positions", &[&[b, s]])?;
-        let sink_logits = case.floats_if_any("sink_logits")?;
-        if let Some(sinks) = &sink_logits {
-            expect("sink_logits", &sinks.shape, &[hq])?;
-        }
-        let dtype = case.dtype()?;
+        let common = Common::read(case, (b, hq, hk, s, t, d))?;
         let latents = case.choice("latent", &[("dtype", Latents::Dtype), ("int8", Latents::Int8)])?;
         let basis = case.choice("basis", &[("dtype", Latents::Int8), ("int8", Latents::Int8Basis)])?;
         if basis == Latents::Int8Basis && latents != Latents::Int8 {
             return input("basis: int8 needs latent = int8");
         }
-        let scale = finite("scale", case.scalar("scale", 1.0 / (d as f64).sqrt())?)?;
-        let softcap = finite("softcap", case.scalar("softcap", 0.0)?)?;
-        if softcap < 0.0 {
-            return input(format!("softcap: {softcap} is negative"));
-        }
-        let window: u32 = case.scalar("window", 0)?;
-        if window > i32::MAX as u32 {
-            return input(format!("window: {window} is above 2^31 - 1"));
-        }
         case.finish()?;
-        let round = |x: Vec<f32>| reference_dtype(dtype).round_all(&x);
+        let round = |x: Vec<f32>| reference_dtype(common.dtype).round_all(&x);
         let values = match values {
             Values::Dense(v) => Values::Dense(round(v)),
             Values::Latent { z, basis, group, groups, rank } => Values::Latent { z: round(z), basis, group, groups, rank },
@@ -159,15 +133,8 @@ impl Inputs {
             mean: mean.map(|m| m.values),
             values,
             rope: kvlar_reference::Rope { inv_freq, attention_factor, layout },
-            lengths,
-            positions,
-            q_positions,
-            sink_logits: sink_logits.map(|x| x.values),
-            dtype,
+            common,
             latents: if latents == Latents::Dtype { latents } else { basis },
-            scale,
-            softcap,
-            window,
         })
     }
 
@@ -213,13 +180,13 @@ impl Inputs {
             },
             rope: &self.rope,
             int8_latents: self.latents != Latents::Dtype,
-            lengths: self.lengths.as_deref(),
-            positions: self.positions.as_deref(),
-            q_positions: self.q_positions.as_deref(),
-            sink_logits: self.sink_logits.as_deref(),
-            scale: Some(self.scale),
-            softcap: self.softcap,
-            window: i64::from(self.window),
+            lengths: self.common.lengths.as_deref(),
+            positions: self.common.positions.as_deref(),
+            q_positions: self.common.q_positions.as_deref(),
+            sink_logits: self.common.sink_logits.as_deref(),
+            scale: Some(self.common.scale),
+            softcap: self.common.softcap,
+            window: i64::from(self.common.window),
         })?)
     }
 }
@@ -267,8 +234,8 @@ fn padded_basis(basis: &[f32], rank: usize, padded: usize) -> Vec<f32> {
 
 fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     let Dims { b, hq, hk, s, t, d, dv, key_groups, key_rank } = i.dims;
-    let lab = Lab::open(backend, i.dtype)?;
-    let native = if i.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 };
+    let lab = Lab::open(backend, i.common.dtype)?;
+    let native = if i.common.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 };
     let codec = if i.latents == Latents::Dtype { native } else { Codec::Int8 };
     let (max_rows, padded) = (t.max(1), padded_rank(key_rank));
     let group_v = if let Values::Latent { group, .. } = &i.values { Some(group.as_slice()) } else { None };
@@ -283,14 +250,14 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     };
     let attend = AttendShape {
         value_dim: dv,
-        scale: i.scale as f32,
-        softcap: i.softcap as f32,
-        window: i.window,
-        ..AttendShape::new(i.dtype, b, (hq, hk), s.max(1), d, SegmentShape { codec: native, max_rows })
+        scale: i.common.scale as f32,
+        softcap: i.common.softcap as f32,
+        window: i.common.window,
+        ..AttendShape::new(i.common.dtype, b, (hq, hk), s.max(1), d, SegmentShape { codec: native, max_rows })
     };
     let shape = LowrankShape {
         key_mean: i.mean.is_some(),
-        stored_positions: i.positions.is_some(),
+        stored_positions: i.common.positions.is_some(),
         ..LowrankShape::new(attend, max_rows, padded, i.latents, values, sets.shape())
     };
     let plan = shape.plan(&lab.device)?;
@@ -299,14 +266,14 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     }
     let key_rows = store(&i.zk, b * key_groups, t, key_rank, padded, codec)?;
     let (keys, values) = (lab.upload(&key_rows.bytes)?, lab.upload(&value_rows.bytes)?);
-    let lengths = lab.upload(i.lengths.as_deref().unwrap_or(&vec![t as i32; b]))?;
-    let positions = i.positions.as_ref().map(|p| {
+    let lengths = lab.upload(i.common.lengths.as_deref().unwrap_or(&vec![t as i32; b]))?;
+    let positions = i.common.positions.as_ref().map(|p| {
         let all: Vec<i32> = if p.len() == t { (0..b).flat_map(|_| p.iter().copied()).collect() } else { p.clone() };
         lab.upload(&if t == 0 { vec![0; b] } else { all })
     });
     let positions = positions.transpose()?;
     let mut rows = Rows::contiguous(Some(lengths.view()), max_rows);
-    if i.lengths.as_ref().is_some_and(|l| l.len() != b) {
+    if i.common.lengths.as_ref().is_some_and(|l| l.len() != b) {
         (rows.length_seq_stride, rows.length_head_stride) = (hk, 1);
     }
     rows.positions = positions.as_ref().map(Buffer::view);
@@ -321,15 +288,15 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     };
     let key_basis = match &int8 {
         Some(int8) => lab.upload(&int8.codes)?,
-        None => lab.upload_as(&wide_basis, if i.latents == Latents::Int8 { Dtype::F16 } else { i.dtype })?,
+        None => lab.upload_as(&wide_basis, if i.latents == Latents::Int8 { Dtype::F16 } else { i.common.dtype })?,
     };
     let key_scales = int8.as_ref().map(|x| lab.upload(&x.scales)).transpose()?;
     let mean = i.mean.as_ref().map(|m| lab.upload(m)).transpose()?;
-    let value_basis_buffer = value_basis.as_ref().map(|u| lab.upload_as(u, i.dtype)).transpose()?;
+    let value_basis_buffer = value_basis.as_ref().map(|u| lab.upload_as(u, i.common.dtype)).transpose()?;
     let inv_freq = lab.upload(&i.rope.inv_freq)?;
-    let q = lab.upload_as(&i.q, i.dtype)?;
-    let q_positions = i.q_positions.as_ref().map(|p| lab.upload(p)).transpose()?;
-    let sinks = i.sink_logits.as_ref().map(|x| lab.upload(x)).transpose()?;
+    let q = lab.upload_as(&i.q, i.common.dtype)?;
+    let q_positions = i.common.q_positions.as_ref().map(|p| lab.upload(p)).transpose()?;
+    let sinks = i.common.sink_logits.as_ref().map(|x| lab.upload(x)).transpose()?;
     let (mut out, mut lse) = (lab.device.alloc(4 * b * hq * s * dv)?, lab.device.alloc(4 * b * hq * s)?);
     let mut work = plan.work_list(&lab.device)?;
     let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
