@@ -197,8 +197,10 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     add_values<T, NT, V, 1>(state.o, tile_s + lowrank.shared.stage_values, SwizzledRows(wide_chunks(width)), width, weights);
   }
 
+  // None for a column that pads the tile.
   __device__ const T* query_row(int column) const {
     const Column c = column_at(p, unit, column);
+    if (!c.used) return nullptr;
     return static_cast<const T*>(p.q) + unit.seq * p.q_seq_stride + c.query_head * p.q_head_stride + c.row * p.q_row_stride;
   }
 
