@@ -1,11 +1,13 @@
 //! The sequences of one step, as the device sees them.
 
 use crate::error::invalid;
-use crate::layer::Layer;
+use crate::exact::ExactShape;
+use crate::layer::{Layer, native};
+use crate::tables::Tables;
 use crate::{CacheConfig, Result, SeqId};
 use kvlar::{
-    AppendLowrankPlan, AppendPlan, AppendShape, AttendPlan, AttendShape, Backend, Buffer, Device, Dtype, LowrankPlan, Rows,
-    Schedule, SegmentShape, Stream, WorkList, Workspace, WorkspaceSize,
+    AppendLowrankPlan, AppendPlan, AppendShape, AttendPlan, AttendShape, Backend, Device, Dtype, LowrankPlan, Schedule,
+    SegmentShape, WorkList, Workspace, WorkspaceSize,
 };
 
 /// What a [`Batch`] is made from.
@@ -50,8 +52,9 @@ impl BatchShape {
 pub struct Batch {
     pub(crate) shape: BatchShape,
     pub(crate) cache: u64,
-    pub(crate) config: CacheConfig,
     pub(crate) append: AppendPlan,
+    /// Of exact rows beside latents.
+    pub(crate) append_exact: Option<AppendPlan>,
     pub(crate) attend: AttendPlan,
     pub(crate) work: WorkList,
     pub(crate) workspace: Workspace,
@@ -75,24 +78,15 @@ pub(crate) struct LowrankPlans {
     pub work: usize,
 }
 
-/// What the device knows of a step's sequences.
-#[derive(Debug)]
-pub(crate) struct Tables {
-    pages: Buffer,
-    lengths: Buffer,
-    pub positions: Buffer,
-    pub slots: Buffer,
-}
-
-impl Tables {
-    pub fn rows(&self, config: &CacheConfig) -> Result<Rows<'_>> {
-        let rows = Rows::block_table(self.pages.view(), config.max_pages(), self.lengths.view(), config.page_rows)?;
-        Ok(Rows { max_rows: config.max_rows, ..rows })
-    }
-}
-
 impl Batch {
-    pub(crate) fn new(device: &Device, cache: u64, config: CacheConfig, shape: BatchShape, layers: &[Layer]) -> Result<Self> {
+    pub(crate) fn new(
+        device: &Device,
+        cache: u64,
+        config: CacheConfig,
+        exact: ExactShape,
+        shape: BatchShape,
+        layers: &[Layer],
+    ) -> Result<Self> {
         let BatchShape { seqs, new_rows, q_heads, .. } = shape;
         if seqs == 0 || new_rows == 0 {
             return invalid("batch", format!("{seqs} sequences of {new_rows} new tokens"));
@@ -107,6 +101,8 @@ impl Batch {
             head_dim: config.head_dim,
             value_dim: config.value_dim,
         };
+        let own = native(config.dtype);
+        let append_exact = AppendShape { key_codec: (own, config.head_dim), value_codec: (own, config.value_dim), ..append };
         let rows = SegmentShape { codec: config.codec, max_rows: config.max_rows };
         let attend = AttendShape::new(config.dtype, seqs, (q_heads, config.kv_heads), new_rows, config.head_dim, rows);
         let attend_shape = AttendShape {
@@ -128,7 +124,7 @@ impl Batch {
             };
             let append = l.append_shape(&config, seqs, new_rows).plan(device)?;
             let fits = device.backend() == Backend::Reference || new_rows <= kvlar::MAX_QUERY_ROWS;
-            let attend = if fits { Some(l.attend_shape(&config, attend_shape).plan(device)?) } else { None };
+            let attend = if fits { Some(l.attend_shape(&config, &exact, attend_shape).plan(device)?) } else { None };
             workspace = workspace.max(append.workspace());
             let mut work = 0;
             if let Some(plan) = attend {
@@ -146,20 +142,15 @@ impl Batch {
         Ok(Self {
             shape,
             cache,
-            config,
             append: append.plan(device)?,
+            append_exact: if exact.any() { Some(append_exact.plan(device)?) } else { None },
             work: attend.work_list(device)?,
             workspace: Workspace::new(device, workspace.max(WorkspaceSize::default()))?,
             lowrank,
             lowrank_work: lists.into_iter().map(|(_, work)| (work, false)).collect(),
             attend,
             scheduled: false,
-            tables: Tables {
-                pages: device.alloc(4 * seqs * config.max_pages())?,
-                lengths: device.alloc(4 * seqs)?,
-                positions: device.alloc(4 * seqs * new_rows)?,
-                slots: device.alloc(4 * seqs * new_rows)?,
-            },
+            tables: Tables::new(device, &config, exact, seqs, new_rows)?,
             active: Vec::new(),
         })
     }
@@ -171,38 +162,11 @@ impl Batch {
 
     /// Bytes that it allocated.
     pub fn bytes(&self) -> usize {
-        let Tables { pages, lengths, positions, slots } = &self.tables;
-        let buffers = [pages, lengths, positions, slots];
-        buffers.iter().map(|b| b.len()).sum::<usize>() + self.workspace.size().bytes() + self.attend.work_list_bytes()
+        self.tables.bytes() + self.workspace.size().bytes() + self.attend.work_list_bytes()
     }
 
     /// Scratch and the status word of its launches.
     pub fn workspace(&self) -> &Workspace {
         &self.workspace
-    }
-
-    /// Uploads the step's tables: for each sequence its pages, tokens held, and tokens to come. Padding rows have slot −1
-    /// and position −1, from which nothing is visible.
-    pub(crate) fn fill(&mut self, stream: &Stream, sequences: &[(&[u32], usize, usize)]) -> Result<()> {
-        let (seqs, new_rows, pages) = (self.shape.seqs, self.shape.new_rows, self.config.max_pages());
-        let (mut table, mut lengths) = (vec![0i32; seqs * pages], vec![0i32; seqs]);
-        let mut positions = vec![-1i32; seqs * new_rows];
-        for (i, (ids, held, new)) in sequences.iter().enumerate() {
-            for (to, &page) in table[i * pages..].iter_mut().zip(*ids) {
-                *to = page as i32;
-            }
-            lengths[i] = (held + new) as i32;
-            for (s, to) in positions[i * new_rows..][..*new].iter_mut().enumerate() {
-                *to = (held + s) as i32;
-            }
-        }
-        stream.upload(&mut self.tables.pages, 0, bytemuck::cast_slice(&table))?;
-        stream.upload(&mut self.tables.lengths, 0, bytemuck::cast_slice(&lengths))?;
-        stream.upload(&mut self.tables.positions, 0, bytemuck::cast_slice(&positions))?;
-        // A row's slot is its position: nothing has been evicted.
-        stream.upload(&mut self.tables.slots, 0, bytemuck::cast_slice(&positions))?;
-        self.scheduled = false;
-        self.lowrank_work.iter_mut().for_each(|(_, scheduled)| *scheduled = false);
-        Ok(())
     }
 }

@@ -25,6 +25,9 @@ pub struct CacheConfig {
     pub pages: usize,
     /// Most tokens a sequence may hold.
     pub max_rows: usize,
+    /// Sequences that hold tokens at a time. Room for rows that stay exact is made for so many, where a plan keeps some
+    /// ([`crate::Cache::planned`]); otherwise it is not used.
+    pub max_seqs: usize,
 }
 
 impl CacheConfig {
@@ -67,6 +70,9 @@ impl CacheConfig {
         }
         if self.max_rows == 0 || self.max_rows > 1 << 30 {
             return invalid("max_rows", format!("{} is not between 1 and 2^30", self.max_rows));
+        }
+        if self.max_seqs == 0 || self.max_seqs > 1 << 20 {
+            return invalid("max_seqs", format!("{} is not between 1 and 2^20", self.max_seqs));
         }
         Ok(())
     }

@@ -7,8 +7,10 @@ use crate::SeqId;
 #[non_exhaustive]
 pub enum CacheError {
     /// The pool has too few free pages.
-    #[error("the cache is full: {needed} pages needed, {free} of {capacity} free; drop or truncate sequences, or make it larger")]
+    #[error("the cache is full: {needed} {of} needed, {free} of {capacity} free; drop or truncate sequences, or make it larger")]
     OutOfPages {
+        /// `pages`, or `pages of exact rows` (more sequences hold tokens than [`crate::CacheConfig::max_seqs`]).
+        of: &'static str,
         /// By the call.
         needed: usize,
         /// Now.

@@ -1,13 +1,17 @@
 //! How a layer keeps its rows: token-wise, or as latents.
 
 use crate::error::invalid;
-use crate::{CacheConfig, Result};
+use crate::exact::{EXACT_PAGE_ROWS, ExactShape};
+use crate::sequence::Kind;
+use crate::{CacheConfig, CacheError, Result};
 use half::{bf16, f16};
 use kvlar::{
     AppendLowrankArgs, AppendLowrankShape, AttendShape, Bases, Buffer, Codec, Device, Dtype, HeadGroups, HeadSets, Latents,
-    LowrankShape, LowrankValues, Memory, Pool, Projection, SegmentShape, SideArgs, SideShape, Stream, View, ViewMut,
+    LowrankShape, LowrankValues, MAX_SEGMENTS, Memory, Pool, Projection, SegmentShape, SideArgs, SideShape, Stream, View,
+    ViewMut,
 };
-use kvlar_calibrate::{Factors, Latent, LayerPlan, Side};
+use kvlar_calibrate::{Factors, KeyBasis, Latent, PairLayout, Plan, Side};
+use kvlar_reference::{Int8Basis, RotaryPairs};
 
 /// Rows of one side: keys or values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,26 +30,76 @@ impl RowFormat {
     }
 
     /// Pages: `[page][head][row]`, scales and zeros of a head behind its rows.
-    pub fn pool<M: Memory>(&self, config: &CacheConfig, data: M) -> Pool<M> {
+    pub fn pool<M: Memory>(&self, pages: usize, page_rows: usize, data: M) -> Pool<M> {
         let (row, params) = (self.codec.row_bytes(self.dim), self.codec.params_bytes(self.dim, self.dim));
-        Pool::hnd(data, config.pages, config.page_rows, self.heads, row, params)
+        Pool::hnd(data, pages, page_rows, self.heads, row, params)
+    }
+}
+
+/// Rows of keys and of values, in pages of one size.
+#[derive(Debug)]
+pub(crate) struct Store {
+    pages: usize,
+    page_rows: usize,
+    keys: (RowFormat, Buffer),
+    values: (RowFormat, Buffer),
+}
+
+impl Store {
+    fn new(device: &Device, pages: usize, page_rows: usize, keys: RowFormat, values: RowFormat) -> Result<Self> {
+        let buffer = |f: &RowFormat| device.alloc(pages * page_rows * f.token_bytes());
+        Ok(Self { pages, page_rows, keys: (keys, buffer(&keys)?), values: (values, buffer(&values)?) })
+    }
+
+    /// Of keys, then of values.
+    pub fn pools(&self) -> (Pool<View<'_>>, Pool<View<'_>>) {
+        let Self { pages, page_rows, keys, values } = self;
+        (keys.0.pool(*pages, *page_rows, keys.1.view()), values.0.pool(*pages, *page_rows, values.1.view()))
+    }
+
+    pub fn pools_mut(&mut self) -> (Pool<ViewMut<'_>>, Pool<ViewMut<'_>>) {
+        let (pages, page_rows) = (self.pages, self.page_rows);
+        let Self { keys, values, .. } = self;
+        (keys.0.pool(pages, page_rows, keys.1.view_mut()), values.0.pool(pages, page_rows, values.1.view_mut()))
+    }
+
+    /// Bytes that a token takes.
+    pub fn token_bytes(&self) -> usize {
+        self.keys.0.token_bytes() + self.values.0.token_bytes()
+    }
+
+    /// Bytes that it allocated.
+    pub fn bytes(&self) -> usize {
+        self.keys.1.len() + self.values.1.len()
+    }
+
+    pub fn copy_page(&mut self, stream: &Stream, from: usize, to: usize) -> Result<()> {
+        for (format, buffer) in [&mut self.keys, &mut self.values] {
+            let bytes = self.page_rows * format.token_bytes();
+            stream.copy_within(buffer, from * bytes..(from + 1) * bytes, to * bytes)?;
+        }
+        Ok(())
     }
 }
 
 /// A layer's memory, and what it needs to fill and read it.
 #[derive(Debug)]
 pub(crate) struct Layer {
-    pub keys: (RowFormat, Buffer),
-    pub values: (RowFormat, Buffer),
+    /// All rows.
+    pub rows: Store,
     pub lowrank: Option<LowrankLayer>,
 }
 
 /// The matrices of a low-rank layer, on the device.
 #[derive(Debug)]
 pub(crate) struct LowrankLayer {
+    /// Rows that are also kept as they are.
+    pub exact: Option<Store>,
     sets: HeadSets,
     latents: Latents,
     keys: DeviceFactors,
+    /// Of an int8 basis.
+    key_scales: Option<Buffer>,
     mean: Option<Buffer>,
     values: Option<DeviceFactors>,
     bytes: usize,
@@ -66,24 +120,23 @@ impl Layer {
     /// Rows as `config.codec` says.
     pub fn token_wise(device: &Device, config: &CacheConfig) -> Result<Self> {
         let rows = |dim| RowFormat { codec: config.codec, heads: config.kv_heads, dim };
-        Self::alloc(device, config, rows(config.head_dim), rows(config.value_dim), None)
-    }
-
-    fn alloc(
-        device: &Device,
-        config: &CacheConfig,
-        keys: RowFormat,
-        values: RowFormat,
-        lowrank: Option<LowrankLayer>,
-    ) -> Result<Self> {
-        let rows = config.pages * config.page_rows;
-        let buffer = |f: &RowFormat| device.alloc(rows * f.token_bytes());
-        Ok(Self { keys: (keys, buffer(&keys)?), values: (values, buffer(&values)?), lowrank })
+        let rows = Store::new(device, config.pages, config.page_rows, rows(config.head_dim), rows(config.value_dim))?;
+        Ok(Self { rows, lowrank: None })
     }
 
     /// As a plan says. Keys that stay dense beside low-rank values become latents of full rank, one group a head: the same
     /// bytes.
-    pub fn planned(device: &Device, stream: &Stream, config: &CacheConfig, plan: &LayerPlan) -> Result<Self> {
+    pub fn planned(
+        device: &Device,
+        stream: &Stream,
+        config: &CacheConfig,
+        exact: &ExactShape,
+        layer: usize,
+        plan: &Plan,
+    ) -> Result<Self> {
+        let pairs = plan.model.rope;
+        let int8_basis = plan.config.key_basis == KeyBasis::Int8;
+        let plan = &plan.layers[layer];
         if plan.keys == Side::Dense && plan.values == Side::Dense {
             return Self::token_wise(device, config);
         }
@@ -108,35 +161,67 @@ impl Layer {
         }
         let latents = match keys.latent {
             Latent::Model => Latents::Dtype,
+            Latent::Int8 if int8_basis => Latents::Int8Basis,
             Latent::Int8 => Latents::Int8,
             Latent::Int4 => Latents::Int4,
         };
         let group_v = values.map(Factors::group_of);
-        let basis_type = if latents == Latents::Dtype { config.dtype } else { Dtype::F16 };
-        let key_factors = DeviceFactors::new(device, stream, config, keys, basis_type)?;
-        let value_factors = values.map(|f| DeviceFactors::new(device, stream, config, f, config.dtype)).transpose()?;
+        let mut key_scales = None;
+        let basis = match latents {
+            Latents::Int8Basis => {
+                let pairs = RotaryPairs { rotary_dim: pairs.rotary_dim, half: pairs.layout == PairLayout::Half };
+                let int8 = Int8Basis::quantize(&keys.basis, config.kv_heads, config.head_dim, keys.rank, pairs)
+                    .map_err(|e| CacheError::Invalid { arg: "plan", problem: e.to_string() })?;
+                key_scales = Some(upload(device, stream, bytemuck::cast_slice(&int8.scales))?);
+                upload(device, stream, bytemuck::cast_slice(&int8.codes))?
+            }
+            Latents::Dtype => upload_as(device, stream, &keys.basis, config.dtype)?,
+            Latents::Int8 | Latents::Int4 => upload_as(device, stream, &keys.basis, Dtype::F16)?,
+        };
+        let key_factors = DeviceFactors::new(device, stream, config, keys, basis)?;
+        let value_factors = match values {
+            Some(f) => {
+                let basis = upload_as(device, stream, &f.basis, config.dtype)?;
+                Some(DeviceFactors::new(device, stream, config, f, basis)?)
+            }
+            None => None,
+        };
         let mean = keys.mean.as_ref().map(|m| upload(device, stream, bytemuck::cast_slice(m))).transpose()?;
         let all = [Some(&key_factors), value_factors.as_ref()];
         let matrices: usize = all.into_iter().flatten().map(|f| f.encoder.len() + f.basis.len()).sum();
+        let own = |dim| RowFormat { codec: native(config.dtype), heads: config.kv_heads, dim };
         let key_rows = RowFormat { codec: key_factors.codec, heads: key_factors.count, dim: key_factors.rank };
         let value_rows = match &value_factors {
             Some(f) => RowFormat { codec: f.codec, heads: f.count, dim: f.rank },
-            None => RowFormat { codec: native(config.dtype), heads: config.kv_heads, dim: config.value_dim },
+            None => own(config.value_dim),
+        };
+        let exact_pages = config.max_seqs * exact.pages_per_seq();
+        let exact = match exact.any() {
+            true => Some(Store::new(device, exact_pages, EXACT_PAGE_ROWS, own(config.head_dim), own(config.value_dim))?),
+            false => None,
         };
         let lowrank = LowrankLayer {
+            exact,
             sets: HeadSets::new(device, stream, &keys.group_of(), group_v.as_deref())?,
             latents,
-            bytes: matrices + mean.as_ref().map_or(0, Buffer::len),
+            bytes: matrices + [&mean, &key_scales].into_iter().flatten().map(Buffer::len).sum::<usize>(),
             keys: key_factors,
+            key_scales,
             mean,
             values: value_factors,
         };
-        Self::alloc(device, config, key_rows, value_rows, Some(lowrank))
+        let rows = Store::new(device, config.pages, config.page_rows, key_rows, value_rows)?;
+        Ok(Self { rows, lowrank: Some(lowrank) })
     }
 
-    /// Bytes that a token takes.
-    pub fn token_bytes(&self) -> usize {
-        self.keys.0.token_bytes() + self.values.0.token_bytes()
+    /// Rows of a kind.
+    pub fn store_mut(&mut self, kind: Kind) -> Option<&mut Store> {
+        if kind.is_exact() { self.lowrank.as_mut()?.exact.as_mut() } else { Some(&mut self.rows) }
+    }
+
+    /// Its exact rows, where it keeps some beside latents.
+    pub fn exact(&self) -> Option<&Store> {
+        self.lowrank.as_ref()?.exact.as_ref()
     }
 
     /// Bytes that do not grow: bases, encoders, means.
@@ -195,12 +280,12 @@ fn check(f: &Factors, side: &'static str, heads: usize, dim: usize) -> Result<()
 }
 
 impl DeviceFactors {
-    fn new(device: &Device, stream: &Stream, config: &CacheConfig, f: &Factors, basis: Dtype) -> Result<Self> {
+    fn new(device: &Device, stream: &Stream, config: &CacheConfig, f: &Factors, basis: Buffer) -> Result<Self> {
         let size = f.groups.first().map_or(0, Vec::len);
         let members: Vec<i32> = f.groups.iter().flatten().map(|&h| h as i32).collect();
         Ok(Self {
             encoder: upload_as(device, stream, &f.encoder, config.dtype)?,
-            basis: upload_as(device, stream, &f.basis, basis)?,
+            basis,
             groups: HeadGroups::new(device, stream, config.kv_heads, size, &members)?,
             size,
             count: f.groups.len(),
@@ -235,8 +320,7 @@ impl LowrankLayer {
         new: &crate::NewRows<'a>,
         rows: kvlar::Rows<'a>,
         slots: View<'a>,
-        keys: Pool<ViewMut<'a>>,
-        values: Pool<ViewMut<'a>>,
+        (keys, values): (Pool<ViewMut<'a>>, Pool<ViewMut<'a>>),
     ) -> AppendLowrankArgs<'a> {
         fn project<'a>(
             f: &'a DeviceFactors,
@@ -260,17 +344,31 @@ impl LowrankLayer {
         }
     }
 
-    /// How latents are attended over.
-    pub fn attend_shape(&self, config: &CacheConfig, attend: AttendShape) -> LowrankShape {
-        let rows = SegmentShape { codec: native(config.dtype), max_rows: config.max_rows };
-        let attend = AttendShape { segments: [Some(rows), None, None, None], ..attend };
+    /// How sinks, latents and recent rows are attended over.
+    pub fn attend_shape(&self, config: &CacheConfig, exact: &ExactShape, attend: AttendShape) -> LowrankShape {
+        let own = native(config.dtype);
+        let pages = |n: usize| (n > 0).then_some(SegmentShape { codec: own, max_rows: n * EXACT_PAGE_ROWS });
+        let latents = SegmentShape { codec: self.latents.codec(own), max_rows: config.max_rows };
+        let mut segments = [None; MAX_SEGMENTS];
+        let mut latent_segments = [false; MAX_SEGMENTS];
+        let all = [pages(exact.sink_pages()), Some(latents), pages(exact.recent_pages())];
+        for (i, segment) in all.into_iter().flatten().enumerate() {
+            segments[i] = Some(segment);
+            latent_segments[i] = exact.sink_pages().min(1) == i;
+        }
         let values = match &self.values {
             Some(f) => LowrankValues::Latent { rank: f.rank, codec: f.codec },
             None => LowrankValues::Dense,
         };
         LowrankShape {
+            attend: AttendShape { segments, ..attend },
+            latent_segments,
+            key_rank: self.keys.rank,
+            latents: self.latents,
             key_mean: self.mean.is_some(),
-            ..LowrankShape::new(attend, config.max_rows, self.keys.rank, self.latents, values, self.sets.shape())
+            values,
+            stored_positions: false,
+            sets: self.sets.shape(),
         }
     }
 
@@ -278,7 +376,7 @@ impl LowrankLayer {
         Bases {
             keys: self.keys.basis.view(),
             keys_per_seq: false,
-            key_scales: None,
+            key_scales: self.key_scales.as_ref().map(Buffer::view),
             key_mean: self.mean.as_ref().map(Buffer::view),
             values: self.values.as_ref().map(|f| f.basis.view()),
             values_per_seq: false,

@@ -9,20 +9,25 @@
 //! [`attend`](Cache::attend), which only enqueue; [`finish`](Cache::finish), after which the new tokens are part of their
 //! sequences ([`cancel`](Cache::cancel): as if nothing had been).
 //!
-//! [`Cache::new`] keeps token-wise rows; [`Cache::planned`] keeps what a plan of `kvlar-calibrate` says, layer by layer.
+//! [`Cache::new`] keeps token-wise rows; [`Cache::planned`] keeps what a plan of `kvlar-calibrate` says, layer by layer:
+//! latents, and beside them a sequence's first and last rows as they were.
 
 mod batch;
 mod cache;
 mod config;
 mod error;
+mod exact;
 mod layer;
 mod pages;
 mod sequence;
+mod step;
+mod tables;
 
 pub use batch::{Batch, BatchShape};
-pub use cache::{Cache, NewRows, Queries, SeqId, Usage};
+pub use cache::{Cache, SeqId, Usage};
 pub use config::CacheConfig;
 pub use error::CacheError;
+pub use step::{NewRows, Queries};
 
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, CacheError>;

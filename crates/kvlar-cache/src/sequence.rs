@@ -1,31 +1,196 @@
-//! A sequence's pages and tokens.
+//! A sequence's tokens and the pages that hold them.
 
+use crate::exact::{EXACT_PAGE_ROWS, ExactShape};
 use crate::pages::PageBook;
+use std::collections::VecDeque;
+
+/// Rows next to each other, in pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PageList {
+    /// Position of the first page's first row.
+    pub first: usize,
+    pub pages: VecDeque<u32>,
+}
+
+/// What a list is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// All rows: token-wise, or as latents.
+    All,
+    /// The first rows, exact.
+    Sinks,
+    /// The last rows, exact.
+    Recent,
+}
+
+impl Kind {
+    pub const ALL: [Self; 3] = [Self::All, Self::Sinks, Self::Recent];
+
+    /// Whether its pages are those of exact rows.
+    pub fn is_exact(self) -> bool {
+        self != Self::All
+    }
+}
+
+/// The pages of a sequence. The lists' first rows: 0, 0, and (recent) the first row that is exact again; the latents of
+/// rows before it are what attention reads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Held {
+    lists: [PageList; 3],
+}
+
+/// A step that has begun.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Step {
+    /// Tokens that it brings.
+    adding: usize,
+    /// Of each list, how to take it back.
+    before: [Before; 3],
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Before {
+    first: usize,
+    /// Pages that left at the front.
+    left: Vec<u32>,
+    /// Pages that stayed.
+    stayed: usize,
+}
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sequence {
-    pub pages: Vec<u32>,
+    pub held: Held,
     /// Tokens held.
     pub rows: usize,
     /// Of them, never to be taken back.
     pub committed: usize,
-    /// Tokens that an unfinished batch is adding.
-    pub adding: usize,
-    /// Whether a batch is at work on it.
-    pub busy: bool,
+    pub step: Option<Step>,
 }
 
-impl Sequence {
-    /// The last page, if rows would be written into it while another sequence owns it too.
-    pub fn shared_tail(&self, book: &PageBook, page_rows: usize) -> Option<u32> {
-        let page = *self.pages.get(self.rows / page_rows)?;
-        (!self.rows.is_multiple_of(page_rows) && book.is_shared(page)).then_some(page)
+/// What a step does to one list.
+pub(crate) struct Growth {
+    pub kind: Kind,
+    /// Pages that leave at the front.
+    pub leave: usize,
+    /// Where the list begins then.
+    first: usize,
+    /// Pages that come.
+    pub come: usize,
+    /// Pages that stay, but are written: entries from here on, counted after the others left.
+    pub written: usize,
+}
+
+impl Held {
+    pub fn new(exact: &ExactShape) -> Self {
+        let mut held = Self::default();
+        held.list_mut(Kind::Recent).first = exact.sinks;
+        held
+    }
+
+    pub fn list(&self, kind: Kind) -> &PageList {
+        &self.lists[kind as usize]
+    }
+
+    pub fn list_mut(&mut self, kind: Kind) -> &mut PageList {
+        &mut self.lists[kind as usize]
+    }
+
+    /// Pages with their kinds.
+    pub fn pages(&self) -> impl Iterator<Item = (Kind, u32)> {
+        Kind::ALL.into_iter().flat_map(|kind| self.list(kind).pages.iter().map(move |&page| (kind, page)))
+    }
+
+    /// What a step from `rows` to `total` rows does.
+    pub fn growth(&self, exact: &ExactShape, page_rows: usize, rows: usize, total: usize) -> [Growth; 3] {
+        Kind::ALL.map(|kind| {
+            let list = self.list(kind);
+            let held = list.pages.len();
+            // Latents are a sink's rows behind: their first row is the first that is no sink.
+            let (first, leave, end, from, page_rows) = match kind {
+                Kind::All => (0, 0, total, rows.saturating_sub(exact.sinks), page_rows),
+                Kind::Sinks => (0, 0, total.min(exact.sinks), rows, EXACT_PAGE_ROWS),
+                Kind::Recent => {
+                    let (first, leave) = exact.advance(list.first, held, total);
+                    (first, leave, if exact.recent == 0 { 0 } else { total }, rows.max(first), EXACT_PAGE_ROWS)
+                }
+            };
+            let stay = held - leave;
+            let come = end.saturating_sub(first).div_ceil(page_rows).saturating_sub(stay);
+            let written = if total == rows { stay } else { ((from - first) / page_rows).min(stay) };
+            Growth { kind, leave, first, come, written }
+        })
     }
 
     /// Gives back the pages beyond `rows`.
-    pub fn shrink(&mut self, rows: usize, book: &mut PageBook, page_rows: usize) {
-        for page in self.pages.drain(rows.div_ceil(page_rows)..) {
-            book.release(page);
+    fn shrink(&mut self, exact: &ExactShape, page_rows: usize, rows: usize, books: &mut Books) {
+        for kind in Kind::ALL {
+            let list = self.list_mut(kind);
+            let (rows, page_rows) = match kind {
+                Kind::All => (rows, page_rows),
+                Kind::Sinks => (rows.min(exact.sinks), EXACT_PAGE_ROWS),
+                Kind::Recent => {
+                    list.first = list.first.min(rows.max(exact.sinks));
+                    (rows.saturating_sub(list.first), EXACT_PAGE_ROWS)
+                }
+            };
+            let keep = rows.div_ceil(page_rows).min(list.pages.len());
+            list.pages.drain(keep..).for_each(|page| books.of(kind).release(page));
         }
+    }
+}
+
+impl Sequence {
+    pub fn new(exact: &ExactShape) -> Self {
+        Self { held: Held::new(exact), ..Self::default() }
+    }
+
+    /// Tokens held once a step that has begun is finished.
+    pub fn total(&self) -> usize {
+        self.rows + self.step.as_ref().map_or(0, |s| s.adding)
+    }
+
+    pub fn truncate(&mut self, exact: &ExactShape, page_rows: usize, rows: usize, books: &mut Books) {
+        self.rows = rows;
+        self.held.shrink(exact, page_rows, rows, books);
+    }
+
+    /// Begins a step: pages leave, none come yet.
+    pub fn begin_step(&mut self, adding: usize, growth: &[Growth; 3]) {
+        let before = growth.each_ref().map(|g| {
+            let list = self.held.list_mut(g.kind);
+            let first = std::mem::replace(&mut list.first, g.first);
+            let left = list.pages.drain(..g.leave).collect();
+            Before { first, left, stayed: list.pages.len() }
+        });
+        self.step = Some(Step { adding, before });
+    }
+
+    /// Ends a step: the pages are those it made, or those of before.
+    pub fn end_step(&mut self, keep: bool, books: &mut Books) {
+        let Some(Step { adding, before }) = self.step.take() else { return };
+        self.rows += if keep { adding } else { 0 };
+        for (kind, before) in Kind::ALL.into_iter().zip(before) {
+            let list = self.held.list_mut(kind);
+            if keep {
+                before.left.iter().for_each(|&page| books.of(kind).release(page));
+            } else {
+                list.pages.drain(before.stayed..).for_each(|page| books.of(kind).release(page));
+                before.left.iter().rev().for_each(|&page| list.pages.push_front(page));
+                list.first = before.first;
+            }
+        }
+    }
+}
+
+/// The books of the two pools.
+#[derive(Clone, Debug)]
+pub(crate) struct Books {
+    pub rows: PageBook,
+    pub exact: PageBook,
+}
+
+impl Books {
+    pub fn of(&mut self, kind: Kind) -> &mut PageBook {
+        if kind.is_exact() { &mut self.exact } else { &mut self.rows }
     }
 }

@@ -1,214 +1,16 @@
-//! A cache against a model of it: what every sequence should hold, and what pages that takes.
+//! Histories of a cache against a model of it, and what it refuses.
 
-use kvlar::{Codec, Device, Dtype, SimtOptions, Stream};
-use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, NewRows, Queries, SeqId};
-use kvlar_calibrate::{
-    Factors, Latent, LayerPlan, LayerShape, ModelShape, PLAN_FORMAT, PairLayout, Plan, RecalkvConfig, RopePairs, Side,
-};
+mod lab;
+
+use kvlar::{Codec, Device, SimtOptions};
+use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, Queries, SeqId};
+use kvlar_calibrate::{Factors, KeyBasis, Latent, LayerPlan, Plan, Side};
+use kvlar_reference::compare;
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
-use kvlar_reference::{AttendInput, compare};
+use lab::{DIM, HEADS, LAYERS, Lab, PAGE, Q_HEADS, config, exact_plan, plan};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
-
-const LAYERS: usize = 2;
-const HEADS: usize = 2;
-const Q_HEADS: usize = 4;
-const DIM: usize = 16;
-const PAGE: usize = 16;
-
-fn config(codec: Codec, pages: usize) -> CacheConfig {
-    CacheConfig {
-        layers: LAYERS,
-        kv_heads: HEADS,
-        head_dim: DIM,
-        value_dim: DIM,
-        dtype: Dtype::F16,
-        codec,
-        page_rows: PAGE,
-        pages,
-        max_rows: 100,
-    }
-}
-
-struct Lab {
-    stream: Stream,
-    cache: Cache,
-    /// Tokens of each sequence, by name.
-    model: BTreeMap<SeqId, Vec<u64>>,
-    next_token: u64,
-    codec: Codec,
-    tolerance: Tolerance,
-}
-
-/// Latents that hold both heads' rows, the second head's first: nothing is lost, but all of the low-rank path is taken.
-fn lossless() -> Side {
-    let groups = vec![vec![1, 0]];
-    let width = HEADS * DIM;
-    let encoder = (0..width * width).map(|i| if i / width == i % width { 1.0 } else { 0.0 }).collect();
-    let at = |head: usize| groups[0].iter().position(|&h| h == head).unwrap() * DIM;
-    let select = |head: usize| (0..DIM * width).map(move |i| if at(head) + i / width == i % width { 1.0 } else { 0.0 });
-    let basis = (0..HEADS).flat_map(select).collect();
-    Side::LowRank(Factors { groups: groups.clone(), rank: width, basis, encoder, mean: None, latent: Latent::Model })
-}
-
-/// Low-rank keys and values in the first layer, low-rank keys beside dense values in the second.
-fn plan() -> Plan {
-    let layer = LayerShape { q_heads: Q_HEADS, kv_heads: HEADS, head_dim: DIM, value_dim: DIM };
-    Plan {
-        format: PLAN_FORMAT,
-        method: "recalkv".into(),
-        fingerprint: "a model".into(),
-        model: ModelShape { layers: LAYERS, layer, hidden: 64, rope: RopePairs { rotary_dim: 0, layout: PairLayout::Half } },
-        config: RecalkvConfig::default(),
-        sink_rows: 0,
-        recent_rows: 0,
-        layers: vec![LayerPlan { keys: lossless(), values: lossless() }, LayerPlan { keys: lossless(), values: Side::Dense }],
-    }
-}
-
-/// A token's key (or value) of a head in a layer, as f16 holds it.
-fn row(token: u64, layer: usize, head: usize, value: bool) -> Vec<f32> {
-    let mut rng = Rng::new(token * 64 + (layer * HEADS + head) as u64 * 2 + u64::from(value));
-    kvlar_reference::Dtype::F16.round_all(&rng.normals(DIM, 1.0))
-}
-
-fn f16_bytes(x: &[f32]) -> Vec<u8> {
-    x.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()
-}
-
-impl Lab {
-    fn new(codec: Codec, pages: usize) -> Self {
-        let device = Device::reference();
-        let (stream, cache) = (device.stream().unwrap(), Cache::new(&device, config(codec, pages)).unwrap());
-        Self { stream, cache, model: BTreeMap::new(), next_token: 1, codec, tolerance: Tolerance::merge() }
-    }
-
-    /// Layers of a plan; results are as exact as the device's.
-    fn planned(device: &Device, pages: usize, tolerance: Tolerance) -> Self {
-        let stream = device.stream().unwrap();
-        let cache = Cache::planned(device, &stream, config(Codec::F16, pages), &plan()).unwrap();
-        Self { stream, cache, model: BTreeMap::new(), next_token: 1, codec: Codec::F16, tolerance }
-    }
-
-    fn create(&mut self) -> SeqId {
-        let seq = self.cache.create();
-        self.model.insert(seq, Vec::new());
-        seq
-    }
-
-    /// Adds tokens to sequences in one step and checks what attention sees of all of them.
-    fn extend(&mut self, new: &[(SeqId, usize)]) -> Result<(), CacheError> {
-        let rows = new.iter().map(|n| n.1).max().unwrap_or(0).max(1);
-        let mut batch = self.cache.batch(BatchShape::new(new.len().max(1), rows, Q_HEADS))?;
-        self.cache.begin(&self.stream, &mut batch, new)?;
-        let mut tokens = self.model.clone();
-        for (seq, n) in new {
-            let ids = self.next_token..self.next_token + *n as u64;
-            tokens.get_mut(seq).unwrap().extend(ids);
-            self.next_token += *n as u64;
-        }
-        for layer in 0..LAYERS {
-            self.layer(&mut batch, new, rows, &tokens, layer);
-        }
-        self.cache.finish(&mut batch)?;
-        self.model = tokens;
-        Ok(())
-    }
-
-    fn layer(
-        &mut self,
-        batch: &mut Batch,
-        new: &[(SeqId, usize)],
-        rows: usize,
-        tokens: &BTreeMap<SeqId, Vec<u64>>,
-        layer: usize,
-    ) {
-        let device = self.stream.device().clone();
-        let upload = |x: &[f32]| {
-            let mut buffer = device.alloc(2 * x.len()).unwrap();
-            self.stream.upload(&mut buffer, 0, &f16_bytes(x)).unwrap();
-            buffer
-        };
-        // Rows of padding are NaN: they must not be stored, nor seen.
-        let fill = |value: bool| -> Vec<f32> {
-            let mut x = Vec::new();
-            for ((seq, n), head) in new.iter().flat_map(|s| (0..HEADS).map(move |h| (s, h))) {
-                let all = &tokens[seq];
-                x.extend(all[all.len() - n..].iter().flat_map(|&t| row(t, layer, head, value)));
-                x.extend(std::iter::repeat_n(f32::NAN, (rows - n) * DIM));
-            }
-            x
-        };
-        let (k, v) = (upload(&fill(false)), upload(&fill(true)));
-        let new_rows = NewRows { k: k.view(), k_strides: None, v: v.view(), v_strides: None };
-        self.cache.append(&self.stream, batch, layer, new_rows, None).unwrap();
-        let queries =
-            kvlar_reference::Dtype::F16.round_all(&Rng::new(layer as u64).normals(new.len() * Q_HEADS * rows * DIM, 1.0));
-        let q = upload(&queries);
-        let mut out = device.alloc(queries.len() * 4).unwrap();
-        self.stream.fill(&mut out, 0..queries.len() * 4, 0xff).unwrap();
-        let args = Queries {
-            q: q.view(),
-            q_strides: None,
-            out: out.view_mut(),
-            out_strides: None,
-            lse: None,
-            sink_logits: None,
-            rope: None,
-        };
-        self.cache.attend(&self.stream, batch, layer, args).unwrap();
-        let mut bytes = vec![0u8; out.len()];
-        self.stream.download(&out, 0, &mut bytes).unwrap();
-        let actual: Vec<f32> = bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-        assert!(batch.workspace().status(&self.stream).unwrap().is_clean());
-        for (i, (seq, n)) in new.iter().enumerate() {
-            let all = &tokens[seq];
-            let dense = |value| -> Vec<f32> {
-                let stored = |x: Vec<f32>| {
-                    let codec = self.codec.reference();
-                    let r = kvlar_reference::encode_row(&x, codec, DIM).unwrap();
-                    kvlar_reference::decode_row(&r.codes, &r.params, DIM, codec, DIM).unwrap()
-                };
-                (0..HEADS).flat_map(|h| all.iter().flat_map(move |&t| stored(row(t, layer, h, value)))).collect()
-            };
-            let (k, v) = (dense(false), dense(true));
-            let positions: Vec<i32> = (0..rows).map(|s| if s < *n { (all.len() - n + s) as i32 } else { -1 }).collect();
-            let expected = kvlar_reference::attend(&AttendInput {
-                seqs: 1,
-                q_heads: Q_HEADS,
-                kv_heads: HEADS,
-                query_rows: rows,
-                rows: all.len(),
-                head_dim: DIM,
-                value_dim: DIM,
-                q: &queries[i * Q_HEADS * rows * DIM..(i + 1) * Q_HEADS * rows * DIM],
-                k: &k,
-                v: &v,
-                q_positions: Some(&positions),
-                ..Default::default()
-            })
-            .unwrap();
-            let actual = &actual[i * Q_HEADS * rows * DIM..(i + 1) * Q_HEADS * rows * DIM];
-            compare::compare(actual, &expected.out, self.tolerance).unwrap_or_else(|e| panic!("{seq} layer {layer}: {e}"));
-        }
-    }
-
-    /// The books: lengths, and that pages are neither lost nor invented.
-    fn check(&self) {
-        for (seq, tokens) in &self.model {
-            assert_eq!(self.cache.len(*seq).unwrap(), tokens.len());
-        }
-        let usage = self.cache.usage();
-        assert_eq!(usage.sequences, self.model.len());
-        assert_eq!(usage.bytes, self.cache.config().pool_bytes());
-        let least: usize = self.model.values().map(|t| t.len().div_ceil(PAGE)).max().unwrap_or(0);
-        let most: usize = self.model.values().map(|t| t.len().div_ceil(PAGE)).sum();
-        let used = usage.pages - usage.free;
-        assert!((least..=most).contains(&used), "{used} pages used, between {least} and {most} expected");
-        assert_eq!(usage.used_bytes, used * usage.bytes / usage.pages);
-    }
-}
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -261,6 +63,9 @@ fn play(mut lab: Lab, ops: &[Op]) {
                 let copy = lab.cache.fork(a).unwrap();
                 let tokens = lab.model[&a].clone();
                 lab.model.insert(copy, tokens);
+                if let Some(&n) = lab.latents.get(&a) {
+                    lab.latents.insert(copy, n);
+                }
                 if let Some(&n) = committed.get(&a) {
                     committed.insert(copy, n);
                 }
@@ -272,6 +77,7 @@ fn play(mut lab: Lab, ops: &[Op]) {
                 assert_eq!(result.is_ok(), n <= held && n >= floor, "{result:?}");
                 if result.is_ok() {
                     lab.model.get_mut(&a).unwrap().truncate(n);
+                    lab.latents.entry(a).and_modify(|latents| *latents = n.min(*latents));
                 }
             }
             Op::Commit(a, n) => {
@@ -301,7 +107,7 @@ fn play(mut lab: Lab, ops: &[Op]) {
         }
         lab.cache.remove(seq).unwrap();
     }
-    assert_eq!(lab.cache.usage().free, 12);
+    assert_eq!((lab.cache.usage().free, lab.cache.usage().used_bytes), (12, 0));
     assert!(lab.cache.is_empty());
 }
 
@@ -316,6 +122,10 @@ proptest! {
         play(Lab::planned(&Device::reference(), 12, Tolerance::merge()), &ops);
     }
     #[test]
+    fn any_history_with_exact_rows_agrees_with_the_model(ops in ops(), sinks in 0..20usize, recent in 0..40usize) {
+        play(Lab::exact(&Device::reference(), 12, Tolerance::merge(), (sinks, recent)), &ops);
+    }
+    #[test]
     fn any_history_of_int8_rows_agrees_with_the_model(ops in ops()) {
         play(Lab::new(Codec::Int8, 12), &ops);
     }
@@ -325,15 +135,24 @@ proptest! {
 #[test]
 fn planned_layers_run_on_kernels() {
     let Ok(device) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3 }) else { return };
-    let f16 = kvlar_reference::Dtype::F16;
-    let mut lab = Lab::planned(&device, 12, Tolerance::attend_lowrank(f16, 100, 4.0, 1.0));
+    let tolerance = Tolerance::attend_lowrank(kvlar_reference::Dtype::F16, 100, 4.0, 1.0);
+    run_on_kernels(Lab::planned(&device, 12, tolerance));
+    for exact in [(0, 7), (5, 0), (5, 7), (16, 16)] {
+        run_on_kernels(Lab::exact(&device, 12, tolerance, exact));
+    }
+}
+
+fn run_on_kernels(mut lab: Lab) {
+    let device = lab.stream.device().clone();
     let a = lab.create();
     for n in [8, 8, 5] {
         lab.extend(&[(a, n)]).unwrap();
     }
     let b = lab.cache.fork(a).unwrap();
     lab.model.insert(b, lab.model[&a].clone());
+    lab.latents.insert(b, lab.latents[&a]);
     lab.extend(&[(a, 1), (b, 3)]).unwrap();
+    lab.latents.entry(b).and_modify(|n| *n = 17.min(*n));
     lab.cache.truncate(b, 17).unwrap();
     lab.model.get_mut(&b).unwrap().truncate(17);
     lab.extend(&[(b, 8), (a, 2)]).unwrap();
@@ -353,6 +172,42 @@ fn planned_layers_run_on_kernels() {
     let refused = lab.cache.attend(&lab.stream, &mut batch, 0, queries);
     assert!(matches!(refused, Err(CacheError::Invalid { arg: "new tokens", .. })), "{refused:?}");
     lab.cache.cancel(&mut batch).unwrap();
+}
+
+/// A plan with int8 latents and an int8 basis: kernels agree with the reference, and both with a 16-bit basis but for
+/// what 8 bits lose.
+#[test]
+fn int8_bases_of_a_plan() {
+    let Ok(simt) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3 }) else { return };
+    let outputs = |device: &Device, key_basis| {
+        let mut p = plan();
+        p.config.key_basis = key_basis;
+        let mut rng = Rng::new(7);
+        for layer in &mut p.layers {
+            for side in [&mut layer.keys, &mut layer.values] {
+                let Side::LowRank(f) = side else { continue };
+                f.latent = Latent::Int8;
+                f.basis.iter_mut().for_each(|x| *x += 0.1 * rng.normal());
+            }
+        }
+        let stream = device.stream().unwrap();
+        let cache = Cache::planned(device, &stream, config(Codec::F16, 12), &p).unwrap();
+        let anything = Tolerance { absolute: f64::MAX, relative: 0.0, cosine: 2.0 };
+        let mut lab = Lab::of(stream, cache, Codec::F16, anything);
+        let a = lab.create();
+        for n in [8, 8, 8, 3] {
+            lab.extend(&[(a, n)]).unwrap();
+        }
+        (lab.cache.fixed_bytes(), lab.outputs.concat())
+    };
+    let (bytes, reference) = outputs(&Device::reference(), KeyBasis::Int8);
+    let (_, kernels) = outputs(&simt, KeyBasis::Int8);
+    let tolerance = Tolerance::attend_lowrank(kvlar_reference::Dtype::F16, 100, 4.0, 1.0);
+    compare::compare(&kernels, &reference, tolerance).unwrap();
+    let (more_bytes, wide) = outputs(&simt, KeyBasis::Model);
+    assert!(bytes < more_bytes);
+    compare::compare(&wide, &reference, Tolerance { absolute: 0.1, relative: 0.0, cosine: 1e-3 }).unwrap();
+    assert!(compare::compare(&wide, &reference, tolerance).is_err(), "nothing was lost: was the basis in 8 bits?");
 }
 
 #[test]
@@ -375,7 +230,7 @@ fn dense_layers_of_a_plan() {
     p.layers[1] = LayerPlan { keys: Side::Dense, values: Side::Dense };
     let cache = Cache::planned(&device, &stream, config(Codec::Int8, 6), &p).unwrap();
     let tolerance = Tolerance::merge();
-    let mut lab = Lab { stream, cache, model: BTreeMap::new(), next_token: 1, codec: Codec::F16, tolerance };
+    let mut lab = Lab::of(stream, cache, Codec::F16, tolerance);
     let a = lab.create();
     lab.extend(&[(a, 20)]).unwrap();
     lab.extend(&[(a, 1)]).unwrap();
@@ -452,7 +307,7 @@ fn exhaustion_changes_nothing_and_can_be_recovered_from() {
     lab.extend(&[(a, 40), (b, 10)]).unwrap();
     let before = lab.cache.usage();
     let e = lab.extend(&[(a, 5), (b, 20)]).unwrap_err();
-    assert_eq!(e, CacheError::OutOfPages { needed: 1, free: 0, capacity: 4 });
+    assert_eq!(e, CacheError::OutOfPages { of: "pages", needed: 1, free: 0, capacity: 4 });
     assert!(e.to_string().contains("1 pages needed"), "{e}");
     assert_eq!(lab.cache.usage(), before);
     lab.extend(&[(a, 5)]).unwrap();
@@ -460,6 +315,45 @@ fn exhaustion_changes_nothing_and_can_be_recovered_from() {
     lab.model.get_mut(&a).unwrap().truncate(16);
     lab.extend(&[(a, 1), (b, 20)]).unwrap();
     lab.check();
+}
+
+/// Exact rows have pages of their own: enough for as many sequences as the configuration says, however long their steps.
+#[test]
+fn exact_rows_of_max_seqs_sequences_have_room() {
+    let exact = (5, 40);
+    let mut lab = Lab::exact(&Device::reference(), 12, Tolerance::merge(), exact);
+    let one = CacheConfig { max_seqs: 1, ..config(Codec::F16, 12) };
+    lab.cache = Cache::planned(lab.stream.device(), &lab.stream, one, &exact_plan(lab.factor, exact)).unwrap();
+    let a = lab.create();
+    for n in [50, 45] {
+        lab.extend(&[(a, n)]).unwrap();
+    }
+    lab.cache.remove(a).unwrap();
+    lab.model.remove(&a);
+    // Or for more that are short: one page of sinks and two of recent rows each.
+    for _ in 0..3 {
+        let seq = lab.create();
+        lab.extend(&[(seq, 30)]).unwrap();
+    }
+    let (seq, before) = (lab.create(), lab.cache.usage());
+    let e = lab.extend(&[(seq, 30)]).unwrap_err();
+    assert_eq!(e, CacheError::OutOfPages { of: "pages of exact rows", needed: 3, free: 0, capacity: 9 });
+    assert_eq!(lab.cache.usage(), before);
+}
+
+/// A step that is cancelled leaves the exact rows as they were, also those that it would have pushed out.
+#[test]
+fn a_cancelled_step_forgets_no_exact_row() {
+    let mut lab = Lab::exact(&Device::reference(), 12, Tolerance::merge(), (5, 20));
+    let a = lab.create();
+    lab.extend(&[(a, 40)]).unwrap();
+    let (before, usage) = (lab.cache.exact_rows(a).unwrap(), lab.cache.usage());
+    let mut batch = lab.cache.batch(BatchShape::new(1, 50, Q_HEADS)).unwrap();
+    lab.cache.begin(&lab.stream, &mut batch, &[(a, 50)]).unwrap();
+    assert_ne!(lab.cache.exact_rows(a).unwrap(), before);
+    lab.cache.cancel(&mut batch).unwrap();
+    assert_eq!((lab.cache.exact_rows(a).unwrap(), lab.cache.usage()), (before, usage));
+    lab.extend(&[(a, 1)]).unwrap();
 }
 
 #[test]

@@ -91,6 +91,18 @@ impl Latent {
     }
 }
 
+/// What key bases are multiplied as when keys are rebuilt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KeyBasis {
+    /// In 16 bits.
+    #[default]
+    Model,
+    /// In 8 bits, with a scale a rotary pair, on 8-bit latents: half the tensor work, for groups that it bounds (large ones of
+    /// high rank); about 0.4 % of a key is lost.
+    Int8,
+}
+
 /// Where the basis of the values comes from. The paper's ablation "without OVC" is `WeightSvd`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -134,6 +146,9 @@ pub struct RecalkvConfig {
     pub latent_keys: Latent,
     /// What value latents are stored as.
     pub latent_values: Latent,
+    /// What key bases are multiplied as.
+    #[serde(default)]
+    pub key_basis: KeyBasis,
     /// Rotate quantized latents so that their numbers are alike in size ([`crate::hadamard`]). Bases of latents that are
     /// not quantized stay as they are: any prefix of their columns is then the best basis of that rank.
     pub hadamard: bool,
@@ -164,6 +179,7 @@ impl Default for RecalkvConfig {
             multiple: 32,
             latent_keys: Latent::Model,
             latent_values: Latent::Model,
+            key_basis: KeyBasis::Model,
             hadamard: true,
             center: false,
             shards: 1,
@@ -202,6 +218,9 @@ impl RecalkvConfig {
         if self.weighting_values == Weighting::Query {
             return config("weighting_values", "values do not meet the queries; use none or output");
         }
+        if self.key_basis == KeyBasis::Int8 && self.latent_keys != Latent::Int8 {
+            return config("key_basis", "an 8-bit basis multiplies 8-bit key latents alone");
+        }
         if let Budget::Fixed { keys, values } = self.budget {
             let sides = [
                 ("keys", keys, self.key_group * model.layer.head_dim),
@@ -224,17 +243,18 @@ pub enum Preset {
     Speed,
     /// Least error: pairs of heads, r_k = d, r_v = 1.5 dv a pair, 8-bit latents (d = 128: 128 and 192; about 0.32).
     Quality,
-    /// Most tokens: groups of 4 heads, r_k = d, r_v = 2 dv a group, 4-bit latents (d = 128: 128 and 256; about 0.1).
+    /// Most tokens: groups of 4 heads, r_k = d, r_v = 2 dv a group, 8-bit latents (d = 128: 128 and 256; about 0.19), and
+    /// 8-bit key bases, since tensor cores bound such groups.
     Capacity,
 }
 
 impl Preset {
     /// The settings for a model of these heads.
     pub fn config(self, shape: &LayerShape) -> RecalkvConfig {
-        let (group, keys, values, latent) = match self {
-            Self::Speed => (2, 0.5, 1.0, Latent::Model),
-            Self::Quality => (2, 1.0, 1.5, Latent::Int8),
-            Self::Capacity => (4, 1.0, 2.0, Latent::Int4),
+        let (group, keys, values, latent, key_basis) = match self {
+            Self::Speed => (2, 0.5, 1.0, Latent::Model, KeyBasis::Model),
+            Self::Quality => (2, 1.0, 1.5, Latent::Int8, KeyBasis::Model),
+            Self::Capacity => (4, 1.0, 2.0, Latent::Int8, KeyBasis::Int8),
         };
         let multiple = 32;
         let wanted = group as f64;
@@ -252,6 +272,7 @@ impl Preset {
             budget: Budget::Fixed { keys, values },
             latent_keys: latent,
             latent_values: latent,
+            key_basis,
             multiple,
             ..RecalkvConfig::default()
         };

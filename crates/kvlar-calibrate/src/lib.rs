@@ -36,7 +36,7 @@ mod report;
 mod shape;
 pub mod similarity;
 
-pub use config::{Budget, Grouping, Latent, Preset, RecalkvConfig, ValueFit, Weighting};
+pub use config::{Budget, Grouping, KeyBasis, Latent, Preset, RecalkvConfig, ValueFit, Weighting};
 pub use error::{Error, Result};
 pub use faer;
 pub use fit::{Weights, fit};

@@ -303,12 +303,19 @@ fn the_same_input_gives_the_same_plan() {
 }
 
 #[test]
+fn an_8_bit_basis_needs_8_bit_latents() {
+    let c = RecalkvConfig { key_basis: KeyBasis::Int8, latent_values: Latent::Int8, ..config() };
+    says(c.check(&small()), &["key_basis", "8-bit"]);
+    RecalkvConfig { latent_keys: Latent::Int8, ..c }.check(&small()).unwrap();
+}
+
+#[test]
 fn presets_clamp_to_the_model() {
     let llama3 = LayerShape { q_heads: 32, kv_heads: 8, head_dim: 128, value_dim: 128 };
     for (preset, group, ranks, kept) in [
         (Preset::Speed, 2, (64, 128), 0.375),
         (Preset::Quality, 2, (128, 192), 328.0 / 1024.0),
-        (Preset::Capacity, 4, (128, 256), 200.0 / 2048.0),
+        (Preset::Capacity, 4, (128, 256), 392.0 / 2048.0),
     ] {
         let c = preset.config(&llama3);
         assert_eq!((c.key_group, c.value_group), (group, group));

@@ -77,8 +77,13 @@ fn bytes_count_scales_and_bases() {
     assert_eq!(plan.bytes_per_token(), 40.0 + 112.0);
     assert_eq!(plan.dense_bytes_per_token(), 224.0);
     assert_eq!(plan.fixed_bytes(), 2 * 2 * (4 * 8 * 4) + 4 * 32 + 2 * 2 * (4 * 6 * 20));
-    let exact = 20.0 * 224.0 + 80.0 * 152.0 + plan.fixed_bytes() as f64;
-    assert!((plan.kept(100) - exact / (100.0 * 224.0)).abs() < 1e-12);
+    // The low-rank layer: latents of all but 4 sinks, 20 rows as they are. The dense layer has no second copy.
+    let bytes = 96.0 * 40.0 + 20.0 * 112.0 + 100.0 * 112.0 + plan.fixed_bytes() as f64;
+    assert!((plan.kept(100) - bytes / (100.0 * 224.0)).abs() < 1e-12);
+    // An 8-bit key basis: a byte a number, and a scale for each of 32 / 2 pairs of a head.
+    let mut int8 = plan.clone();
+    int8.config.key_basis = kvlar_calibrate::KeyBasis::Int8;
+    assert_eq!(int8.fixed_bytes(), plan.fixed_bytes() - 4 * 8 * 4 + 4 * 4 * 16);
 }
 
 #[test]

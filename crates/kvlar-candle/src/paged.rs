@@ -184,7 +184,7 @@ impl KvStore for PagedStore {
     }
 
     fn bytes(&self) -> usize {
-        self.len() * self.cache.bytes_per_token() + self.cache.fixed_bytes()
+        self.cache.sequence_bytes(self.seq).unwrap_or(0) + self.cache.fixed_bytes()
     }
 }
 
@@ -208,6 +208,7 @@ fn cache_config(shape: &KvShape, config: StoreConfig) -> CacheConfig {
         page_rows: config.page_rows,
         pages: config.max_rows.div_ceil(config.page_rows).max(1),
         max_rows: config.max_rows,
+        max_seqs: 1,
     }
 }
 

@@ -175,7 +175,7 @@ fn settings_reach_the_plan() {
 
 #[test]
 fn presets_are_settings_by_name() {
-    for (name, latent, group) in [("speed", Latent::Model, 2), ("quality", Latent::Int8, 2), ("capacity", Latent::Int4, 4)] {
+    for (name, latent, group) in [("speed", Latent::Model, 2), ("quality", Latent::Int8, 2), ("capacity", Latent::Int8, 4)] {
         let plan = run(&["--preset", name]).plan();
         let c = &plan.config;
         assert_eq!((c.latent_keys, c.latent_values, c.key_group, c.value_group), (latent, latent, group, group), "{name}");

@@ -3,7 +3,7 @@
 mod check;
 mod file;
 
-use crate::config::{Latent, RecalkvConfig};
+use crate::config::{KeyBasis, Latent, RecalkvConfig};
 use crate::error::{Error, Result};
 use crate::shape::ModelShape;
 use serde::{Deserialize, Serialize};
@@ -189,14 +189,26 @@ impl Plan {
     /// Bytes that do not grow with the context: bases.
     pub fn fixed_bytes(&self) -> usize {
         let sides = self.layers.iter().flat_map(|l| [&l.keys, &l.values]);
-        sides.filter_map(Side::factors).map(Factors::fixed_bytes).sum()
+        let bytes: usize = sides.filter_map(Side::factors).map(Factors::fixed_bytes).sum();
+        if self.config.key_basis == KeyBasis::Model {
+            return bytes;
+        }
+        // A byte a number, and an f32 scale a pair of padded dimensions.
+        let keys = || self.layers.iter().filter_map(|l| l.keys.factors());
+        let scales: usize = keys().map(|f| 4 * f.heads() * f.dim().next_multiple_of(32) / 2).sum();
+        bytes + scales - keys().map(|f| f.basis.len()).sum::<usize>()
     }
 
-    /// Bytes kept of the 16-bit cache's for a context of `tokens`: exact sink and recent rows and bases counted. Sequences
-    /// share the bases; this is what one alone pays.
+    /// Bytes kept of the 16-bit cache's for a context of `tokens`: exact sink and recent rows and bases counted. Recent rows
+    /// are latents too. Sequences share the bases; this is what one alone pays.
     pub fn kept(&self, tokens: usize) -> f64 {
-        let exact = tokens.min(self.sink_rows + self.recent_rows) as f64;
-        let bytes = (tokens as f64 - exact) * self.bytes_per_token() + exact * self.dense_bytes_per_token();
+        let (sinks, dense) = (tokens.min(self.sink_rows), self.model.layer.dense_bytes());
+        let exact = tokens.min(sinks + self.recent_rows);
+        let of_layer = |(l, layer): (usize, &LayerPlan)| match (&layer.keys, &layer.values) {
+            (Side::Dense, Side::Dense) => tokens * dense,
+            _ => (tokens - sinks) * self.layer_bytes_per_token(l) + exact * dense,
+        };
+        let bytes = self.layers.iter().enumerate().map(of_layer).sum::<usize>() as f64;
         (bytes + self.fixed_bytes() as f64) / (self.dense_bytes_per_token() * tokens.max(1) as f64)
     }
 }

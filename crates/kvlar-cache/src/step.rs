@@ -1,0 +1,308 @@
+//! Steps: room for new tokens, their rows, attention over them.
+
+use crate::batch::{Batch, BatchShape};
+use crate::cache::{Cache, SeqId};
+use crate::error::invalid;
+use crate::layer::Layer;
+use crate::pages::PageBook;
+use crate::sequence::Kind;
+use crate::{CacheError, Result};
+use kvlar::{AppendArgs, AttendArgs, LowrankArgs, Pool, Rope, Segment, Stream, Strides, View, ViewMut};
+use std::collections::BTreeMap;
+
+/// A page that was copied because another sequence owns it too.
+struct Copied {
+    seq: SeqId,
+    kind: Kind,
+    shared: u32,
+    own: u32,
+}
+
+/// New rows of a layer: k before RoPE and v, of the batch's shape.
+#[derive(Clone, Copy, Debug)]
+pub struct NewRows<'a> {
+    /// `[seqs, Hk, new_rows, d]`.
+    pub k: View<'a>,
+    /// `None`: dense, as above.
+    pub k_strides: Option<Strides>,
+    /// `[seqs, Hk, new_rows, dv]`.
+    pub v: View<'a>,
+    /// `None`: dense, as above.
+    pub v_strides: Option<Strides>,
+}
+
+/// Queries of a layer and where their results go, of the batch's shape.
+#[derive(Debug)]
+pub struct Queries<'a> {
+    /// `[seqs, Hq, new_rows, d]`, rotated.
+    pub q: View<'a>,
+    /// `None`: dense, as above.
+    pub q_strides: Option<Strides>,
+    /// `[seqs, Hq, new_rows, dv]`; 0 for padding rows.
+    pub out: ViewMut<'a>,
+    /// `None`: dense, as above.
+    pub out_strides: Option<Strides>,
+    /// f32 `[seqs, Hq, new_rows]`.
+    pub lse: Option<ViewMut<'a>>,
+    /// f32 `[Hq]`: an extra logit in the denominator.
+    pub sink_logits: Option<View<'a>>,
+    /// How keys are rotated: where they are low rank they are rotated as they are rebuilt.
+    pub rope: Option<Rope<'a>>,
+}
+
+impl Cache {
+    /// Starts a step: makes room for new tokens, copies shared pages that they fall into, and uploads the tables.
+    /// Not for captured graphs.
+    ///
+    /// # Errors
+    /// [`CacheError::OutOfPages`], [`CacheError::TooLong`], [`CacheError::UnknownSequence`], [`CacheError::Busy`] (also for
+    /// a batch in use), [`CacheError::Invalid`] for more sequences or tokens than the batch was made for.
+    pub fn begin(&mut self, stream: &Stream, batch: &mut Batch, new: &[(SeqId, usize)]) -> Result<()> {
+        if let Some(&(seq, _)) = batch.active.first() {
+            return Err(CacheError::Busy(seq));
+        }
+        if batch.cache != self.id {
+            return invalid("batch", "was made for another cache");
+        }
+        let BatchShape { seqs, new_rows, .. } = batch.shape;
+        if new.len() > seqs {
+            return invalid("sequences", format!("{} in a batch of {seqs}", new.len()));
+        }
+        for (i, &(seq, rows)) in new.iter().enumerate() {
+            let max = self.config.max_rows;
+            let s = self.idle(seq)?;
+            if s.rows + rows > max {
+                return Err(CacheError::TooLong { seq, rows: s.rows + rows, max });
+            }
+            if rows > new_rows {
+                return invalid("new tokens", format!("{rows} in a batch of {new_rows}"));
+            }
+            if new[..i].iter().any(|(other, _)| *other == seq) {
+                return Err(CacheError::Busy(seq));
+            }
+        }
+        self.check_pages(new)?;
+        // From here on only the device can fail; then the books are put back.
+        let mut copies = Vec::new();
+        let result = self.grow(stream, new, &mut copies).and_then(|()| {
+            let sequences = new.iter().filter_map(|(seq, _)| self.sequences.get(seq));
+            batch.tables.fill(stream, &self.config, &sequences.collect::<Vec<_>>())
+        });
+        if let Err(e) = result {
+            self.undo(new, &copies);
+            return Err(e);
+        }
+        batch.active = new.to_vec();
+        batch.scheduled = false;
+        batch.lowrank_work.iter_mut().for_each(|(_, scheduled)| *scheduled = false);
+        Ok(())
+    }
+
+    /// Whether there are enough free pages for a step. Of a shared page that all owners write into, one keeps the original.
+    fn check_pages(&mut self, new: &[(SeqId, usize)]) -> Result<()> {
+        let (mut needed, mut writers) = ([0, 0], BTreeMap::new());
+        for &(seq, rows) in new {
+            let Some(s) = self.sequences.get(&seq) else { continue };
+            for g in s.held.growth(&self.exact, self.config.page_rows, s.rows, s.rows + rows) {
+                needed[usize::from(g.kind.is_exact())] += g.come;
+                for &page in s.held.list(g.kind).pages.range(g.leave + g.written..) {
+                    writers.entry((g.kind.is_exact(), page)).or_insert((g.kind, 0)).1 += 1;
+                }
+            }
+        }
+        for ((exact, page), (kind, n)) in writers {
+            needed[usize::from(exact)] += n.min(self.books.of(kind).owners(page) - 1);
+        }
+        let of = [("pages", &self.books.rows), ("pages of exact rows", &self.books.exact)];
+        for (needed, (of, book)) in needed.into_iter().zip(of) {
+            let (free, capacity) = (book.free(), book.capacity());
+            if needed > free {
+                return Err(CacheError::OutOfPages { of, needed, free, capacity });
+            }
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, stream: &Stream, new: &[(SeqId, usize)], copies: &mut Vec<Copied>) -> Result<()> {
+        for &(seq, rows) in new {
+            let Some(s) = self.sequences.get_mut(&seq) else { continue };
+            let growth = s.held.growth(&self.exact, self.config.page_rows, s.rows, s.rows + rows);
+            s.begin_step(rows, &growth);
+            for g in growth {
+                let book = self.books.of(g.kind);
+                let list = &mut s.held.list_mut(g.kind).pages;
+                for page in list.range_mut(g.written..) {
+                    if !book.is_shared(*page) {
+                        continue;
+                    }
+                    let (shared, own) = (*page, take(book)?);
+                    book.release(shared);
+                    *page = own;
+                    copies.push(Copied { seq, kind: g.kind, shared, own });
+                    for store in self.layers.iter_mut().filter_map(|l| l.store_mut(g.kind)) {
+                        store.copy_page(stream, shared as usize, own as usize)?;
+                    }
+                }
+                for _ in 0..g.come {
+                    list.push_back(take(book)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the books back to before [`Cache::grow`].
+    fn undo(&mut self, new: &[(SeqId, usize)], copies: &[Copied]) {
+        for (seq, _) in new {
+            if let Some(s) = self.sequences.get_mut(seq) {
+                s.end_step(false, &mut self.books);
+            }
+        }
+        for c in copies {
+            self.books.of(c.kind).share(c.shared);
+            self.books.of(c.kind).release(c.own);
+            if let Some(s) = self.sequences.get_mut(&c.seq) {
+                s.held.list_mut(c.kind).pages.iter_mut().filter(|p| **p == c.own).for_each(|p| *p = c.shared);
+            }
+        }
+    }
+
+    /// Enqueues the writing of a layer's new rows; padding rows are not stored. One launch, two where a low-rank layer
+    /// keeps exact rows too.
+    ///
+    /// # Errors
+    /// [`CacheError::Invalid`] for a layer that does not exist or a batch without a step; [`CacheError::Device`].
+    pub fn append(
+        &mut self,
+        stream: &Stream,
+        batch: &mut Batch,
+        layer: usize,
+        new: NewRows<'_>,
+        rope: Option<Rope<'_>>,
+    ) -> Result<()> {
+        self.check_step(batch, layer)?;
+        let config = &self.config;
+        let Batch { tables, workspace, .. } = batch;
+        let as_given = |slots, rows, pools: (Pool<_>, Pool<_>)| AppendArgs {
+            k: new.k,
+            k_strides: new.k_strides,
+            v: new.v,
+            v_strides: new.v_strides,
+            positions: tables.positions.view(),
+            slots,
+            slots_per_head: false,
+            rope,
+            rows,
+            row_positions: None,
+            keys: pools.0,
+            values: pools.1,
+        };
+        let Layer { rows, lowrank } = &mut self.layers[layer];
+        let (Some(lowrank), Some(plans)) = (lowrank, batch.lowrank[layer]) else {
+            let mut args = as_given(tables.slots.view(), tables.rows(config)?, rows.pools_mut());
+            return Ok(batch.append.launch(stream, &mut args, workspace)?);
+        };
+        let mut args = lowrank.append_args(&new, tables.latents(config)?, tables.latent_slots(), rows.pools_mut());
+        plans.append.launch(stream, &mut args, workspace)?;
+        if let (Some(exact), Some(plan), Some(t)) = (&mut lowrank.exact, &batch.append_exact, &tables.exact) {
+            plan.launch(stream, &mut as_given(t.slots.view(), t.rows()?, exact.pools_mut()), workspace)?;
+        }
+        Ok(())
+    }
+
+    /// Enqueues a layer's attention of the new tokens over all tokens of their sequences, the new ones included. The
+    /// first call of a step enqueues the work list too.
+    ///
+    /// # Errors
+    /// [`CacheError::Invalid`] for a layer that does not exist or a batch without a step; [`CacheError::Device`].
+    pub fn attend(&self, stream: &Stream, batch: &mut Batch, layer: usize, args: Queries<'_>) -> Result<()> {
+        self.check_step(batch, layer)?;
+        let config = &self.config;
+        let Layer { rows, lowrank } = &self.layers[layer];
+        let tables = &batch.tables;
+        let segment = |rows, pools: (Pool<_>, Pool<_>)| Segment { rows, keys: pools.0, values: pools.1 };
+        let mut segments = Vec::with_capacity(kvlar::MAX_SEGMENTS);
+        match lowrank {
+            None => segments.push(segment(tables.rows(config)?, rows.pools())),
+            Some(lowrank) => {
+                let exact = lowrank.exact.as_ref().zip(tables.exact.as_ref());
+                let part = |rows: Option<_>| rows.zip(exact).map(|(rows, (store, _))| segment(rows, store.pools()));
+                segments.extend(part(exact.map(|(_, t)| t.sinks()).transpose()?.flatten()));
+                segments.push(segment(tables.latents(config)?, rows.pools()));
+                segments.extend(part(exact.map(|(_, t)| t.recent()).transpose()?.flatten()));
+            }
+        }
+        let rope = args.rope;
+        let mut args = AttendArgs {
+            q: args.q,
+            q_strides: args.q_strides,
+            out: args.out,
+            out_strides: args.out_strides,
+            lse: args.lse,
+            segments: &segments,
+            q_positions: Some(batch.tables.positions.view()),
+            sink_logits: args.sink_logits,
+        };
+        if let (Some(lowrank), Some(plans)) = (lowrank, batch.lowrank[layer]) {
+            let Some(plan) = plans.attend else {
+                let most = kvlar::MAX_QUERY_ROWS;
+                return invalid("new tokens", format!("a low-rank layer attends from up to {most} of them at a time"));
+            };
+            let mut args = LowrankArgs { attend: args, bases: lowrank.bases(), rope, sets: lowrank.sets() };
+            let (work, scheduled) = &mut batch.lowrank_work[plans.work];
+            if !*scheduled {
+                plan.schedule(stream, &args, work, &mut batch.workspace)?;
+                *scheduled = true;
+            }
+            return Ok(plan.launch(stream, &mut args, work, &mut batch.workspace)?);
+        }
+        if !batch.scheduled {
+            batch.attend.schedule(stream, &args, &mut batch.work, &mut batch.workspace)?;
+            batch.scheduled = true;
+        }
+        Ok(batch.attend.launch(stream, &mut args, &batch.work, &mut batch.workspace)?)
+    }
+
+    /// Finishes a step: its tokens are part of their sequences.
+    ///
+    /// # Errors
+    /// [`CacheError::Invalid`] for a batch without a step.
+    pub fn finish(&mut self, batch: &mut Batch) -> Result<()> {
+        self.end(batch, true)
+    }
+
+    /// Ends a step as if it had not begun: its tokens are forgotten.
+    ///
+    /// # Errors
+    /// [`CacheError::Invalid`] for a batch without a step.
+    pub fn cancel(&mut self, batch: &mut Batch) -> Result<()> {
+        self.end(batch, false)
+    }
+
+    fn end(&mut self, batch: &mut Batch, keep: bool) -> Result<()> {
+        if batch.active.is_empty() {
+            return invalid("batch", "no step has begun");
+        }
+        for (seq, _) in batch.active.drain(..) {
+            if let Some(s) = self.sequences.get_mut(&seq) {
+                s.end_step(keep, &mut self.books);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_step(&self, batch: &Batch, layer: usize) -> Result<()> {
+        if layer >= self.layers.len() {
+            return invalid("layer", format!("{layer} of {}", self.layers.len()));
+        }
+        if batch.active.is_empty() || batch.cache != self.id {
+            return invalid("batch", "no step of this cache has begun");
+        }
+        Ok(())
+    }
+}
+
+fn take(book: &mut PageBook) -> Result<u32> {
+    let capacity = book.capacity();
+    book.take().ok_or(CacheError::OutOfPages { of: "pages", needed: 1, free: 0, capacity })
+}

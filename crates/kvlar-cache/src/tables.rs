@@ -1,0 +1,184 @@
+//! What the device knows of a step's sequences.
+
+use crate::exact::{EXACT_PAGE_ROWS, ExactShape};
+use crate::sequence::{Kind, Sequence};
+use crate::{CacheConfig, Result};
+use kvlar::{Buffer, Device, Rows, Stream, View};
+
+/// Tables of a step's sequences; padding rows have slot −1 and position −1, from which nothing is visible.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    seqs: usize,
+    new_rows: usize,
+    pages: Buffer,
+    lengths: Buffer,
+    /// Of the new tokens.
+    pub positions: Buffer,
+    /// Where token-wise layers put them.
+    pub slots: Buffer,
+    /// Where some layer keeps exact rows beside latents.
+    pub exact: Option<ExactTables>,
+}
+
+/// Tables of low-rank layers that keep exact rows: sinks, latents from there on, recent rows.
+#[derive(Debug)]
+pub(crate) struct ExactTables {
+    shape: ExactShape,
+    /// Of a sequence: pages of sinks, then those of recent rows.
+    pages: Buffer,
+    sink_lengths: Buffer,
+    latent_lengths: Buffer,
+    recent_lengths: Buffer,
+    /// Where latents of new tokens go; a sink has none.
+    pub latent_slots: Buffer,
+    /// Where new tokens go as they are; −1 for those that neither list holds.
+    pub slots: Buffer,
+}
+
+impl Tables {
+    pub fn new(device: &Device, config: &CacheConfig, exact: ExactShape, seqs: usize, new_rows: usize) -> Result<Self> {
+        let words = |n: usize| device.alloc(4 * n);
+        let exact = match exact.any() {
+            true => Some(ExactTables {
+                shape: exact,
+                pages: words(seqs * exact.table_pages())?,
+                sink_lengths: words(seqs)?,
+                latent_lengths: words(seqs)?,
+                recent_lengths: words(seqs)?,
+                latent_slots: words(seqs * new_rows)?,
+                slots: words(seqs * new_rows)?,
+            }),
+            false => None,
+        };
+        Ok(Self {
+            seqs,
+            new_rows,
+            pages: words(seqs * config.max_pages())?,
+            lengths: words(seqs)?,
+            positions: words(seqs * new_rows)?,
+            slots: words(seqs * new_rows)?,
+            exact,
+        })
+    }
+
+    pub fn bytes(&self) -> usize {
+        let Self { pages, lengths, positions, slots, exact, .. } = self;
+        let exact = exact.iter().flat_map(|e| {
+            [&e.pages, &e.sink_lengths, &e.latent_lengths, &e.recent_lengths, &e.latent_slots, &e.slots].map(Buffer::len)
+        });
+        [pages, lengths, positions, slots].map(Buffer::len).into_iter().chain(exact).sum()
+    }
+
+    /// All rows, token-wise.
+    pub fn rows(&self, config: &CacheConfig) -> Result<Rows<'_>> {
+        self.rows_of(config, &self.lengths)
+    }
+
+    /// Rows as latents.
+    pub fn latents(&self, config: &CacheConfig) -> Result<Rows<'_>> {
+        self.rows_of(config, self.exact.as_ref().map_or(&self.lengths, |e| &e.latent_lengths))
+    }
+
+    /// Slots of new latents.
+    pub fn latent_slots(&self) -> View<'_> {
+        self.exact.as_ref().map_or(&self.slots, |e| &e.latent_slots).view()
+    }
+
+    fn rows_of<'a>(&'a self, config: &CacheConfig, lengths: &'a Buffer) -> Result<Rows<'a>> {
+        let rows = Rows::block_table(self.pages.view(), config.max_pages(), lengths.view(), config.page_rows)?;
+        Ok(Rows { max_rows: config.max_rows, ..rows })
+    }
+
+    /// Uploads those of a step: of sequences in which it has begun.
+    pub fn fill(&mut self, stream: &Stream, config: &CacheConfig, sequences: &[&Sequence]) -> Result<()> {
+        let (seqs, new_rows, max_pages) = (self.seqs, self.new_rows, config.max_pages());
+        let (mut pages, mut lengths) = (vec![0i32; seqs * max_pages], vec![0i32; seqs]);
+        let mut positions = vec![-1i32; seqs * new_rows];
+        for (i, seq) in sequences.iter().enumerate() {
+            write_pages(&mut pages[i * max_pages..], seq, Kind::All);
+            lengths[i] = seq.total() as i32;
+            for (to, position) in positions[i * new_rows..].iter_mut().zip(seq.rows..seq.total()) {
+                *to = position as i32;
+            }
+        }
+        upload(stream, &mut self.pages, &pages)?;
+        upload(stream, &mut self.lengths, &lengths)?;
+        upload(stream, &mut self.positions, &positions)?;
+        // A row's slot is its position: nothing has been evicted.
+        upload(stream, &mut self.slots, &positions)?;
+        match &mut self.exact {
+            Some(exact) => exact.fill(stream, seqs, new_rows, sequences),
+            None => Ok(()),
+        }
+    }
+}
+
+impl ExactTables {
+    fn fill(&mut self, stream: &Stream, seqs: usize, new_rows: usize, sequences: &[&Sequence]) -> Result<()> {
+        let (width, sinks) = (self.shape.table_pages(), self.shape.sinks);
+        let recent_slot = self.shape.sink_pages() * EXACT_PAGE_ROWS;
+        let mut pages = vec![0i32; seqs * width];
+        let [mut sink_lengths, mut latent_lengths, mut recent_lengths] = [(); 3].map(|()| vec![0i32; seqs]);
+        let [mut latent_slots, mut slots] = [(); 2].map(|()| vec![-1i32; seqs * new_rows]);
+        for (i, seq) in sequences.iter().enumerate() {
+            let (total, first) = (seq.total(), seq.held.list(Kind::Recent).first);
+            write_pages(&mut pages[i * width..], seq, Kind::Sinks);
+            write_pages(&mut pages[i * width + self.shape.sink_pages()..], seq, Kind::Recent);
+            sink_lengths[i] = total.min(sinks) as i32;
+            latent_lengths[i] = first.min(total).saturating_sub(sinks) as i32;
+            recent_lengths[i] = if self.shape.recent == 0 { 0 } else { total.saturating_sub(first) as i32 };
+            for (s, position) in (seq.rows..total).enumerate() {
+                let to = i * new_rows + s;
+                if position < sinks {
+                    slots[to] = position as i32;
+                    continue;
+                }
+                latent_slots[to] = (position - sinks) as i32;
+                if self.shape.recent > 0 && position >= first {
+                    slots[to] = (recent_slot + position - first) as i32;
+                }
+            }
+        }
+        upload(stream, &mut self.pages, &pages)?;
+        upload(stream, &mut self.sink_lengths, &sink_lengths)?;
+        upload(stream, &mut self.latent_lengths, &latent_lengths)?;
+        upload(stream, &mut self.recent_lengths, &recent_lengths)?;
+        upload(stream, &mut self.latent_slots, &latent_slots)?;
+        upload(stream, &mut self.slots, &slots)
+    }
+
+    /// Sinks and recent rows behind each other: what new rows are written to.
+    pub fn rows(&self) -> Result<Rows<'_>> {
+        let pages = self.shape.table_pages();
+        Ok(Rows::block_table(self.pages.view(), pages, self.sink_lengths.view(), EXACT_PAGE_ROWS)?)
+    }
+
+    /// The first rows; `None` if they are not kept.
+    pub fn sinks(&self) -> Result<Option<Rows<'_>>> {
+        self.part(0, self.shape.sink_pages(), &self.sink_lengths)
+    }
+
+    /// The last rows; `None` if they are not kept.
+    pub fn recent(&self) -> Result<Option<Rows<'_>>> {
+        self.part(self.shape.sink_pages(), self.shape.recent_pages(), &self.recent_lengths)
+    }
+
+    fn part<'a>(&'a self, from: usize, pages: usize, lengths: &'a Buffer) -> Result<Option<Rows<'a>>> {
+        if pages == 0 {
+            return Ok(None);
+        }
+        let table = self.pages.view().slice(4 * from..self.pages.len())?;
+        let rows = Rows::block_table(table, self.shape.table_pages(), lengths.view(), EXACT_PAGE_ROWS)?;
+        Ok(Some(Rows { max_rows: pages * EXACT_PAGE_ROWS, ..rows }))
+    }
+}
+
+fn write_pages(to: &mut [i32], seq: &Sequence, kind: Kind) {
+    for (to, &page) in to.iter_mut().zip(&seq.held.list(kind).pages) {
+        *to = page as i32;
+    }
+}
+
+fn upload(stream: &Stream, to: &mut Buffer, words: &[i32]) -> Result<()> {
+    Ok(stream.upload(to, 0, bytemuck::cast_slice(words))?)
+}

@@ -1,0 +1,266 @@
+//! A cache, and a model of it: what every sequence should hold, and what attention should see of it.
+
+use kvlar::{Codec, Device, Dtype, Stream};
+use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, NewRows, Queries, SeqId};
+use kvlar_calibrate::{
+    Factors, Latent, LayerPlan, LayerShape, ModelShape, PLAN_FORMAT, PairLayout, Plan, RecalkvConfig, RopePairs, Side,
+};
+use kvlar_reference::testing::Rng;
+use kvlar_reference::tolerance::Tolerance;
+use kvlar_reference::{AttendInput, compare};
+use std::collections::BTreeMap;
+
+pub const LAYERS: usize = 2;
+pub const HEADS: usize = 2;
+pub const Q_HEADS: usize = 4;
+pub const DIM: usize = 16;
+pub const PAGE: usize = 16;
+
+pub fn config(codec: Codec, pages: usize) -> CacheConfig {
+    CacheConfig {
+        layers: LAYERS,
+        kv_heads: HEADS,
+        head_dim: DIM,
+        value_dim: DIM,
+        dtype: Dtype::F16,
+        codec,
+        page_rows: PAGE,
+        pages,
+        max_rows: 100,
+        max_seqs: 8,
+    }
+}
+
+pub struct Lab {
+    pub stream: Stream,
+    pub cache: Cache,
+    /// Tokens of each sequence, by name.
+    pub model: BTreeMap<SeqId, Vec<u64>>,
+    pub next_token: u64,
+    pub codec: Codec,
+    pub tolerance: Tolerance,
+    /// What low-rank layers do to rows that do not stay exact.
+    pub factor: f32,
+    /// Sinks and recent rows.
+    pub exact: (usize, usize),
+    /// Of each sequence: rows before it need not be exact any more.
+    pub latents: BTreeMap<SeqId, usize>,
+    /// Of the last step, of each layer.
+    pub outputs: Vec<Vec<f32>>,
+}
+
+/// Latents that hold both heads' rows, the second head's first: nothing is lost, but all of the low-rank path is taken.
+/// Rebuilt rows are `factor` times what was given.
+pub fn latents(factor: f32) -> Side {
+    let groups = vec![vec![1, 0]];
+    let width = HEADS * DIM;
+    let encoder = (0..width * width).map(|i| if i / width == i % width { 1.0 } else { 0.0 }).collect();
+    let at = |head: usize| groups[0].iter().position(|&h| h == head).unwrap() * DIM;
+    let select = |head: usize| (0..DIM * width).map(move |i| if at(head) + i / width == i % width { factor } else { 0.0 });
+    let basis = (0..HEADS).flat_map(select).collect();
+    Side::LowRank(Factors { groups: groups.clone(), rank: width, basis, encoder, mean: None, latent: Latent::Model })
+}
+
+/// Low-rank keys and values in the first layer, low-rank keys beside dense values in the second.
+pub fn plan() -> Plan {
+    exact_plan(1.0, (0, 0))
+}
+
+/// The same with rebuilt rows that can be told from exact ones, and rows that stay exact.
+pub fn exact_plan(factor: f32, (sink_rows, recent_rows): (usize, usize)) -> Plan {
+    let layer = LayerShape { q_heads: Q_HEADS, kv_heads: HEADS, head_dim: DIM, value_dim: DIM };
+    Plan {
+        format: PLAN_FORMAT,
+        method: "recalkv".into(),
+        fingerprint: "a model".into(),
+        model: ModelShape { layers: LAYERS, layer, hidden: 64, rope: RopePairs { rotary_dim: 0, layout: PairLayout::Half } },
+        config: RecalkvConfig::default(),
+        sink_rows,
+        recent_rows,
+        layers: vec![
+            LayerPlan { keys: latents(factor), values: latents(factor) },
+            LayerPlan { keys: latents(factor), values: Side::Dense },
+        ],
+    }
+}
+
+/// A token's key (or value) of a head in a layer, as f16 holds it.
+pub fn row(token: u64, layer: usize, head: usize, value: bool) -> Vec<f32> {
+    let mut rng = Rng::new(token * 64 + (layer * HEADS + head) as u64 * 2 + u64::from(value));
+    kvlar_reference::Dtype::F16.round_all(&rng.normals(DIM, 1.0))
+}
+
+pub fn f16_bytes(x: &[f32]) -> Vec<u8> {
+    x.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()
+}
+
+impl Lab {
+    pub fn new(codec: Codec, pages: usize) -> Self {
+        let device = Device::reference();
+        let (stream, cache) = (device.stream().unwrap(), Cache::new(&device, config(codec, pages)).unwrap());
+        Self::of(stream, cache, codec, Tolerance::merge())
+    }
+
+    pub fn of(stream: Stream, cache: Cache, codec: Codec, tolerance: Tolerance) -> Self {
+        let (model, latents, outputs) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        Self { stream, cache, model, next_token: 1, codec, tolerance, factor: 1.0, exact: (0, 0), latents, outputs }
+    }
+
+    /// Layers of a plan; results are as exact as the device's.
+    pub fn planned(device: &Device, pages: usize, tolerance: Tolerance) -> Self {
+        let stream = device.stream().unwrap();
+        let cache = Cache::planned(device, &stream, config(Codec::F16, pages), &plan()).unwrap();
+        Self::of(stream, cache, Codec::F16, tolerance)
+    }
+
+    /// Likewise, with rows that stay exact beside latents that do not.
+    pub fn exact(device: &Device, pages: usize, tolerance: Tolerance, exact: (usize, usize)) -> Self {
+        let (stream, factor) = (device.stream().unwrap(), 0.5);
+        let plan = exact_plan(factor, exact);
+        let cache = Cache::planned(device, &stream, config(Codec::F16, pages), &plan).unwrap();
+        Self { factor, exact, ..Self::of(stream, cache, Codec::F16, tolerance) }
+    }
+
+    pub fn create(&mut self) -> SeqId {
+        let seq = self.cache.create();
+        self.model.insert(seq, Vec::new());
+        seq
+    }
+
+    /// Adds tokens to sequences in one step and checks what attention sees of all of them.
+    pub fn extend(&mut self, new: &[(SeqId, usize)]) -> Result<(), CacheError> {
+        let rows = new.iter().map(|n| n.1).max().unwrap_or(0).max(1);
+        let mut batch = self.cache.batch(BatchShape::new(new.len().max(1), rows, Q_HEADS))?;
+        self.cache.begin(&self.stream, &mut batch, new)?;
+        let mut tokens = self.model.clone();
+        for (seq, n) in new {
+            let ids = self.next_token..self.next_token + *n as u64;
+            tokens.get_mut(seq).unwrap().extend(ids);
+            self.next_token += *n as u64;
+        }
+        for (seq, _) in new {
+            self.check_exact(*seq, tokens[seq].len());
+        }
+        self.outputs.clear();
+        for layer in 0..LAYERS {
+            self.layer(&mut batch, new, rows, &tokens, layer);
+        }
+        self.cache.finish(&mut batch)?;
+        self.model = tokens;
+        Ok(())
+    }
+
+    /// That the sinks and the last rows are exact, and not many more.
+    fn check_exact(&mut self, seq: SeqId, total: usize) {
+        let (sinks, recent) = self.exact;
+        let latents = self.latents.entry(seq).or_insert(0);
+        *latents = total.saturating_sub(recent).max(*latents);
+        let (held, from) = self.cache.exact_rows(seq).unwrap();
+        assert_eq!(held, sinks.min(total));
+        let least = total.saturating_sub(recent + 15).max(sinks).min(total);
+        let most = (*latents).max(sinks).min(total);
+        assert!((least..=most).contains(&from), "rows from {from} on are exact, not from {least} to {most}");
+    }
+
+    /// A row as attention should see it.
+    fn seen(&self, seq: SeqId, layer: usize, head: usize, value: bool, i: usize, token: u64) -> Vec<f32> {
+        let (sinks, recent) = self.cache.exact_rows(seq).unwrap();
+        let rebuilt = i >= sinks && i < recent && !(value && layer == 1);
+        let codec = self.codec.reference();
+        let given = row(token, layer, head, value).into_iter().map(|x| if rebuilt { self.factor * x } else { x });
+        let r = kvlar_reference::encode_row(&given.collect::<Vec<_>>(), codec, DIM).unwrap();
+        kvlar_reference::decode_row(&r.codes, &r.params, DIM, codec, DIM).unwrap()
+    }
+
+    fn layer(
+        &mut self,
+        batch: &mut Batch,
+        new: &[(SeqId, usize)],
+        rows: usize,
+        tokens: &BTreeMap<SeqId, Vec<u64>>,
+        layer: usize,
+    ) {
+        let device = self.stream.device().clone();
+        let upload = |x: &[f32]| {
+            let mut buffer = device.alloc(2 * x.len()).unwrap();
+            self.stream.upload(&mut buffer, 0, &f16_bytes(x)).unwrap();
+            buffer
+        };
+        // Rows of padding are NaN: they must not be stored, nor seen.
+        let fill = |value: bool| -> Vec<f32> {
+            let mut x = Vec::new();
+            for ((seq, n), head) in new.iter().flat_map(|s| (0..HEADS).map(move |h| (s, h))) {
+                let all = &tokens[seq];
+                x.extend(all[all.len() - n..].iter().flat_map(|&t| row(t, layer, head, value)));
+                x.extend(std::iter::repeat_n(f32::NAN, (rows - n) * DIM));
+            }
+            x
+        };
+        let (k, v) = (upload(&fill(false)), upload(&fill(true)));
+        let new_rows = NewRows { k: k.view(), k_strides: None, v: v.view(), v_strides: None };
+        self.cache.append(&self.stream, batch, layer, new_rows, None).unwrap();
+        let queries =
+            kvlar_reference::Dtype::F16.round_all(&Rng::new(layer as u64).normals(new.len() * Q_HEADS * rows * DIM, 1.0));
+        let q = upload(&queries);
+        let mut out = device.alloc(queries.len() * 4).unwrap();
+        self.stream.fill(&mut out, 0..queries.len() * 4, 0xff).unwrap();
+        let args = Queries {
+            q: q.view(),
+            q_strides: None,
+            out: out.view_mut(),
+            out_strides: None,
+            lse: None,
+            sink_logits: None,
+            rope: None,
+        };
+        self.cache.attend(&self.stream, batch, layer, args).unwrap();
+        let mut bytes = vec![0u8; out.len()];
+        self.stream.download(&out, 0, &mut bytes).unwrap();
+        let actual: Vec<f32> = bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        assert!(batch.workspace().status(&self.stream).unwrap().is_clean());
+        for (i, (seq, n)) in new.iter().enumerate() {
+            let all = &tokens[seq];
+            let dense = |value| -> Vec<f32> {
+                let rows = (0..HEADS).flat_map(|h| all.iter().enumerate().map(move |(j, &t)| (h, j, t)));
+                rows.flat_map(|(h, j, t)| self.seen(*seq, layer, h, value, j, t)).collect()
+            };
+            let (k, v) = (dense(false), dense(true));
+            let positions: Vec<i32> = (0..rows).map(|s| if s < *n { (all.len() - n + s) as i32 } else { -1 }).collect();
+            let expected = kvlar_reference::attend(&AttendInput {
+                seqs: 1,
+                q_heads: Q_HEADS,
+                kv_heads: HEADS,
+                query_rows: rows,
+                rows: all.len(),
+                head_dim: DIM,
+                value_dim: DIM,
+                q: &queries[i * Q_HEADS * rows * DIM..(i + 1) * Q_HEADS * rows * DIM],
+                k: &k,
+                v: &v,
+                q_positions: Some(&positions),
+                ..Default::default()
+            })
+            .unwrap();
+            let own = &actual[i * Q_HEADS * rows * DIM..(i + 1) * Q_HEADS * rows * DIM];
+            compare::compare(own, &expected.out, self.tolerance).unwrap_or_else(|e| panic!("{seq} layer {layer}: {e}"));
+        }
+        self.outputs.push(actual);
+    }
+
+    /// The books: lengths, and that pages are neither lost nor invented.
+    pub fn check(&self) {
+        for (seq, tokens) in &self.model {
+            assert_eq!(self.cache.len(*seq).unwrap(), tokens.len());
+        }
+        let usage = self.cache.usage();
+        assert_eq!(usage.sequences, self.model.len());
+        let exact = usage.bytes - self.cache.config().pool_bytes();
+        assert_eq!(exact > 0, self.exact != (0, 0));
+        let least: usize = self.model.values().map(|t| t.len().div_ceil(PAGE)).max().unwrap_or(0);
+        let most: usize = self.model.values().map(|t| t.len().div_ceil(PAGE)).sum();
+        let used = usage.pages - usage.free;
+        assert!((least..=most).contains(&used), "{used} pages used, between {least} and {most} expected");
+        let used_bytes = used * (usage.bytes - exact) / usage.pages;
+        assert!((used_bytes..=used_bytes + exact).contains(&usage.used_bytes));
+    }
+}
