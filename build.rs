@@ -66,6 +66,8 @@ struct Unit {
     entries: Vec<String>,
     /// Digest of the source and of every header it includes.
     hash: String,
+    /// Whether these ask which GPU architecture they are compiled for.
+    per_arch: bool,
 }
 
 struct Tree {
@@ -85,10 +87,12 @@ impl Tree {
                     .filter_map(|l| l.trim().strip_prefix("GPU_EXPORT(")?.strip_suffix(')'))
                     .map(String::from)
                     .collect();
+                let (hash, per_arch) = digest_with_headers(root, &path);
                 units.push(Unit {
                     name: path.trim_end_matches(".cu").replace('/', "_"),
                     family: path.split('/').next().unwrap_or_default().into(),
-                    hash: digest_with_headers(root, &path),
+                    hash,
+                    per_arch,
                     path,
                     entries,
                 });
@@ -115,14 +119,16 @@ fn sorted(dir: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// Headers that `path` includes with quotes, transitively, and itself.
-fn digest_with_headers(root: &Path, path: &str) -> String {
-    let (mut seen, mut open) = (BTreeSet::new(), vec![path.to_string()]);
+/// Of `path` and of the headers that it includes with quotes, transitively; and whether one of them asks for the
+/// architecture.
+fn digest_with_headers(root: &Path, path: &str) -> (String, bool) {
+    let (mut seen, mut open, mut per_arch) = (BTreeSet::new(), vec![path.to_string()], false);
     while let Some(p) = open.pop() {
         let Ok(text) = fs::read_to_string(root.join(&p)) else { continue };
         if !seen.insert(p) {
             continue;
         }
+        per_arch |= text.lines().any(|l| l.starts_with("#") && l.contains("__CUDA_ARCH__"));
         let quoted = text.lines().filter_map(|l| l.trim().strip_prefix("#include \"")?.strip_suffix('"'));
         open.extend(quoted.map(String::from));
     }
@@ -131,7 +137,7 @@ fn digest_with_headers(root: &Path, path: &str) -> String {
         hash.update(p);
         hash.update(fs::read(root.join(p)).expect("readable source"));
     }
-    hex(&hash.finalize())
+    (hex(&hash.finalize()), per_arch)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -1,6 +1,5 @@
 // Global to shared memory: the rows of a tile, by cp.async.
 #pragma once
-#include "attend/tiles.cuh"
 #include "attend/unit.cuh"
 
 namespace kvlar::attend {

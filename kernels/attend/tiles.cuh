@@ -1,24 +1,13 @@
 // Tile shapes of decode attention, for a template head dimension D and a storage format.
 //
-// A warp takes `rows` cached rows at a time through a private ring of `kStages` tiles, so that
+// A warp takes `rows` cached rows at a time through a private ring of `kStages` tiles (attend/stages.cuh), so that
 // kStages - 1 tiles a warp are always in flight, 8 KB each: 128 KB an SM on Hopper (two CTAs), 64 KB on
 // sm_80 (one), 32 KB where an SM has 100 KB in all. Little's law asks for about 25 KB at 4.3 TB/s and
 // 0.75 us; research systems settle at 48 to 96 KB.
 #pragma once
-#include "device/gpu.cuh"
+#include "attend/stages.cuh"
 
 namespace kvlar::attend {
-
-// GPUs with 99 KB of shared memory a block (sm_86, sm_89, sm_120) take a shorter ring.
-#if defined(KVLAR_SMALL_SHARED) || \
-    (defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200))
-constexpr int kStages = 2;
-#else
-constexpr int kStages = 3;
-#endif
-
-constexpr int kMaskedColumn = INT32_MAX;  // query position of a column that pads the tile: sees all rows
-constexpr float kFloor = -1e30f;          // running maximum before any row: finite, so that max - max is 0
 
 template <int D, bool kInt8> struct Tiling {
   static_assert(D == 64 || D == 128 || D == 256, "template head dimensions");

@@ -10,6 +10,9 @@
 
 namespace kvlar::attend {
 
+constexpr int kMaskedColumn = INT32_MAX;  // query position of a column that pads the tile: sees all rows
+constexpr float kFloor = -1e30f;          // running maximum before any row: finite, so that max - max is 0
+
 struct Unit {
   int seq, head, query_tile;
   int first_tile, tile_count;             // tiles that some query of the unit can see

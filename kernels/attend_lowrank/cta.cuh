@@ -60,6 +60,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   // Basis rows, their sums and the means of the tile's heads, in the order of the rebuild.
   __device__ void load_bases() const {
     const int groups = int(lowrank.padded_dim) / 32, rows = unit.heads * groups * 32, rank = int(lowrank.key_rank);
+#pragma unroll 1
     for (int i = t; i < rows; i += threads()) {
       const int head = i / (32 * groups), pair = i / 32 % groups * kGroupPairs + i % 16, dim = dim_of_pair(lowrank.rope, pair, i / 16 % 2);
       const bool exists = dim < int(p.head_dim);
@@ -95,13 +96,13 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   __device__ void load_queries() const {
     const int groups = int(lowrank.padded_dim) / 32;
     uint4* queries = reinterpret_cast<uint4*>(memory + lowrank.shared.queries);
+#pragma unroll 1
     for (int i = t; i < groups * NT * 32; i += threads()) {
       Lane at;
       at.g = (i & 31) >> 2;
       at.c = i & 3;
-      const Column column = column_at(p, unit, 8 * (i / 32 % NT) + at.g);
-      const T* row = static_cast<const T*>(p.q) + unit.seq * p.q_seq_stride + column.query_head * p.q_head_stride + column.row * p.q_row_stride;
-      queries[i] = Scoring::read_query(lowrank, column.used ? row : nullptr, i / (32 * NT), at);
+      const Worker worker(lowrank, unit, memory);
+      queries[i] = Scoring::read_query(lowrank, worker.query_row(8 * (i / 32 % NT) + at.g), i / (32 * NT), at);
     }
   }
 
@@ -147,10 +148,13 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   }
 
   __device__ void merge_warps(int slot, int phase, int first, int values) const {
+#pragma unroll 1
     for (int i = t; i < unit.columns * values; i += threads()) {
       const int column = i / values, dim = i % values;
       float top = attend::kFloor, sum = 0.f, x = 0.f;
+#pragma unroll 1
       for (int w = 0; w < warps(); ++w) top = fmaxf(top, scratch_state(w, column)[0]);
+#pragma unroll 1
       for (int w = 0; w < warps(); ++w) {
         const float factor = ptx::ex2_approx(scratch_state(w, column)[0] - top);
         sum = fmaf(factor, scratch_state(w, column)[1], sum);
@@ -165,6 +169,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   __device__ void run_phase(int slot, int phase, int from, int end) const {
     const int slice = phase - 1;
     if (from >= end) {  // nothing of it in this share
+#pragma unroll 1
       for (int c = t; c < unit.columns; c += threads()) __stcg(partial_state(slot, c, phase), make_float2(attend::kFloor, 0.f));
       return;
     }
@@ -203,15 +208,20 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   // All partial results of the unit into shared memory, unnormalized; the states' (top, sum) with the sink.
   __device__ void merge_splits(const attend::Share& share) const {
     const int all = width(), dv = int(p.value_dim);
+#pragma unroll 1
     for (int i = t; i < unit.columns * all; i += threads()) {
       const int column = i / all, dim = i % all;
       const int phase = dim < dv ? 0 : 1 + (lowrank.value_rank ? (dim - dv) / int(lowrank.slice_width) : 0);
       float top = attend::kFloor;
+#pragma unroll 1
       for (int s = 0; s < share.splits; ++s)
+#pragma unroll 1
         for (int f = 0; f < phases(); ++f) top = fmaxf(top, __ldcg(partial_state(attend::slot_of_split(share, s), column, f)).x);
       float x = 0.f, sum = 0.f;
+#pragma unroll 1
       for (int s = 0; s < share.splits; ++s) {
         const int slot = attend::slot_of_split(share, s);
+#pragma unroll 1
         for (int f = 0; f < min(phases(), 2); ++f) {  // further slices see the same rows again
           const float2 state = __ldcg(partial_state(slot, column, f));
           sum = fmaf(ptx::ex2_approx(state.x - top), state.y, sum);
@@ -228,16 +238,17 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   }
 
   // The factor that turns an unnormalized sum into the result; one thread writes the column's lse.
-  __device__ float normalize(int column, const Column& c, bool first_thread) const {
+  __device__ float normalize(int column, bool first_thread) const {
+    const int query_head = unit.column_query_head[column], row = unit.column_row[column];
     float top = merged_state(column)[0], sum = merged_state(column)[1], scale = 1.f;
     if (p.sink_logits) {  // one more logit in the denominator
-      const float sink = __ldg(p.sink_logits + c.query_head) * kLog2E, raised = fmaxf(top, sink);
+      const float sink = __ldg(p.sink_logits + query_head) * kLog2E, raised = fmaxf(top, sink);
       scale = ptx::ex2_approx(top - raised);
       sum = sum * scale + ptx::ex2_approx(sink - raised);
       top = raised;
     }
     if (first_thread && p.lse)
-      p.lse[(int64_t(unit.seq) * p.kv_heads * p.group + c.query_head) * p.query_rows + c.row] =
+      p.lse[(int64_t(unit.seq) * p.kv_heads * p.group + query_head) * p.query_rows + row] =
           sum == 0.f ? -INFINITY : (top + __log2f(sum)) * kLn2;
     return sum == 0.f ? 0.f : scale / sum;
   }
@@ -245,10 +256,12 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   // out = plain + U_v latent, normalized; a thread takes one dim of one head, and four columns at a time.
   __device__ void expand() const {
     const int dv = int(p.value_dim), rank = int(lowrank.value_rank), a_head = unit.heads > 1 ? columns_a_head(p) : unit.columns;
+#pragma unroll 1
     for (int i = t; i < unit.heads * dv; i += threads()) {
       const int head = i / dv, dim = i % dv;
       const uint16_t* basis = static_cast<const uint16_t*>(lowrank.value_basis) + unit.seq * lowrank.value_basis_seq_stride +
                               (int64_t(unit.head[head]) * dv + dim) * rank;
+#pragma unroll 1
       for (int first = head * a_head; first < (head + 1) * a_head; first += 4) {
         float x[4];
 #pragma unroll
@@ -271,9 +284,9 @@ template <class T, int NT, int V, int kLatent> struct Cta {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           if (first + c >= (head + 1) * a_head) continue;
-          const Column column = column_at(p, unit, first + c);
-          const float y = x[c] * normalize(first + c, column, dim == 0);
-          const int64_t to = unit.seq * p.out_seq_stride + column.query_head * p.out_head_stride + column.row * p.out_row_stride + dim;
+          const float y = x[c] * normalize(first + c, dim == 0);
+          const int64_t to = unit.seq * p.out_seq_stride + unit.column_query_head[first + c] * p.out_head_stride +
+                             unit.column_row[first + c] * p.out_row_stride + dim;
           if (p.out_dtype == KVLAR_DTYPE_F32) static_cast<float*>(p.out)[to] = y;
           else static_cast<uint16_t*>(p.out)[to] = uint16_t(Half16<T>::pack(y, 0.f));
         }

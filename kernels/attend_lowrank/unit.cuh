@@ -6,7 +6,6 @@
 //   exact rows: 16 rows of one head a tile;
 //   latent rows: 32 rows for all heads of the tile, once for each slice of the value rank.
 #pragma once
-#include "attend/tiles.cuh"
 #include "attend/work_list.cuh"
 
 namespace kvlar::attend_lowrank {
@@ -20,7 +19,6 @@ constexpr int kLatentRows = 32, kExactRows = 16;
 struct Unit {
   int seq, set, key_group, value_group;
   int heads, columns;    // kv heads and packed columns of this tile
-  int first_column;      // of a head whose columns do not fit one tile
   int head[kMaxHeads];
   int length[KVLAR_MAX_SEGMENTS][kMaxHeads];
   int first_row[KVLAR_MAX_SEGMENTS][kMaxHeads];  // rows of earlier segments
@@ -28,7 +26,9 @@ struct Unit {
   int first_tile[KVLAR_MAX_SEGMENTS], tiles[KVLAR_MAX_SEGMENTS];  // tiles that some query can see (exact: of each head)
   int exact_tiles, latent_tiles, tile_count;
   int lowest_query, highest_query;
-  int column_head[kMaxColumns], column_query[kMaxColumns];  // kMaskedColumn: the column pads the tile
+  // Of a packed column: its kv head in the tile, the position, row and head of its query. One that pads the tile has position
+  // kMaskedColumn, and sees all rows.
+  int column_head[kMaxColumns], column_query[kMaxColumns], column_row[kMaxColumns], column_query_head[kMaxColumns];
 };
 
 __device__ inline bool is_latent(const KvlarAttend& p, int segment) { return p.segments[segment].latent != KVLAR_LATENT_NONE; }
@@ -185,15 +185,6 @@ __device__ inline int32_t* unit_record(const KvlarAttend& p, int index) {
   return attend::cta_records(p) + 4 * p.ctas + kUnitRecord * index;
 }
 
-// Which kv head of the tile, query row and query head a packed column is.
-struct Column { int head, row, query_head; bool used; };
-__device__ inline Column column_at(const KvlarAttend& p, const Unit& u, int column) {
-  const int a_head = columns_a_head(p), i = u.first_column + column;
-  const int head = u.heads > 1 ? i / a_head : 0, packed = u.heads > 1 ? i % a_head : i;
-  const bool used = column < u.columns;
-  return {used ? head : 0, packed / int(p.group), used ? u.head[head] * int(p.group) + packed % int(p.group) : 0, used};
-}
-
 // Fills in everything of unit `index`. One thread does it.
 __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, Unit& u) {
   const KvlarAttend& p = lowrank.attend;
@@ -205,7 +196,6 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
   u.value_group = at.value_group;
   u.heads = at.heads;
   u.columns = at.columns;
-  u.first_column = at.first_column;
   u.lowest_query = __ldg(record);
   u.highest_query = __ldg(record + 1);
   u.exact_tiles = __ldg(record + 2) * at.heads;
@@ -220,7 +210,7 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
   }
 #pragma unroll 1
   for (int c = 0; c < kMaxColumns; ++c) {
-    u.column_head[c] = 0;
+    u.column_head[c] = u.column_row[c] = u.column_query_head[c] = 0;
     u.column_query[c] = attend::kMaskedColumn;
   }
 #pragma unroll 1
@@ -236,9 +226,11 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
     const int a_head = at.heads > 1 ? columns_a_head(p) : at.columns;
 #pragma unroll 1
     for (int c = h * a_head; c < (h + 1) * a_head; ++c) {
-      const int packed = at.first_column + c - h * a_head;
+      const int packed = at.first_column + c - h * a_head, row = packed / int(p.group);
       u.column_head[c] = h;
-      u.column_query[c] = query_position(p, rows, at.seq, u.head[h], at.key_group, packed / int(p.group));
+      u.column_row[c] = row;
+      u.column_query_head[c] = u.head[h] * int(p.group) + packed - row * int(p.group);
+      u.column_query[c] = query_position(p, rows, at.seq, u.head[h], at.key_group, row);
     }
   }
 }

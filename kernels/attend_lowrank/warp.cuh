@@ -199,9 +199,9 @@ template <class T, int NT, int V, int kLatent> struct Warp {
 
   // None for a column that pads the tile.
   __device__ const T* query_row(int column) const {
-    const Column c = column_at(p, unit, column);
-    if (!c.used) return nullptr;
-    return static_cast<const T*>(p.q) + unit.seq * p.q_seq_stride + c.query_head * p.q_head_stride + c.row * p.q_row_stride;
+    if (column >= unit.columns) return nullptr;
+    return static_cast<const T*>(p.q) + unit.seq * p.q_seq_stride + unit.column_query_head[column] * p.q_head_stride +
+           unit.column_row[column] * p.q_row_stride;
   }
 
   // ---- tiles first + warp, first + warp + warps, ... below end, one stage ahead
@@ -214,34 +214,35 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   template <class Find, class Issue, class Consume>
   __device__ __forceinline__ void take(int first, int end, Find find_tile, Issue issue, Consume consume) {
     const int warps = int(lowrank.shared.warp_count);
-    int tile = first + int(threadIdx.x) / 32, stage = 0;
+    const int own = first + int(threadIdx.x) / 32;
+    int stage = 1;
     TileRows coming{};  // pages are looked up a tile before the copies need them
-    const auto start = [&](int to, int next) {
-      issue(coming, to, next);
-      if (lane == 0) {
-        int* record = stage_record(to);
-        record[0] = coming.segment;
-        record[1] = coming.row;
-        record[2] = coming.valid;
-      }
-      if (next + warps < end) coming = find_tile(next + warps);
-    };
-    if (tile < end) {
-      coming = find_tile(tile);
-      start(0, tile);
-    }
-    ptx::cp_async_commit();
-    for (; tile < end; tile += warps) {
+    if (own < end) coming = find_tile(own);
+    // The round before the first starts its copies and has nothing to consume: copies are a lot of code, once.
+#pragma unroll 1
+    for (int tile = own - warps; tile < end; tile += warps) {
       ptx::cp_async_wait<0>();
       __syncwarp();  // every lane's copies of this stage have landed, and every lane is done with the one before
-      if (tile + warps < end) start(stage ^ 1, tile + warps);
+      const int next = tile + warps;
+      if (next < end) {
+        issue(coming, stage ^ 1, next);
+        if (lane == 0) {
+          int* record = stage_record(stage ^ 1);
+          record[0] = coming.segment;
+          record[1] = coming.row;
+          record[2] = coming.valid;
+        }
+        if (next + warps < end) coming = find_tile(next + warps);
+      }
       ptx::cp_async_commit();
-      const int* record = stage_record(stage);
-      TileRows here{};
-      here.segment = record[0];
-      here.row = record[1];
-      here.valid = record[2];
-      consume(here, stage, tile);
+      if (tile >= own) {
+        const int* record = stage_record(stage);
+        TileRows here{};
+        here.segment = record[0];
+        here.row = record[1];
+        here.valid = record[2];
+        consume(here, stage, tile);
+      }
       stage ^= 1;
     }
     ptx::cp_async_wait<0>();

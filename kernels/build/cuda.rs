@@ -6,6 +6,9 @@ use super::*;
 const DEFAULT: &[&str] = &["80", "90a"];
 /// Architectures of a release.
 const RELEASE: &[&str] = &["80", "86", "89", "90a", "100", "120"];
+/// The PTX that comes along for GPUs that are newer than all of these. Units that do not ask for the architecture
+/// (`__CUDA_ARCH__`) are compiled to it alone, and their code for every architecture is made from it.
+const PTX: &[&str] = &["80"];
 const FLAGS: &[&str] = &["-std=c++17", "-O3", "-lineinfo", "-Werror", "all-warnings", "-Xfatbin", "-compress-all"];
 
 /// Builds the fatbins; returns the Rust source of `&[Module]`.
@@ -16,13 +19,15 @@ pub fn build(tree: &Tree, out: &Path) -> String {
     let dir = prebuilt.clone().unwrap_or_else(|| out.join("fatbins"));
     let (mut jobs, mut all) = (Vec::new(), Vec::new());
     let toolkit = if prebuilt.is_none() { Some(find_nvcc()) } else { None };
-    let mut flags: Vec<String> = FLAGS.iter().map(|f| f.to_string()).collect();
-    for a in &archs {
-        flags.push(format!("-gencode=arch=compute_{a},code=sm_{a}"));
-    }
-    flags.push("-gencode=arch=compute_80,code=compute_80".into());
+    let flags = |per_arch: bool| -> Vec<String> {
+        let ptx = PTX[0];
+        let own = archs.iter().map(|a| format!("-gencode=arch=compute_{},code=sm_{a}", if per_arch { a } else { ptx }));
+        let newer = format!("-gencode=arch=compute_{ptx},code=compute_{ptx}");
+        FLAGS.iter().map(|f| f.to_string()).chain(own).chain([newer]).collect()
+    };
     let version = toolkit.as_ref().map_or(String::from("prebuilt"), |nvcc| version_of(nvcc));
     for u in tree.units.iter().filter(|u| !u.entries.is_empty()) {
+        let flags = flags(u.per_arch);
         let source_hash = short_digest(&format!("{} {flags:?} {version}", u.hash));
         let fatbin = match &toolkit {
             None => dir.join(format!("{}.fatbin", u.name)),

@@ -2,6 +2,7 @@
 // Copies from global to shared memory, and matrix loads from shared memory.
 #include "abi.h"
 #include "device/gpu.cuh"
+#include "device/mbarrier.cuh"
 
 namespace {
 // Shared memory starts as this, so that bytes not written are seen.

@@ -1,5 +1,6 @@
 // Every instruction that CUDA C++ cannot spell. Each has two bodies: inline PTX here, an emulation in
-// simt/ptx_host.h; kernels/conformance compares the two on a GPU. The only file with inline assembly in it.
+// simt/ptx_host.h; kernels/conformance compares the two on a GPU. No other file but device/mbarrier.cuh (what sm_80 lacks)
+// has inline assembly in it.
 //
 // Shared memory is addressed by the opaque ptx::smem (32 bits on the device, a pointer on the host): make it with
 // to_smem(p), move it with `+ bytes`. Fragment layouts are those of the PTX ISA, "Matrix fragments for mma".
@@ -31,30 +32,6 @@ PTX_FN void cp_async4(smem dst, const void* src, int src_bytes = 4) {
 }
 PTX_FN void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> PTX_FN void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
-// ---- one-dimensional bulk copies and their barriers (sm_90 and later)
-#if __CUDA_ARCH__ >= 900
-PTX_FN void mbarrier_init(smem bar, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar.a), "r"(arrivals) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-PTX_FN void mbarrier_arrive_expect(smem bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar.a), "r"(bytes) : "memory");
-}
-PTX_FN void mbarrier_arrive(smem bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar.a) : "memory"); }
-PTX_FN bool mbarrier_try_wait(smem bar, uint32_t parity) {
-  uint32_t done;
-  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(bar.a), "r"(parity) : "memory");
-  return done != 0;
-}
-PTX_FN void mbarrier_wait(smem bar, uint32_t parity) { while (!mbarrier_try_wait(bar, parity)) {} }
-// `bytes` and both addresses are multiples of 16; completes on `bar`.
-PTX_FN void bulk_copy(smem dst, const void* src, uint32_t bytes, smem bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(dst.a), "l"(src), "r"(bytes), "r"(bar.a) : "memory");
-}
-#endif
 
 // ---- matrix fragments
 PTX_FN void ldmatrix_x1(uint32_t& r, smem row) {

@@ -1,4 +1,4 @@
-//! Compiles the kernels as the build does, one cubin an architecture, and keeps what the tools say of each.
+//! Compiles the kernels as the build does, but one cubin an architecture, and keeps what the tools say of each.
 
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hasher};
@@ -64,6 +64,8 @@ pub struct BuildFlags {
     pub flags: Vec<String>,
     /// Architectures of a release.
     pub archs: Vec<String>,
+    /// What units that do not ask for the architecture are compiled to.
+    pub ptx: String,
 }
 
 impl BuildFlags {
@@ -84,7 +86,8 @@ impl BuildFlags {
                 _ => flags.push(flag),
             }
         }
-        Ok(BuildFlags { flags, archs: list("RELEASE")? })
+        let ptx = list("PTX")?.pop().ok_or("kernels/build/cuda.rs: PTX names no architecture")?;
+        Ok(BuildFlags { flags, archs: list("RELEASE")?, ptx })
     }
 }
 
@@ -95,6 +98,10 @@ pub struct Unit {
     source: PathBuf,
     pub entries: Vec<String>,
     digest: String,
+    /// Whether it asks for the architecture.
+    per_arch: bool,
+    /// Made in this run.
+    ptx: Mutex<Option<PathBuf>>,
 }
 
 /// The units below `kernels`, in order.
@@ -110,8 +117,15 @@ pub fn units(kernels: &Path) -> Result<Vec<Unit>, String> {
                 text.lines().filter_map(|l| Some(l.trim().strip_prefix("GPU_EXPORT(")?.strip_suffix(')')?.into())).collect();
             if !entries.is_empty() {
                 let path = source.strip_prefix(kernels).unwrap_or(&source).to_string_lossy().replace('\\', "/");
-                let digest = digest_with_headers(kernels, &path);
-                all.push(Unit { name: path.trim_end_matches(".cu").replace('/', "_"), source, entries, digest });
+                let (digest, per_arch) = digest_with_headers(kernels, &path);
+                all.push(Unit {
+                    name: path.trim_end_matches(".cu").replace('/', "_"),
+                    source,
+                    entries,
+                    digest,
+                    per_arch,
+                    ptx: Mutex::default(),
+                });
             }
         }
     }
@@ -129,9 +143,11 @@ fn read(path: &Path) -> Result<String, String> {
     fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// Of `path`, and of the headers that it includes with quotes, transitively.
-fn digest_with_headers(root: &Path, path: &str) -> String {
+/// Of `path`, and of the headers that it includes with quotes, transitively; and whether one of them asks for the
+/// architecture, as the build decides it.
+fn digest_with_headers(root: &Path, path: &str) -> (String, bool) {
     let (mut seen, mut open, mut hash) = (BTreeSet::new(), vec![path.to_string()], DefaultHasher::new());
+    let mut per_arch = false;
     while let Some(p) = open.pop() {
         let Ok(text) = fs::read_to_string(root.join(&p)) else { continue };
         if !seen.insert(p.clone()) {
@@ -139,9 +155,10 @@ fn digest_with_headers(root: &Path, path: &str) -> String {
         }
         hash.write(p.as_bytes());
         hash.write(text.as_bytes());
+        per_arch |= text.lines().any(|l| l.starts_with("#") && l.contains("__CUDA_ARCH__"));
         open.extend(text.lines().filter_map(|l| Some(l.trim().strip_prefix("#include \"")?.strip_suffix('"')?.into())));
     }
-    format!("{:016x}", hash.finish())
+    (format!("{:016x}", hash.finish()), per_arch)
 }
 
 /// What the tools say of a unit compiled for an architecture.
@@ -157,7 +174,7 @@ pub struct Report {
 /// Compiles units; whatever it did before for the same sources, flags and tools it takes from `cache`.
 pub struct Compiler<'a> {
     pub tools: &'a Toolchain,
-    pub flags: &'a [String],
+    pub build: &'a BuildFlags,
     pub kernels: &'a Path,
     pub cache: &'a Path,
 }
@@ -166,7 +183,7 @@ impl Compiler<'_> {
     /// The report, and whether it had to be made.
     fn report(&self, unit: &Unit, arch: &str) -> Result<(Report, bool), String> {
         let mut hash = DefaultHasher::new();
-        for part in [&unit.digest, &self.tools.compiler, &self.tools.disassembler].into_iter().chain(self.flags) {
+        for part in [&unit.digest, &self.tools.compiler, &self.tools.disassembler].into_iter().chain(&self.build.flags) {
             hash.write(part.as_bytes());
             hash.write_u8(0);
         }
@@ -188,16 +205,32 @@ impl Compiler<'_> {
 
     fn make(&self, unit: &Unit, arch: &str, file: &dyn Fn(&str) -> PathBuf) -> Result<(), String> {
         let cubin = file("cubin");
-        let mut nvcc = Command::new(&self.tools.nvcc);
-        nvcc.args(self.flags).args(["-Xptxas", "-v", "-cubin", "-I"]).arg(self.kernels);
-        nvcc.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}")).arg(&unit.source).arg("-o").arg(&cubin);
-        let (out, err) = run(&mut nvcc)?;
+        let (source, ptx) = if unit.per_arch { (unit.source.clone(), arch) } else { (self.ptx(unit)?, self.build.ptx.as_str()) };
+        let mut nvcc = self.nvcc(ptx, &format!("sm_{arch}"));
+        let (out, err) = run(nvcc.args(["-Xptxas", "-v", "-cubin"]).arg(source).arg("-o").arg(&cubin))?;
         let write = |to: PathBuf, text: String| fs::write(&to, text).map_err(|e| format!("{}: {e}", to.display()));
         write(file("ptxas"), out + &err)?;
         write(file("usage"), self.tools.cuobjdump("-res-usage", &cubin)?)?;
         write(file("part"), crate::sass::without_encodings(&self.tools.cuobjdump("-sass", &cubin)?))?;
         let _ = fs::remove_file(&cubin);
         fs::rename(file("part"), file("sass")).map_err(|e| e.to_string())
+    }
+
+    fn nvcc(&self, ptx: &str, code: &str) -> Command {
+        let mut nvcc = Command::new(&self.tools.nvcc);
+        nvcc.args(&self.build.flags).arg(format!("-gencode=arch=compute_{ptx},code={code}")).arg("-I").arg(self.kernels);
+        nvcc
+    }
+
+    /// The PTX that all architectures' code is made from; whoever is first makes it, the others wait.
+    fn ptx(&self, unit: &Unit) -> Result<PathBuf, String> {
+        let mut made = unit.ptx.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(path) = &*made {
+            return Ok(path.clone());
+        }
+        let (path, ptx) = (self.cache.join(format!("{}.ptx", unit.name)), &self.build.ptx);
+        run(self.nvcc(ptx, &format!("compute_{ptx}")).arg("-ptx").arg(&unit.source).arg("-o").arg(&path))?;
+        Ok(made.insert(path).clone())
     }
 
     fn read(&self, file: &dyn Fn(&str) -> PathBuf) -> Result<Report, String> {
@@ -214,7 +247,8 @@ impl Compiler<'_> {
         each: impl Fn(&Unit, &str, &Report) -> T + Sync,
     ) -> Result<(Vec<T>, usize), String> {
         fs::create_dir_all(self.cache).map_err(|e| format!("{}: {e}", self.cache.display()))?;
-        let work: Vec<(&Unit, &String)> = units.iter().flat_map(|u| archs.iter().map(move |a| (u, a))).collect();
+        // Unit after unit: two threads seldom want the same PTX.
+        let work: Vec<(&Unit, &String)> = archs.iter().flat_map(|a| units.iter().map(move |u| (u, a))).collect();
         let (next, compiled) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let results = Mutex::new(Ok(Vec::new()));
         thread::scope(|scope| {
@@ -260,7 +294,8 @@ mod tests {
         let build = BuildFlags::parse(&read(&kernels().join("build/cuda.rs")).unwrap()).unwrap();
         assert!(build.flags.contains(&"-O3".into()) && build.flags.contains(&"all-warnings".into()), "{:?}", build.flags);
         assert!(build.archs.contains(&"80".into()) && build.archs.contains(&"90a".into()), "{:?}", build.archs);
-        let text = r#"const RELEASE: &[&str] = &["80"]; const FLAGS: &[&str] = &["-O3", "-lineinfo",
+        assert_eq!(build.ptx, "80");
+        let text = r#"const RELEASE: &[&str] = &["80"]; const PTX: &[&str] = &["80"]; const FLAGS: &[&str] = &["-O3", "-lineinfo",
             "-Xfatbin", "-compress-all",];"#;
         assert_eq!(BuildFlags::parse(text).unwrap().flags, ["-O3"]);
         assert!(BuildFlags::parse("").is_err());
@@ -274,5 +309,7 @@ mod tests {
         assert!(all.iter().all(|u| !u.entries.is_empty()));
         assert_eq!(bf16.digest, units(&kernels()).unwrap().iter().find(|u| u.name == "attend_bf16").unwrap().digest);
         assert_ne!(bf16.digest, all.iter().find(|u| u.name == "attend_f16").unwrap().digest);
+        let per_arch = |name: &str| all.iter().find(|u| u.name == name).unwrap().per_arch;
+        assert!(per_arch("attend_bf16") && !per_arch("merge_merge"));
     }
 }

@@ -63,11 +63,11 @@ fn run(args: &Args) -> Result<bool, String> {
     let tools = Toolchain::find(&root)?;
     let build = fs::read_to_string(kernels.join("build/cuda.rs")).map_err(|e| format!("kernels/build/cuda.rs: {e}"))?;
     let build = BuildFlags::parse(&build)?;
-    let archs = if args.archs.is_empty() { build.archs } else { args.archs.clone() };
+    let archs = if args.archs.is_empty() { build.archs.clone() } else { args.archs.clone() };
     let units = compile::units(&kernels)?;
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let cache = target.join("ledger");
-    let compiler = Compiler { tools: &tools, flags: &build.flags, kernels: &kernels, cache: &cache };
+    let compiler = Compiler { tools: &tools, build: &build, kernels: &kernels, cache: &cache };
     let jobs = args.jobs.or_else(|| thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
 
     if let Some(entry) = &args.path {
