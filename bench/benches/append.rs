@@ -1,7 +1,7 @@
 //! append: new rows rotated, encoded and stored, in one launch; decode steps and a piece of prefill.
 
 use kvlar::{AppendArgs, AppendPlan, AppendShape, Buffer, Codec, Dtype, Result, Rope, RopeLayout, Stream, Workspace};
-use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig};
+use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, codec_name};
 use serde_json::{Value, json};
 
 #[derive(Clone)]
@@ -49,13 +49,13 @@ impl Append {
 
 impl Case for Append {
     fn name(&self) -> String {
-        format!("{}/b{}/n{}", format!("{:?}", self.codec).to_lowercase(), self.seqs, self.new_rows)
+        format!("{}/b{}/n{}", codec_name(self.codec), self.seqs, self.new_rows)
     }
 
     fn parameters(&self) -> Value {
         json!({
             "dtype": "bf16",
-            "codec": format!("{:?}", self.codec).to_lowercase(),
+            "codec": codec_name(self.codec),
             "batch": self.seqs,
             "new_rows": self.new_rows,
             "kv_heads": self.heads,

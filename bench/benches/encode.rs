@@ -1,7 +1,7 @@
 //! encode and decode: dense rows into stored rows and back, paged.
 
 use kvlar::{Buffer, Codec, Dtype, EncodeShape, Result, Stream, TranscodePlan};
-use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock};
+use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock, codec_name};
 use serde_json::{Value, json};
 
 #[derive(Clone, Copy, PartialEq)]
@@ -48,13 +48,13 @@ impl Case for Transcode {
     fn name(&self) -> String {
         let s = &self.shape;
         let direction = if self.direction == Direction::Encode { "encode" } else { "decode" };
-        format!("{direction}/{}/b{}/t{}", format!("{:?}", s.codec).to_lowercase(), s.seqs, s.rows)
+        format!("{direction}/{}/b{}/t{}", codec_name(s.codec), s.seqs, s.rows)
     }
 
     fn parameters(&self) -> Value {
         let s = &self.shape;
         json!({
-            "codec": format!("{:?}", s.codec).to_lowercase(),
+            "codec": codec_name(s.codec),
             "group": s.group,
             "dense": if self.direction == Direction::Encode { s.dtype.to_string() } else { "f32".into() },
             "batch": s.seqs,

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Times what decodes over a dense bf16 cache today, at the shapes of benches/attend.rs: PyTorch's SDPA backends, its
-flex_attention, and FlashInfer's paged batch decode. Every peer is checked against fp64 before it is timed; all peers of a
-shape share buffers and are sampled in turn, so that a drift of clocks or temperature meets them all.
+"""Times what decodes today. Over a dense bf16 cache, at the shapes of benches/attend.rs: PyTorch's SDPA backends, its
+flex_attention, and FlashInfer's paged batch decode. Over low-rank keys and values, at the shapes of
+benches/attend_lowrank.rs: PyTorch rebuilds all rows, then SDPA (lowrank.py). Every peer is checked against fp64 before it is
+timed; all peers of a shape share buffers and are sampled in turn, so that a drift of clocks or temperature meets them all.
 
 Writes peers.json, in the form of the benches' files, into --out (default: KVLAR_BENCH_OUT, else bench/results). What is
-not installed is skipped with a line that says so. `--device cpu` runs tiny shapes, to see that the script works.
+not installed is skipped with a line that says so. `--device cpu` runs tiny shapes, to see that the script works; `--only`
+leaves the other kind of cache out.
 
 FlashInfer compiles its kernels when they are first used (it needs nvcc, ninja and a C++ compiler, no network); one process
 for each compiles them side by side before anything is timed. FLASHINFER_WORKSPACE_BASE says where they are kept.
@@ -14,7 +16,7 @@ import argparse
 import datetime
 import gc
 import importlib
-import json
+import itertools
 import math
 import os
 import subprocess
@@ -22,80 +24,15 @@ import sys
 import time
 from pathlib import Path
 
-Q_HEADS, KV_HEADS, DIM = 32, 8, 128
+import lowrank
+from timing import DIM, KV_HEADS, Q_HEADS, TOLERANCE, Clock, Log, buffer_sets, copy_ceiling, first_line, run_shape
+
 BATCHES = (1, 32)
 LENGTHS = (4 << 10, 32 << 10, 128 << 10)
+KINDS = ("dense", "lowrank")
 PAGES = (16, 64)
 L2_BYTES = 60 << 20  # of an H200; what the device says, if that is more
-L2_TIMES = 4  # the buffers of a shape together, at least
-MIN_LAUNCHES = 20  # in a graph, so that the gap between replays does not count
-SAMPLES = 30
-SAMPLE_SECONDS = 0.01
-WARM_UP_SECONDS = 2.0
-TOLERANCE = 2e-2  # of bf16 operands, relative to the norm; a wrong kernel is near 1
 FLASHINFER = {"cuda-cores": (False, "fa2"), "fa2": (True, "fa2"), "fa3": (True, "fa3")}
-
-
-def first_line(e):
-    text = str(e).strip()
-    return f"{type(e).__name__}: {text.splitlines()[0][:200]}" if text else type(e).__name__
-
-
-def percentile(x, p):
-    x = sorted(x)
-    return x[round(p * (len(x) - 1))]
-
-
-class Clock:
-    """Seconds that work takes on the device."""
-
-    def __init__(self, torch, cuda):
-        self.torch, self.cuda = torch, cuda
-        if cuda:
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def time(self, work):
-        if not self.cuda:
-            start = time.perf_counter()
-            work()
-            return time.perf_counter() - start
-        self.torch.cuda.synchronize()
-        self.start.record()
-        work()
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end) * 1e-3
-
-
-class Launches:
-    """A peer's launches over all buffer sets: a captured graph, or a loop where the peer cannot be captured."""
-
-    def __init__(self, torch, cuda, sets, launch):
-        rounds = math.ceil(MIN_LAUNCHES / sets)
-        self.count, self.graph, self.why = sets * rounds, None, None
-
-        def every_set():
-            for _ in range(rounds):
-                for s in range(sets):
-                    launch(s)
-
-        self.replay = every_set
-        if not cuda:
-            return
-        try:
-            side = torch.cuda.Stream()  # first runs compile and allocate, which a capture must not
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                every_set()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                every_set()
-            self.graph, self.replay = graph, graph.replay
-        except Exception as e:  # the loop still times it, with launch gaps
-            torch.cuda.synchronize()
-            self.why = first_line(e)
 
 
 class Shape:
@@ -105,9 +42,8 @@ class Shape:
         self.torch, self.device, self.batch, self.rows = torch, device, batch, rows
         one = 2 * batch * rows * KV_HEADS * DIM * 2
         self.bytes = one + batch * Q_HEADS * DIM * 4
-        self.sets = min(max(3, L2_TIMES * l2 // one + 1), budget // one)
-        self.cold = self.sets * one > 2 * l2
-        self.needs = one
+        self.sets, self.cold = buffer_sets(one, l2, budget)
+        self.needs, self.storage, self.name = one, {"codec": "bf16"}, f"bf16/b{batch}/t{rows}"
 
     def allocate(self):
         def normal(*size):
@@ -243,118 +179,6 @@ class FlashInfer:
                     yield name, launch, error
 
 
-class Log:
-    """Lines and the file."""
-
-    def __init__(self, path, header):
-        self.path, self.header, self.results, self.lines, self.ceiling = path, header, [], [], None
-
-    def line(self, text):
-        print(text, flush=True)
-        self.lines.append(text)
-
-    def skip(self, name, why):
-        self.results.append({"name": name, "skipped": why})
-        self.line(f"peers/{name}: skipped: {why}")
-
-    def add(self, name, shape, launches, seconds, extra):
-        p10, p50, p90 = (percentile(seconds, p) for p in (0.1, 0.5, 0.9))
-        result = {
-            "name": name,
-            "parameters": {
-                "dtype": "bf16",
-                "codec": "bf16",
-                "batch": shape.batch,
-                "rows": shape.batch * shape.rows,
-                "longest": shape.rows,
-                "q_heads": Q_HEADS,
-                "kv_heads": KV_HEADS,
-                "head_dim": DIM,
-            },
-            "bytes": shape.bytes,
-            "sets": shape.sets,
-            "launches_a_replay": launches.count,
-            "samples": len(seconds),
-            **extra,
-        }
-        if self.ceiling is None:
-            self.results.append(result)
-            return self.line(f"peers/{name}: ran on the CPU, not a speed (relative error {extra['relative_error']:.1e})")
-        speed = shape.bytes / p50
-        percent = 100 * speed / self.ceiling
-        result["microseconds"] = {"p10": p10 * 1e6, "p50": p50 * 1e6, "p90": p90 * 1e6}
-        result |= {"bytes_per_second": speed, "percent_of_copy_ceiling": percent, "cold_l2": shape.cold}
-        self.results.append(result)
-        graph = "" if launches.graph else f", not captured: {launches.why}"
-        self.line(
-            f"peers/{name}: {p50 * 1e6:.2f} µs (p10 {p10 * 1e6:.2f}, p90 {p90 * 1e6:.2f}), {shape.bytes / 1e6:.1f} MB, "
-            f"{speed / 1e12:.2f} TB/s, {percent:.1f} % of the copy ceiling{graph}"
-        )
-
-    def flush(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({**self.header, "results": self.results}, indent=2) + "\n")
-
-
-def copy_ceiling(torch, clock):
-    """Bytes a second of a copy far larger than any cache, read and written, once clocks have settled."""
-    n = min(1 << 30, torch.cuda.mem_get_info()[0] // 4)
-    a = torch.randint(256, (n,), dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    start = time.monotonic()
-    while time.monotonic() - start < WARM_UP_SECONDS:
-        clock.time(lambda: b.copy_(a))
-    seconds = percentile([clock.time(lambda: b.copy_(a)) for _ in range(SAMPLES)], 0.5)
-    return {"bytes": 2 * n, "microseconds": seconds * 1e6, "bytes_per_second": 2 * n / seconds}
-
-
-def ready(torch, clock, log, shape, suffix, peers):
-    """Launches of the peers that run and are right, as (name, launches, error, replays a sample)."""
-    cuda = clock.cuda
-    for name, launch, error in peers:
-        full = f"{name}/{suffix}"
-        if isinstance(launch, str):
-            log.skip(full, launch)
-            continue
-        try:
-            wrong = error(launch(0))
-            if not wrong < TOLERANCE:
-                log.skip(full, f"wrong result: relative error {wrong:.1e}")
-                continue
-            launches = Launches(torch, cuda, shape.sets, launch)
-            launches.replay()
-            once = clock.time(launches.replay)
-            replays = max(1, round(SAMPLE_SECONDS / max(once, 1e-9))) if cuda else 1
-        except Exception as e:
-            log.skip(full, first_line(e))
-            continue
-        yield name, launches, wrong, replays
-
-
-def run_shape(torch, clock, log, shape, suffix, flashinfer):
-    shape.allocate()
-    plans = {}
-    sources = [sdpa(torch, shape), flex(torch, shape)]
-    if flashinfer is not None:
-        sources.append(flashinfer.peers(torch, shape, plans))
-    peers = [peer for source in sources for peer in ready(torch, clock, log, shape, suffix, source)]
-    seconds = [[] for _ in peers]
-    for _ in range(SAMPLES if clock.cuda else 1):
-        for (_, launches, _, replays), samples in zip(peers, seconds):
-
-            def work(launches=launches, replays=replays):
-                for _ in range(replays):
-                    launches.replay()
-
-            samples.append(clock.time(work) / (replays * launches.count))
-    for (name, launches, wrong, _), samples in zip(peers, seconds):
-        extra = {"graph": launches.graph is not None, "relative_error": wrong}
-        if name in plans:
-            extra["plan_microseconds"] = plans[name] * 1e6
-        log.add(f"{name}/{suffix}", shape, launches, samples, extra)
-    log.flush()
-
-
 def driver_version():
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -380,6 +204,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("KVLAR_BENCH_OUT", "bench/results")))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", choices=KINDS, help="one kind of cache")
     parser.add_argument("--build-seconds", type=int, default=240, help="what FlashInfer's kernels may take to compile")
     parser.add_argument("--build", choices=FLASHINFER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -407,31 +232,47 @@ def main():
         "torch": torch.__version__,
     }
     log = Log(arguments.out / "peers.json", header)
-    flashinfer, l2, budget, batches, lengths = None, 0, 1 << 30, (1, 2), (256,)
+    dense, low_rank = (arguments.only in (None, kind) for kind in KINDS)
+    flashinfer, l2, batches, lengths, lowrank_lengths = None, 0, (1, 2), (256,), (256,)
     if cuda:
-        flashinfer = FlashInfer(torch, log, arguments.build_seconds)
+        flashinfer = FlashInfer(torch, log, arguments.build_seconds) if dense else None
         properties = torch.cuda.get_device_properties(0)
         l2 = max(L2_BYTES, getattr(properties, "L2_cache_size", 0))
-        batches, lengths = BATCHES, LENGTHS
+        batches, lengths, lowrank_lengths = BATCHES, LENGTHS, lowrank.LENGTHS
         header["copy_ceiling"] = copy_ceiling(torch, clock)
         log.ceiling = header["copy_ceiling"]["bytes_per_second"]
         log.line(f"{header['gpu']}, driver {header['driver']}, torch {torch.__version__}")
         log.line(f"copy ceiling: {log.ceiling / 1e12:.2f} TB/s")
     else:
         header["emulated"] = "the peers ran on the CPU; their times are not a speed and are left out"
-        log.skip("flashinfer", "needs a GPU")
-    for batch in batches:
-        for rows in lengths:
-            shape = None
-            if cuda:
-                gc.collect()  # captured closures are cycles, and hold the last shape's buffers
-                torch.cuda.empty_cache()
-                budget = torch.cuda.mem_get_info()[0] // 2
-            shape, suffix = Shape(torch, arguments.device, batch, rows, l2, budget), f"bf16/b{batch}/t{rows}"
-            if shape.sets == 0:
-                log.skip(suffix, f"needs {shape.needs / 1e9:.1f} GB, may take {budget / 1e9:.1f} GB")
-                continue
-            run_shape(torch, clock, log, shape, suffix, flashinfer)
+        if dense:
+            log.skip("flashinfer", "needs a GPU")
+
+    def budget():
+        if not cuda:
+            return 1 << 30
+        gc.collect()  # captured closures are cycles, and hold the last shape's buffers
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0] // 2
+
+    # In functions, so that a shape's buffers are gone before the next one's budget is asked for.
+    def run_lowrank(rows, size, kept):
+        shape = lowrank.Shape(torch, arguments.device, rows, size, kept, l2, budget())
+        run_shape(torch, clock, log, shape, [lowrank.peers(torch, shape)])
+
+    def run_dense(batch, rows):
+        shape, plans = Shape(torch, arguments.device, batch, rows, l2, budget()), {}
+        sources = [sdpa(torch, shape), flex(torch, shape)]
+        if flashinfer is not None:
+            sources.append(flashinfer.peers(torch, shape, plans))
+        run_shape(torch, clock, log, shape, sources, plans)
+
+    if low_rank:
+        for setting in itertools.product(lowrank_lengths, lowrank.SIZES, lowrank.KEPT):
+            run_lowrank(*setting)
+    if dense:
+        for setting in itertools.product(batches, lengths):
+            run_dense(*setting)
     log.flush()
     print("\n" + "\n".join(log.lines) + f"\nwritten: {log.path}")
 

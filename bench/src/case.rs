@@ -32,6 +32,36 @@ pub trait Case {
     fn prepare(&self, rig: &Rig, sets: usize) -> Result<Box<dyn Launches>>;
 }
 
+/// A case in the bench of another op, beside which it is measured: `PREFIX/NAME`.
+#[derive(Clone, Debug)]
+pub struct Prefixed<C>(pub &'static str, pub C);
+
+impl<C: Case> Case for Prefixed<C> {
+    fn name(&self) -> String {
+        format!("{}/{}", self.0, self.1.name())
+    }
+
+    fn parameters(&self) -> Value {
+        self.1.parameters()
+    }
+
+    fn bytes(&self) -> usize {
+        self.1.bytes()
+    }
+
+    fn set_bytes(&self) -> usize {
+        self.1.set_bytes()
+    }
+
+    fn max_sets(&self) -> usize {
+        self.1.max_sets()
+    }
+
+    fn prepare(&self, rig: &Rig, sets: usize) -> Result<Box<dyn Launches>> {
+        self.1.prepare(rig, sets)
+    }
+}
+
 /// The buffers of a case, and its launches.
 pub trait Launches {
     /// Enqueues one launch over buffer set `set`.

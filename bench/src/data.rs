@@ -9,6 +9,11 @@ pub const HEAD_PAGE_ROWS: usize = 64;
 /// Pages of one head that differ from each other; more are copies.
 const DISTINCT_PAGES: usize = 128;
 
+/// As names of cases have it: `bf16`.
+pub fn codec_name(codec: Codec) -> String {
+    format!("{codec:?}").to_lowercase()
+}
+
 /// Encoded random rows, in pages of one head: 64 rows, then their scales and zeros.
 pub struct RowBlock {
     bytes: Vec<u8>,

@@ -8,6 +8,7 @@
 //! `KVLAR_REQUIRE_GPU` (no GPU is a failure), `KVLAR_BENCH_BYTES` (memory that a case may take; default half of what is
 //! free on the GPU), `KVLAR_BENCH_SHAPES=full` (a GPU's shapes in emulation too: slow; give a filter).
 
+mod attend;
 mod case;
 mod ceiling;
 mod data;
@@ -17,8 +18,9 @@ mod report;
 mod rig;
 mod runner;
 
-pub use case::{Case, Launches};
-pub use data::{HEAD_PAGE_ROWS, Pages, RowBlock};
+pub use attend::{Attend, Part};
+pub use case::{Case, Launches, Prefixed};
+pub use data::{HEAD_PAGE_ROWS, Pages, RowBlock, codec_name};
 pub use date::today;
 pub use gpu::driver_version;
 pub use rig::Rig;

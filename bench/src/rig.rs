@@ -147,9 +147,17 @@ impl Rig {
     /// # Errors
     /// As for [`Rig::upload`].
     pub fn normals(&self, dtype: Dtype, count: usize) -> Result<Buffer> {
+        self.scaled_normals(dtype, count, 1.0)
+    }
+
+    /// Random normals of standard deviation `scale`.
+    ///
+    /// # Errors
+    /// As for [`Rig::upload`].
+    pub fn scaled_normals(&self, dtype: Dtype, count: usize, scale: f32) -> Result<Buffer> {
         /// Enough to look random; a multiple of every row.
         const DISTINCT: usize = 1 << 20;
-        let values = self.with_rng(|rng| rng.normals(count.min(DISTINCT), 1.0));
+        let values = self.with_rng(|rng| rng.normals(count.min(DISTINCT), scale));
         let reference = match dtype {
             Dtype::Bf16 => kvlar_reference::Codec::Bf16,
             Dtype::F16 => kvlar_reference::Codec::F16,
@@ -164,9 +172,21 @@ impl Rig {
     /// # Panics
     /// If one is not.
     pub fn expect_finite(&self, what: &str, buffer: &Buffer) {
+        self.expect_all(what, buffer, 4, |x| bytemuck::pod_read_unaligned::<f32>(x).is_finite());
+    }
+
+    /// That the floats of a bf16 buffer are finite.
+    ///
+    /// # Panics
+    /// If one is not.
+    pub fn expect_finite_bf16(&self, what: &str, buffer: &Buffer) {
+        const EXPONENT: u16 = 0x7f80; // all ones in NaN and the infinities
+        self.expect_all(what, buffer, 2, |x| bytemuck::pod_read_unaligned::<u16>(x) & EXPONENT != EXPONENT);
+    }
+
+    fn expect_all(&self, what: &str, buffer: &Buffer, size: usize, finite: impl Fn(&[u8]) -> bool) {
         let mut bytes = vec![0u8; buffer.len()];
         self.stream.download(buffer, 0, &mut bytes).expect("a download");
-        let finite = |x: &[u8]| bytemuck::pod_read_unaligned::<f32>(x).is_finite();
-        assert!(bytes.chunks_exact(4).all(finite), "{what}: a result is not finite; run the test suites");
+        assert!(bytes.chunks_exact(size).all(finite), "{what}: a result is not finite; run the test suites");
     }
 }

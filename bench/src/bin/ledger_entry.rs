@@ -3,7 +3,8 @@
 //! * `ledger_entry entry --passed N --failed N [--gpu NAME] [--driver VERSION] [--date DATE] [--sanitizer TOOL=RESULT]…
 //!   [--failed-test NAME]…` prints a results file: the entry under `runs`, the rest beside it. It speaks of the kernels
 //!   that are embedded in this very program, so build it with what was tested.
-//! * `ledger_entry collect RESULTS FILE…` adds the results of benches to a results file.
+//! * `ledger_entry collect RESULTS FILE…` adds the results of benches to a results file; those of an op replace the ones it
+//!   has of that op.
 //! * `ledger_entry append RESULTS LEDGER` adds a results file's runs to the ledger; runs with failures are refused.
 
 use kvlar_kernels::MODULES;
@@ -106,9 +107,15 @@ fn entry(options: &[&str]) -> Result<Value, String> {
 
 fn collect(results: &Path, files: &[&str]) -> Result<(), String> {
     let mut json = if results.exists() { read(results)? } else { json!({ "runs": [] }) };
-    let benches = files.iter().map(|file| read(file.as_ref())).collect::<Result<Vec<_>, _>>()?;
-    json["benches"] = Value::Array(benches);
+    let new = files.iter().map(|file| read(file.as_ref())).collect::<Result<Vec<_>, _>>()?;
+    let known = json["benches"].as_array().cloned().unwrap_or_default();
+    json["benches"] = Value::Array(collected(known, new));
     write(results, &json)
+}
+
+fn collected(known: Vec<Value>, new: Vec<Value>) -> Vec<Value> {
+    let kept = known.into_iter().filter(|k| new.iter().all(|n| n["op"] != k["op"])).collect::<Vec<_>>();
+    kept.into_iter().chain(new).collect()
 }
 
 fn append(results: &Path, ledger: &Path) -> Result<(), String> {
@@ -171,6 +178,14 @@ mod tests {
     fn only_runs_in_which_all_passed_are_recorded() {
         assert_eq!(check(&run(3, 0)), Ok(()));
         assert!(check(&run(0, 0)).is_err() && check(&run(3, 1)).is_err() && check(&json!({})).is_err());
+    }
+
+    #[test]
+    fn an_op_is_collected_once() {
+        let bench = |op: &str, n: u32| json!({ "op": op, "n": n });
+        let known = vec![bench("attend", 1), bench("peers", 1)];
+        let all = collected(known, vec![bench("peers", 2), bench("merge", 2)]);
+        assert_eq!(all, [bench("attend", 1), bench("peers", 2), bench("merge", 2)]);
     }
 
     #[test]
