@@ -271,7 +271,7 @@ fn equal_bits_from_run_to_run(lab: &Lab) {
         let mut run = AttendRun::new(lab, &data);
         run.enqueue();
         let first = run.result();
-        compare(&data, &first, &case).unwrap_or_else(|e| panic!("{e}"));
+        compare(&data, &first).unwrap_or_else(|e| panic!("{e}"));
         run.poison();
         run.enqueue();
         let second = run.result();

@@ -4,8 +4,8 @@ use kvlar::{
     AppendArgs, AppendShape, AttendShape, Buffer, Codec, Device, Dtype, EncodeShape, Error, MergeShape, Pool, Rope, RopeLayout,
     Rows, SegmentShape, Strides, View, Workspace, WorkspaceSize,
 };
-use kvlar_tests::Lab;
 use kvlar_tests::attend::{AttendCase, AttendData, AttendRun};
+use kvlar_tests::{Lab, says};
 
 fn shape() -> AttendShape {
     AttendShape::new(Dtype::Bf16, 2, (4, 2), 1, 64, SegmentShape { codec: Codec::Bf16, max_rows: 100 })
@@ -15,14 +15,6 @@ fn plan_error(change: impl FnOnce(&mut AttendShape)) -> Error {
     let mut s = shape();
     change(&mut s);
     s.plan(&Device::reference()).expect_err("a bad shape")
-}
-
-#[track_caller]
-fn says(e: &Error, words: &[&str]) {
-    let text = e.to_string();
-    for w in words {
-        assert!(text.contains(w), "{text:?} does not say {w:?}");
-    }
 }
 
 #[test]

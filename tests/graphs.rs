@@ -1,10 +1,16 @@
 //! Captured launches replay with whatever the memory then holds.
 
-use kvlar::{Dtype, Error, Schedule};
+use kvlar::{Dtype, Error, Latents, Schedule};
 use kvlar_tests::attend::{AttendCase, AttendData, AttendRun, compare};
+use kvlar_tests::lowrank::{LowrankCase, LowrankSteps};
 use kvlar_tests::{Lab, on_every_device};
 
-on_every_device!(a_replay_follows_the_lengths, capture_runs_nothing, nested_capture_is_an_error);
+on_every_device!(
+    a_replay_follows_the_lengths,
+    a_replayed_lowrank_step_appends_and_follows_the_lengths,
+    capture_runs_nothing,
+    nested_capture_is_an_error
+);
 
 /// Two lengths of one case: data of the longer, expectations of both.
 fn cases(schedule: Schedule) -> (AttendCase, AttendCase) {
@@ -22,6 +28,8 @@ fn a_replay_follows_the_lengths(lab: &Lab) {
         let data = AttendData::new(&long);
         let mut run = AttendRun::new(lab, &data);
         let stream = &lab.stream;
+        // The shorter ones: work that is divided now, and not at a replay, does not reach the other rows.
+        run.set_lengths(0, &[33, 0, 4]);
         let graph = run.with_args(|plan, args, work, workspace| {
             stream.capture(|stream| {
                 plan.schedule(stream, args, work, workspace)?;
@@ -36,8 +44,37 @@ fn a_replay_follows_the_lengths(lab: &Lab) {
             stream.synchronize().expect("a result");
             let mut expected = data.clone();
             expected.shorten(&case.segments[0].lengths);
-            compare(&expected, &run.result(), case).unwrap_or_else(|e| panic!("{e}"));
+            compare(&expected, &run.result()).unwrap_or_else(|e| panic!("{e}"));
             assert!(run.status().is_clean());
+        }
+    }
+}
+
+/// append_lowrank, schedule and attend_lowrank, captured once: tokens, slots and lengths are what memory holds at a replay.
+fn a_replayed_lowrank_step_appends_and_follows_the_lengths(lab: &Lab) {
+    // Far longer from the first step to the second (with schedule = own, of two splits instead of one); then by one row each,
+    // the second sequence not at all.
+    for (schedule, latents, long) in [
+        (Schedule::Balanced, Latents::Dtype, 200),
+        (Schedule::Balanced, Latents::Int8, 131),
+        (Schedule::Own, Latents::Dtype, 540),
+    ] {
+        let slots: [&[i32]; 3] = [&[32, 0, 4], &[long - 1, 76, 31], &[long, -1, 32]];
+        let lengths = [long as usize + 1, 77, 33];
+        let case = LowrankCase::new(Dtype::Bf16, (8, 4), 2, 64, (64, 32), &lengths).with(|c| c.schedule = schedule);
+        let case = if latents == Latents::Dtype { case } else { case.int8(latents) };
+        let mut steps = LowrankSteps::new(lab, &case, &slots);
+        let stream = &lab.stream;
+        // The shortest lengths: work that is divided now, and not at a replay, does not reach later rows.
+        steps.prepare(0);
+        let graph = stream.capture(|stream| steps.enqueue(stream)).expect("a graph");
+        assert!(steps.result().out.iter().all(|x| x.is_nan()), "the output was written during capture");
+        for step in 0..steps.count() {
+            steps.prepare(step);
+            // SAFETY: everything that was captured lives in `steps`.
+            unsafe { graph.launch(stream) }.expect("a replay");
+            stream.synchronize().expect("a result");
+            steps.check(step).unwrap_or_else(|e| panic!("{e}"));
         }
     }
 }

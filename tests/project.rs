@@ -3,7 +3,7 @@
 use kvlar::{Device, Dtype, Error, HeadGroups, ProjectShape, Projection, Strides};
 use kvlar_reference::testing::Rng;
 use kvlar_tests::latents::ProjectCase as Case;
-use kvlar_tests::{Lab, on_every_device};
+use kvlar_tests::{Lab, on_every_device, says};
 
 on_every_device!(
     rows_and_ranks,
@@ -121,14 +121,6 @@ fn plan_error(change: impl FnOnce(&mut ProjectShape)) -> Error {
     let mut s = shape();
     change(&mut s);
     s.plan(&Device::reference()).expect_err("a bad shape")
-}
-
-#[track_caller]
-fn says(e: &Error, words: &[&str]) {
-    let text = e.to_string();
-    for w in words {
-        assert!(text.contains(w), "{text:?} does not say {w:?}");
-    }
 }
 
 #[test]

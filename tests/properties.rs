@@ -59,7 +59,7 @@ proptest! {
         let (out, dv) = (run(&lab, &case).1, case.value_dim);
         for (i, row) in out.chunks(dv).enumerate() {
             let (seq, head) = (i / case.query_rows / case.q_heads, i / case.query_rows % case.q_heads);
-            let values = data.dense_head(seq, head * case.kv_heads / case.q_heads).1;
+            let values = data.dense_head(seq, head * case.kv_heads / case.q_heads).values;
             for (j, x) in row.iter().enumerate() {
                 let column = values.iter().skip(j).step_by(dv);
                 let (low, high) = column.fold((0f32, 0f32), |(l, h), &v| (l.min(v), h.max(v))); // 0: no visible row

@@ -1,7 +1,8 @@
 //! Cases of attention: random data in random pages, run on a device and by the reference.
 
+use crate::heads::{self, HeadRows};
 use crate::pages::{DevicePages, Layout, Pages};
-use crate::{Lab, reference_dtype};
+use crate::{Lab, once_a_case, reference_dtype};
 use kvlar::{
     AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Schedule, Segment, SegmentShape, Status, Strides, WorkList,
     Workspace,
@@ -169,8 +170,7 @@ impl AttendData {
         if case.q_positions {
             // Somewhere in the second half of the rows, so that some are hidden; equal ones and gaps occur.
             let positions = |seq: usize| {
-                let rows = data.dense_head(seq, 0).2;
-                let last = rows.last().copied().unwrap_or(0);
+                let last = data.dense_head(seq, 0).positions.last().copied().unwrap_or(0);
                 (0..case.query_rows).map(move |s| last / 2 + (s * 3 / 2) as i32).collect::<Vec<_>>()
             };
             data.q_positions = Some((0..b).flat_map(positions).collect());
@@ -178,60 +178,48 @@ impl AttendData {
         data
     }
 
-    /// A (sequence, kv head)'s keys, values and positions, segment after segment.
-    pub fn dense_head(&self, seq: usize, head: usize) -> (Vec<f32>, Vec<f32>, Vec<i32>) {
-        let (mut keys, mut values, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+    /// A (sequence, kv head)'s rows.
+    pub fn dense_head(&self, seq: usize, head: usize) -> HeadRows {
+        let mut all = HeadRows::default();
         for s in &self.segments {
             let rows = &s.rows[seq * self.case.kv_heads + head];
-            keys.extend(&rows.keys);
-            values.extend(&rows.values);
-            let first = positions.len();
-            positions.extend((0..s.pages.length(seq, head)).map(|row| match &s.pages.positions {
+            all.keys.extend(&rows.keys);
+            all.values.extend(&rows.values);
+            let first = all.positions.len();
+            all.positions.extend((0..s.pages.length(seq, head)).map(|row| match &s.pages.positions {
                 Some(p) => p[s.pages.position_index(seq, head, row)],
                 None => (first + row) as i32,
             }));
         }
-        (keys, values, positions)
+        all
     }
 
     /// By the reference, from dense tensors.
     pub fn expected(&self) -> Attended {
         let c = &self.case;
-        let heads: Vec<_> =
-            (0..c.seqs).flat_map(|s| (0..c.kv_heads).map(move |h| (s, h))).map(|(s, h)| self.dense_head(s, h)).collect();
-        let t = heads.iter().map(|h| h.2.len()).max().unwrap_or(0);
-        let pad = |x: &[f32], dim: usize| x.iter().copied().chain(std::iter::repeat(f32::NAN)).take(t * dim).collect::<Vec<_>>();
-        let k: Vec<f32> = heads.iter().flat_map(|h| pad(&h.0, c.head_dim)).collect();
-        let v: Vec<f32> = heads.iter().flat_map(|h| pad(&h.1, c.value_dim)).collect();
-        let positions: Vec<i32> = heads.iter().flat_map(|h| h.2.iter().copied().chain(std::iter::repeat(0)).take(t)).collect();
-        let lengths: Vec<i32> = heads.iter().map(|h| h.2.len() as i32).collect();
         let input = AttendInput {
             seqs: c.seqs,
             q_heads: c.q_heads,
             kv_heads: c.kv_heads,
             query_rows: c.query_rows,
-            rows: t,
             head_dim: c.head_dim,
             value_dim: c.value_dim,
             q: &self.q,
-            k: &k,
-            v: &v,
-            lengths: Some(&lengths),
-            positions: Some(&positions),
             q_positions: self.q_positions.as_deref(),
             sink_logits: self.sinks.as_deref(),
-            scale: None,
             softcap: f64::from(c.softcap),
             window: i64::from(c.window),
+            ..Default::default()
         };
-        kvlar_reference::attend(&input).expect("a valid case")
+        heads::attend(input, |s, h| self.dense_head(s, h))
     }
 
     /// Keeps the first rows of each sequence of a contiguous case.
     pub fn shorten(&mut self, lengths: &[usize]) {
         let heads = self.case.kv_heads;
         let (d, dv) = (self.case.head_dim, self.case.value_dim);
-        for segment in &mut self.segments {
+        for (case, segment) in self.case.segments.iter_mut().zip(&mut self.segments) {
+            case.lengths = lengths.to_vec();
             segment.pages.lengths = lengths.iter().map(|&n| n as i32).collect();
             for (i, rows) in segment.rows.iter_mut().enumerate() {
                 rows.keys.truncate(lengths[i / heads] * d);
@@ -271,13 +259,7 @@ impl AttendData {
             out.relative = out.relative.max(weights.relative);
             out.cosine = out.cosine.max(weights.cosine);
         }
-        if c.out_dtype != Dtype::F32 {
-            let u = reference_dtype(c.out_dtype).unit_roundoff();
-            out.relative += u;
-            out.absolute += u;
-            out.cosine += u * u;
-        }
-        (out, Tolerance::lse(codec))
+        (heads::rounded_to(c.out_dtype, out), Tolerance::lse(codec))
     }
 }
 
@@ -382,8 +364,7 @@ impl<'a> AttendRun<'a> {
 
     /// The counters of arrived splits.
     pub fn counters(&self) -> Vec<u32> {
-        let bytes = self.plan.workspace().zeroed;
-        self.lab.download::<u32>(self.workspace.memory())[64..64 + bytes / 4].to_vec()
+        self.lab.counters(&self.workspace, self.plan.workspace())
     }
 
     /// Replaces the lengths of a segment on the device.
@@ -405,20 +386,18 @@ fn transpose(x: &[f32], c: &AttendCase, dim: usize) -> Vec<f32> {
 
 /// Runs a case and compares; the text names the case.
 pub fn check(lab: &Lab, case: &AttendCase) -> Result<(), String> {
-    let data = AttendData::new(case);
-    let mut run = AttendRun::new(lab, &data);
+    let made = once_a_case(case, || {
+        let data = AttendData::new(case);
+        let expected = data.expected();
+        (data, expected)
+    });
+    let (data, expected) = &*made;
+    let mut run = AttendRun::new(lab, data);
     run.enqueue();
-    compare(&data, &run.result(), case)?;
-    if !run.status().is_clean() {
-        return Err(format!("{:?}\n{case:?}", run.status()));
-    }
-    Ok(())
+    heads::check_attended(&run.result(), run.status(), expected, data.tolerances(), case)
 }
 
 /// Compares a result with the reference.
-pub fn compare(data: &AttendData, actual: &Attended, case: &AttendCase) -> Result<(), String> {
-    let (out, lse) = data.tolerances();
-    let expected = data.expected();
-    kvlar_reference::compare::compare(&actual.lse, &expected.lse, lse).map_err(|e| format!("lse: {e}\n{case:?}"))?;
-    kvlar_reference::compare::compare(&actual.out, &expected.out, out).map_err(|e| format!("out: {e}\n{case:?}"))
+pub fn compare(data: &AttendData, actual: &Attended) -> Result<(), String> {
+    heads::compare_attended(actual, &data.expected(), data.tolerances(), &data.case)
 }

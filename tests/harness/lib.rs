@@ -9,13 +9,20 @@ pub mod append;
 #[allow(missing_docs)]
 pub mod attend;
 #[allow(missing_docs)]
+pub mod heads;
+#[allow(missing_docs)]
 pub mod latents;
 #[allow(missing_docs)]
 pub mod lowrank;
 #[allow(missing_docs)]
 pub mod pages;
 
-use kvlar::{Backend, Buffer, Device, Dtype, SimtOptions, Stream};
+use kvlar::{Backend, Buffer, Device, Dtype, Error, SimtOptions, Stream, Workspace, WorkspaceSize};
+use std::any::{Any, TypeId};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::rc::Rc;
 use std::sync::OnceLock;
 
 /// A device and a stream on it.
@@ -52,7 +59,7 @@ impl Lab {
 
     /// The GPU, or `None` (said so); a failure where `KVLAR_REQUIRE_GPU` is set.
     pub fn gpu_or_skip() -> Option<Self> {
-        static GPU: OnceLock<Result<Device, kvlar::Error>> = OnceLock::new();
+        static GPU: OnceLock<Result<Device, Error>> = OnceLock::new();
         match GPU.get_or_init(|| Device::cuda(0)) {
             Ok(device) => Some(Self::new(device.clone())),
             Err(e) => {
@@ -76,13 +83,9 @@ impl Lab {
         buffer
     }
 
-    /// Values rounded to a type, as its bytes.
+    /// Values rounded to a type.
     pub fn upload_as(&self, values: &[f32], dtype: Dtype) -> Buffer {
-        match dtype {
-            Dtype::F32 => self.upload(values),
-            Dtype::Bf16 => self.upload(&values.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect::<Vec<_>>()),
-            Dtype::F16 => self.upload(&values.iter().map(|&x| half::f16::from_f32(x).to_bits()).collect::<Vec<_>>()),
-        }
+        self.upload(&bytes_as(values, dtype))
     }
 
     /// A buffer in which every value of every float type is NaN.
@@ -97,6 +100,12 @@ impl Lab {
         bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
     }
 
+    /// The counters of a workspace of a plan: zero before and after every launch.
+    pub fn counters(&self, workspace: &Workspace, size: WorkspaceSize) -> Vec<u32> {
+        // Behind the status word, which has 256 bytes to itself.
+        self.download::<u32>(workspace.memory())[64..][..size.zeroed / 4].to_vec()
+    }
+
     /// Everything in a buffer of a float type.
     pub fn download_as(&self, buffer: &Buffer, dtype: Dtype) -> Vec<f32> {
         match dtype {
@@ -107,12 +116,46 @@ impl Lab {
     }
 }
 
+/// Values rounded to a type, as its bytes.
+pub fn bytes_as(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    match dtype {
+        Dtype::F32 => bytemuck::cast_slice(values).to_vec(),
+        Dtype::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
+    }
+}
+
 /// The reference's name of a type.
 pub fn reference_dtype(dtype: Dtype) -> kvlar_reference::Dtype {
     match dtype {
         Dtype::Bf16 => kvlar_reference::Dtype::Bf16,
         Dtype::F16 => kvlar_reference::Dtype::F16,
         Dtype::F32 => kvlar_reference::Dtype::F32,
+    }
+}
+
+/// What `make` gives for a case, kept for as long as the test runs: under another thread schedule the same case has the same
+/// data and the same expectation. All that decides them is in the case, and so in its text.
+pub fn once_a_case<T: 'static>(case: &impl Debug, make: impl FnOnce() -> T) -> Rc<T> {
+    thread_local! {
+        static MADE: RefCell<HashMap<(TypeId, String), Rc<dyn Any>>> = RefCell::default();
+    }
+    let key = (TypeId::of::<T>(), format!("{case:?}"));
+    let kept = MADE.with_borrow(|made| made.get(&key).cloned());
+    if let Some(kept) = kept.and_then(|x| x.downcast().ok()) {
+        return kept;
+    }
+    let made = Rc::new(make());
+    MADE.with_borrow_mut(|all| all.insert(key, made.clone()));
+    made
+}
+
+/// Asserts that an error's text names all of these.
+#[track_caller]
+pub fn says(e: &Error, words: &[&str]) {
+    let text = e.to_string();
+    for w in words {
+        assert!(text.contains(w), "{text:?} does not say {w:?}");
     }
 }
 

@@ -1,9 +1,12 @@
 //! Cases of low-rank attention: random latents in random pages, bases, groups; on a device and by the reference.
 
 mod run;
+mod step;
 
 pub use run::{LowrankRun, check, compare};
+pub use step::LowrankSteps;
 
+use crate::heads::{self, HeadRows};
 use crate::pages::{Layout, Pages};
 use crate::reference_dtype;
 use kvlar::{AttendShape, Codec, Dtype, HeadSets, Latents, LowrankShape, LowrankValues, MAX_SEGMENTS, Schedule, SegmentShape};
@@ -145,6 +148,15 @@ impl LowrankCase {
         }
     }
 
+    /// Codec and width of a segment's key rows and value rows.
+    fn rows(&self, segment: &SegmentCase) -> [(Codec, usize); 2] {
+        if !segment.latent {
+            return [(self.native(), self.head_dim), (self.native(), self.value_dim)];
+        }
+        let (codec, _, width) = self.value_rows();
+        [(self.key_codec(), self.rank), (codec, width)]
+    }
+
     pub fn shape(&self, sets: &HeadSets) -> LowrankShape {
         let mut segments = [None; MAX_SEGMENTS];
         let mut latent_segments = [false; MAX_SEGMENTS];
@@ -230,7 +242,7 @@ impl LowrankData {
                 (int8.dequantize(c.head_dim, c.rank, pairs), Some(int8))
             }
         };
-        let (value_codec, value_groups, width) = c.value_rows();
+        let (_, value_groups, _) = c.value_rows();
         let value_basis = match &c.values {
             ValueCase::Dense => Vec::new(),
             ValueCase::Latent { rank, .. } => dtype.round_all(&basis(&mut rng, c.value_dim, *rank)),
@@ -241,8 +253,7 @@ impl LowrankData {
         for s in &c.segments {
             let key_heads = if s.latent { groups(&c.group_k) } else { c.kv_heads };
             let value_heads = if s.latent { value_groups } else { c.kv_heads };
-            let (kc, kd) = if s.latent { (c.key_codec(), c.rank) } else { (c.native(), c.head_dim) };
-            let (vc, vd) = if s.latent { (value_codec, width) } else { (c.native(), c.value_dim) };
+            let [(kc, kd), (vc, vd)] = c.rows(s);
             let by_head = s.lengths.len() != c.seqs;
             let length = |b: usize, h: usize| if by_head { s.lengths[b * c.kv_heads + h] } else { s.lengths[b] };
             // A group stores as many rows as its longest head reads.
@@ -298,22 +309,22 @@ impl LowrankData {
         }
         let mut data = Self { case: c.clone(), q, sinks, q_positions: None, key_basis, int8_basis, mean, value_basis, segments };
         data.q_positions = c.q_positions.map(|back| {
-            let last = |b: usize| data.head(b, 0).2.last().copied().unwrap_or(0);
+            let last = |b: usize| data.head(b, 0).positions.last().copied().unwrap_or(0);
             (0..c.seqs).flat_map(|b| (0..c.query_rows).map(move |s| (b, s))).map(|(b, s)| last(b) - back + s as i32).collect()
         });
         data
     }
 
-    /// A kv head's keys (rebuilt, rotated), values and positions.
-    fn head(&self, b: usize, h: usize) -> (Vec<f32>, Vec<f32>, Vec<i32>) {
+    /// A kv head's rows: keys are rebuilt and rotated.
+    fn head(&self, b: usize, h: usize) -> HeadRows {
         let c = &self.case;
-        let (mut keys, mut values, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        let mut all = HeadRows::default();
         let of_head = |basis: &[f32], each: usize| -> Vec<f32> {
             basis[(if c.per_seq_bases { b * c.kv_heads } else { 0 } + h) * each..][..each].to_vec()
         };
         let key_basis = of_head(&self.key_basis, c.head_dim * c.rank);
         for (s, data) in c.segments.iter().zip(&self.segments) {
-            let first = positions.len();
+            let first = all.positions.len();
             let owner = if s.latent { c.group_k[h] as usize } else { h };
             let (_, value_heads, width) = c.value_rows();
             for row in 0..data.lengths[b * c.kv_heads + h] as usize {
@@ -321,58 +332,45 @@ impl LowrankData {
                     Some(p) => p[data.keys.position_index(b, owner, row)],
                     None => (first + row) as i32,
                 };
-                positions.push(position);
+                all.positions.push(position);
                 if !s.latent {
-                    keys.extend(&data.key_rows[b * c.kv_heads + h][row * c.head_dim..][..c.head_dim]);
-                    values.extend(&data.value_rows[b * c.kv_heads + h][row * c.value_dim..][..c.value_dim]);
+                    all.keys.extend(&data.key_rows[b * c.kv_heads + h][row * c.head_dim..][..c.head_dim]);
+                    all.values.extend(&data.value_rows[b * c.kv_heads + h][row * c.value_dim..][..c.value_dim]);
                     continue;
                 }
                 let z = &data.key_rows[b * groups(&c.group_k) + owner][row * c.rank..][..c.rank];
                 let mean = self.mean.as_ref().map(|m| &m[h * c.head_dim..][..c.head_dim]);
-                keys.extend(c.rope.rotate(&expand_row(&key_basis, z, mean, c.head_dim), i64::from(position)));
+                all.keys.extend(c.rope.rotate(&expand_row(&key_basis, z, mean, c.head_dim), i64::from(position)));
                 match &c.values {
-                    ValueCase::Dense => values.extend(&data.value_rows[b * value_heads + h][row * width..][..width]),
+                    ValueCase::Dense => all.values.extend(&data.value_rows[b * value_heads + h][row * width..][..width]),
                     ValueCase::Latent { group, rank, .. } => {
                         let z = &data.value_rows[b * value_heads + group[h] as usize][row * rank..][..*rank];
-                        values.extend(expand_row(&of_head(&self.value_basis, c.value_dim * rank), z, None, c.value_dim));
+                        all.values.extend(expand_row(&of_head(&self.value_basis, c.value_dim * rank), z, None, c.value_dim));
                     }
                 }
             }
         }
-        (keys, values, positions)
+        all
     }
 
     /// By the reference, from rebuilt dense tensors.
     pub fn expected(&self) -> Attended {
         let c = &self.case;
-        let heads: Vec<_> =
-            (0..c.seqs).flat_map(|b| (0..c.kv_heads).map(move |h| (b, h))).map(|(b, h)| self.head(b, h)).collect();
-        let t = heads.iter().map(|h| h.2.len()).max().unwrap_or(0);
-        let pad = |x: &[f32], dim: usize| x.iter().copied().chain(std::iter::repeat(f32::NAN)).take(t * dim).collect::<Vec<_>>();
-        let k: Vec<f32> = heads.iter().flat_map(|h| pad(&h.0, c.head_dim)).collect();
-        let v: Vec<f32> = heads.iter().flat_map(|h| pad(&h.1, c.value_dim)).collect();
-        let positions: Vec<i32> = heads.iter().flat_map(|h| h.2.iter().copied().chain(std::iter::repeat(0)).take(t)).collect();
-        let lengths: Vec<i32> = heads.iter().map(|h| h.2.len() as i32).collect();
         let input = AttendInput {
             seqs: c.seqs,
             q_heads: c.q_heads,
             kv_heads: c.kv_heads,
             query_rows: c.query_rows,
-            rows: t,
             head_dim: c.head_dim,
             value_dim: c.value_dim,
             q: &self.q,
-            k: &k,
-            v: &v,
-            lengths: Some(&lengths),
-            positions: Some(&positions),
             q_positions: self.q_positions.as_deref(),
             sink_logits: self.sinks.as_deref(),
-            scale: None,
             softcap: f64::from(c.softcap),
             window: i64::from(c.window),
+            ..Default::default()
         };
-        kvlar_reference::attend(&input).expect("a valid case")
+        heads::attend(input, |b, h| self.head(b, h))
     }
 
     fn tolerances(&self) -> (Tolerance, Tolerance) {
@@ -380,13 +378,7 @@ impl LowrankData {
         let rows = c.segments.iter().map(|s| s.capacity).sum();
         let dtype = reference_dtype(c.dtype);
         let logit = f64::from(c.q_size) * if c.mean { 1.12 } else { 1.0 } * f64::from(c.rope.attention_factor.max(1.0));
-        let mut out = Tolerance::attend_lowrank(dtype, rows, 4.0, logit);
-        if c.out_dtype != Dtype::F32 {
-            let u = dtype.unit_roundoff();
-            out.relative += u;
-            out.absolute += u;
-            out.cosine += u * u;
-        }
-        (out, Tolerance::lse_lowrank(dtype, logit))
+        let out = Tolerance::attend_lowrank(dtype, rows, 4.0, logit);
+        (heads::rounded_to(c.out_dtype, out), Tolerance::lse_lowrank(dtype, logit))
     }
 }

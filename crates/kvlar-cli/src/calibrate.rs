@@ -8,7 +8,7 @@ mod tests;
 pub use arguments::Arguments;
 
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use kvlar_calibrate::{
     Budget, LayerShape, ModelShape, Moments, PairLayout, Plan, RecalkvConfig, Report, RopePairs, ValueFit, Weighting, Weights,
 };
@@ -140,10 +140,7 @@ fn importance(model: &Llama, windows: &[Vec<u32>]) -> Result<Vec<[f64; 2]>> {
 }
 
 fn progress(what: &'static str, steps: usize) -> ProgressBar {
-    let bar = ProgressBar::new(steps as u64);
-    if let Ok(style) = ProgressStyle::with_template("{msg:<34} {bar:30} {pos}/{len} {elapsed} (eta {eta})") {
-        bar.set_style(style);
-    }
+    let bar = crate::eval::progress(steps);
     bar.set_message(format!("calibration: {what}"));
     bar
 }

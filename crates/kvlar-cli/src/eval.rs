@@ -79,7 +79,8 @@ pub fn windows(model: &Llama, text: &str, window: usize, most: usize) -> Result<
     Ok(all)
 }
 
-fn progress(steps: usize) -> ProgressBar {
+/// A bar of so many steps; its message says what is going on.
+pub fn progress(steps: usize) -> ProgressBar {
     let bar = ProgressBar::new(steps as u64);
     if let Ok(style) = ProgressStyle::with_template("{msg:<34} {bar:30} {pos}/{len} {elapsed} (eta {eta})") {
         bar.set_style(style);

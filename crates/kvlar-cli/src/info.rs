@@ -1,5 +1,9 @@
 //! `kvlar info`.
 
+mod ops;
+#[cfg(test)]
+mod tests;
+
 use anyhow::Result;
 use kvlar::{Device, SimtOptions};
 use kvlar_kernels::{ENTRIES, GPU_LEDGER, MODULES};
@@ -30,7 +34,8 @@ pub fn run(a: &Arguments) -> Result<()> {
     println!("kvlar {}, ABI {}", env!("CARGO_PKG_VERSION"), kvlar::abi::KVLAR_ABI_VERSION);
     let features = [("cuda", cfg!(feature = "cuda")), ("simt", kvlar_kernels::simt::available())];
     println!("built with: {}", features.iter().filter(|f| f.1).map(|f| f.0).collect::<Vec<_>>().join(", "));
-    match Device::cuda(0) {
+    let gpu = Device::cuda(0);
+    match &gpu {
         Ok(d) => {
             let i = d.info();
             let (major, minor) = i.compute_capability.unwrap_or_default();
@@ -43,7 +48,8 @@ pub fn run(a: &Arguments) -> Result<()> {
         }
         Err(e) => println!("gpu: none ({e})"),
     }
-    match Device::simt(SimtOptions::default()) {
+    let emulation = Device::simt(SimtOptions::default());
+    match &emulation {
         Ok(_) => println!("emulation: available"),
         Err(e) => println!("emulation: {e}"),
     }
@@ -63,6 +69,11 @@ pub fn run(a: &Arguments) -> Result<()> {
     );
     if a.entries {
         ENTRIES.iter().for_each(|e| println!("  {}", e.name));
+    }
+    let device = gpu.or(emulation).unwrap_or_else(|_| Device::reference());
+    println!("ops, types and stored rows, on {}:", crate::eval::describe(&device));
+    for op in ops::ops(&device) {
+        println!("  {:<15} {:<15} {:<31} {}", op.name, op.types, op.stored, op.limits);
     }
     match verified()? {
         runs if MODULES.is_empty() && runs.is_empty() => println!("ledger: speaks of GPU code, of which this build has none"),

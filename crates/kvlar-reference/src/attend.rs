@@ -25,13 +25,13 @@ pub struct HeadQuery<'a> {
 }
 
 /// Σ a·b in f64, in eight interleaved sums.
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f64 {
+pub(crate) fn dot<T: Copy + Into<f64>>(a: &[f32], b: &[T]) -> f64 {
     let mut sums = [0f64; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest: f64 = a8.remainder().iter().zip(b8.remainder()).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();
+    let rest: f64 = a8.remainder().iter().zip(b8.remainder()).map(|(&x, &y)| f64::from(x) * y.into()).sum();
     for (x, y) in a8.zip(b8) {
         for i in 0..8 {
-            sums[i] += f64::from(x[i]) * f64::from(y[i]);
+            sums[i] += f64::from(x[i]) * y[i].into();
         }
     }
     sums.iter().sum::<f64>() + rest

@@ -56,9 +56,7 @@ pub fn project(i: &ProjectInput<'_>) -> Result<Vec<f32>, ReferenceError> {
             }
         }
         let encoder = &i.encoder[n * r * row.len()..][..r * row.len()];
-        out.extend(
-            encoder.chunks_exact(row.len()).map(|e| e.iter().zip(&row).map(|(&a, b)| f64::from(a) * b).sum::<f64>() as f32),
-        );
+        out.extend(encoder.chunks_exact(row.len()).map(|e| dot(e, &row) as f32));
     }
     Ok(out)
 }

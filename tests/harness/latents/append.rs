@@ -2,7 +2,7 @@
 
 use super::{DeviceEncoding, Encoding, rows_first};
 use crate::pages::{DevicePages, Layout, Pages};
-use crate::{Lab, reference_dtype};
+use crate::{Lab, once_a_case, reference_dtype};
 use kvlar::{
     AppendLowrankArgs, AppendLowrankPlan, AppendLowrankShape, Buffer, Codec, Dtype, SideArgs, SideShape, Status, Strides,
     Workspace,
@@ -191,13 +191,17 @@ impl AppendLowrankCase {
 
     /// As [`Self::check`]; `change` may use the arguments first.
     pub fn run(&self, lab: &Lab, change: impl Fn(&AppendLowrankPlan, &mut AppendLowrankArgs<'_>, &mut Workspace)) {
-        let mut rng = Rng::new(self.seed);
         let (b, s) = (self.seqs, self.new_rows);
-        let sides = [self.data(&mut rng, &self.keys), self.data(&mut rng, &self.values)];
+        let made = once_a_case(self, || {
+            let mut rng = Rng::new(self.seed);
+            let sides = [self.data(&mut rng, &self.keys), self.data(&mut rng, &self.values)];
+            let owners = sides.iter().map(|d| d.shape.groups()).max().unwrap_or(0);
+            let pages = Pages::new(&mut rng, self.layout, b, owners, self.capacity, &vec![0; b]).with_full_table(&mut rng);
+            (sides, pages)
+        });
+        let (sides, mut pages) = (&made.0, made.1.clone());
         let positions: Vec<i32> = (0..b * s).map(|i| 1000 + i as i32 * 3).collect();
         let slots = self.slots.clone().unwrap_or_else(|| (0..b).flat_map(|_| 0..s as i32).collect());
-        let owners = sides.iter().map(|d| d.shape.groups()).max().unwrap_or(0);
-        let mut pages = Pages::new(&mut rng, self.layout, b, owners, self.capacity, &vec![0; b]).with_full_table(&mut rng);
         let good = pages.table.clone();
         for &(i, page) in &self.bad_pages {
             pages.table[i] = page;
@@ -232,7 +236,7 @@ impl AppendLowrankCase {
             plan.launch(&lab.stream, &mut args, &mut workspace).expect("append_lowrank");
         }
         let status = workspace.status(&lab.stream).expect("a status");
-        let counters = &lab.download::<u8>(workspace.memory())[256..256 + plan.workspace().zeroed];
+        let counters = lab.counters(&workspace, plan.workspace());
         assert!(counters.iter().all(|&x| x == 0), "counters are not left at zero");
 
         let mut expected = Expected { case: self, pages: &pages, slots: &slots, bad_slot: false, bad_page: false };
@@ -242,7 +246,7 @@ impl AppendLowrankCase {
             }
         }
         let stored: Vec<i32> = lab.download(&row_positions);
-        assert_eq!(stored, expected.positions(&positions, owners), "positions\n{self:?}");
+        assert_eq!(stored, expected.positions(&positions, pages.heads), "positions\n{self:?}");
         expected.check_status(status);
     }
 }

@@ -1,10 +1,11 @@
 //! Cases on a device.
 
 use super::{LowrankCase, LowrankData, ValueCase};
-use crate::Lab;
 use crate::pages::DevicePages;
+use crate::{Lab, heads, once_a_case};
 use kvlar::{
-    AttendArgs, Bases, Buffer, Dtype, HeadSets, Latents, LowrankArgs, LowrankPlan, Rope, Segment, Status, WorkList, Workspace,
+    AttendArgs, Bases, Buffer, Dtype, HeadSets, Latents, LowrankArgs, LowrankPlan, Pool, Rope, Rows, Segment, Status, ViewMut,
+    WorkList, Workspace,
 };
 use kvlar_reference::Attended;
 
@@ -79,7 +80,6 @@ impl<'a> LowrankRun<'a> {
     /// Calls `f` with the arguments and what a launch needs besides.
     pub fn with_args<R>(&mut self, f: impl FnOnce(&LowrankPlan, &mut LowrankArgs<'_>, &mut WorkList, &mut Workspace) -> R) -> R {
         let c = &self.data.case;
-        let (value_codec, _, width) = c.value_rows();
         let segments: Vec<Segment<'_>> = self
             .segments
             .iter()
@@ -89,8 +89,7 @@ impl<'a> LowrankRun<'a> {
                 let mut rows = pages.rows();
                 rows.lengths = Some(lengths.view());
                 (rows.length_seq_stride, rows.length_head_stride) = (c.kv_heads, 1);
-                let (kc, kd) = if s.latent { (c.key_codec(), c.rank) } else { (c.native(), c.head_dim) };
-                let (vc, vd) = if s.latent { (value_codec, width) } else { (c.native(), c.value_dim) };
+                let [(kc, kd), (vc, vd)] = c.rows(s);
                 Segment {
                     rows,
                     keys: host.keys.pool(keys.view(), kc, kd, kd),
@@ -128,6 +127,20 @@ impl<'a> LowrankRun<'a> {
         f(&self.plan, &mut args, &mut self.work, &mut self.workspace)
     }
 
+    /// Which rows a segment has room for, and the pools of their keys and values, to be written.
+    pub fn pools(&mut self, segment: usize) -> (Rows<'_>, [Pool<ViewMut<'_>>; 2]) {
+        let (pages, _, keys, values) = &mut self.segments[segment];
+        let host = &self.data.segments[segment];
+        let [(kc, kd), (vc, vd)] = self.data.case.rows(&self.data.case.segments[segment]);
+        let pools = [host.keys.pool(keys.view_mut(), kc, kd, kd), host.values.pool(values.view_mut(), vc, vd, vd)];
+        (pages.rows(), pools)
+    }
+
+    /// Replaces the lengths `[B, Hk]` of a segment on the device.
+    pub fn set_lengths(&mut self, segment: usize, lengths: &[i32]) {
+        self.lab.stream.upload(&mut self.segments[segment].1, 0, bytemuck::cast_slice(lengths)).expect("upload");
+    }
+
     /// Enqueues the schedule and the launch.
     pub fn enqueue(&mut self) {
         let lab = self.lab;
@@ -149,27 +162,24 @@ impl<'a> LowrankRun<'a> {
 
     /// The counters of arrived splits.
     pub fn counters(&self) -> Vec<u32> {
-        let bytes = self.plan.workspace().zeroed;
-        self.lab.download::<u32>(self.workspace.memory())[64..64 + bytes / 4].to_vec()
+        self.lab.counters(&self.workspace, self.plan.workspace())
     }
 }
 
 /// Runs a case and compares; the text names the case.
 pub fn check(lab: &Lab, case: &LowrankCase) -> Result<(), String> {
-    let data = LowrankData::new(case);
-    let mut run = LowrankRun::new(lab, &data);
+    let made = once_a_case(case, || {
+        let data = LowrankData::new(case);
+        let expected = data.expected();
+        (data, expected)
+    });
+    let (data, expected) = &*made;
+    let mut run = LowrankRun::new(lab, data);
     run.enqueue();
-    compare(&data, &run.result())?;
-    if !run.status().is_clean() {
-        return Err(format!("{:?}\n{case:?}", run.status()));
-    }
-    Ok(())
+    heads::check_attended(&run.result(), run.status(), expected, data.tolerances(), case)
 }
 
 /// Compares a result with the reference.
 pub fn compare(data: &LowrankData, actual: &Attended) -> Result<(), String> {
-    let (out, lse) = data.tolerances();
-    let (expected, case) = (data.expected(), &data.case);
-    kvlar_reference::compare::compare(&actual.lse, &expected.lse, lse).map_err(|e| format!("lse: {e}\n{case:?}"))?;
-    kvlar_reference::compare::compare(&actual.out, &expected.out, out).map_err(|e| format!("out: {e}\n{case:?}"))
+    heads::compare_attended(actual, &data.expected(), data.tolerances(), &data.case)
 }

@@ -2,14 +2,18 @@
 #![allow(dead_code)] // each test program uses a part of it
 
 use crate::checkpoint::{Checkpoint, Variant};
+use half::bf16;
 use std::collections::HashMap;
 
-/// Queries (rotated), keys (before RoPE) and values of one layer: `[n][heads][d]`.
+/// `[n][heads][d]`.
+type Heads = Vec<Vec<Vec<f64>>>;
+
+/// Queries (rotated), keys (before RoPE) and values of one layer.
 #[derive(Default)]
 pub struct Rows {
-    pub q: Vec<Vec<Vec<f64>>>,
-    pub k: Vec<Vec<Vec<f64>>>,
-    pub v: Vec<Vec<Vec<f64>>>,
+    pub q: Heads,
+    pub k: Heads,
+    pub v: Heads,
 }
 
 pub struct Plain {
@@ -27,6 +31,14 @@ fn matvec(w: &[f64], x: &[f64], bias: Option<&Vec<f64>>) -> Vec<f64> {
 fn norm(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
     let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
     x.iter().zip(w).map(|(v, w)| v / (mean + eps).sqrt() * w).collect()
+}
+
+fn each_head(rows: &Heads, f: impl Fn(usize, &[f64]) -> Vec<f64>) -> Heads {
+    rows.iter().enumerate().map(|(position, heads)| heads.iter().map(|head| f(position, head)).collect()).collect()
+}
+
+fn to_bf16(rows: &Heads) -> Heads {
+    each_head(rows, |_, head| head.iter().map(|&x| bf16::from_f64(x).to_f64()).collect())
 }
 
 impl Plain {
@@ -51,6 +63,7 @@ impl Plain {
         Self { v: v.clone(), rotary, tensors }
     }
 
+    /// Hugging Face's rotate_half, at frequencies worked out here once more.
     fn rotate(&self, x: &[f64], position: usize) -> Vec<f64> {
         let half = self.rotary / 2;
         let mut y = x.to_vec();
@@ -74,6 +87,12 @@ impl Plain {
 
     /// Rows of each layer, and logits after every token.
     pub fn run(&self, tokens: &[u32]) -> (Vec<Rows>, Vec<Vec<f64>>) {
+        self.run_cached(tokens, usize::MAX)
+    }
+
+    /// Likewise; tokens from `cached` on attend as a bf16 cache lets them: q and v rounded, k rounded as it comes and again
+    /// when it is rotated.
+    pub fn run_cached(&self, tokens: &[u32], cached: usize) -> (Vec<Rows>, Vec<Vec<f64>>) {
         let v = &self.v;
         let group = v.heads / v.kv_heads;
         let t = |name: &str| &self.tensors[name];
@@ -98,20 +117,29 @@ impl Plain {
                 rows.k.push(project("k"));
                 rows.v.push(project("v"));
             }
-            let rotated: Vec<Vec<Vec<f64>>> =
-                rows.k.iter().enumerate().map(|(p, k)| k.iter().map(|head| self.rotate(head, p)).collect()).collect();
+            let rotated = |k: &Heads| each_head(k, |position, head| self.rotate(head, position));
+            let keys = rotated(&rows.k);
+            let stored = (cached < xs.len()).then(|| Rows {
+                q: to_bf16(&rows.q),
+                k: to_bf16(&rotated(&to_bf16(&rows.k))),
+                v: to_bf16(&rows.v),
+            });
             for p in 0..xs.len() {
+                let (q, k, values) = match &stored {
+                    Some(rows) if p >= cached => (&rows.q, &rows.k, &rows.v),
+                    _ => (&rows.q, &keys, &rows.v),
+                };
                 let from = if v.window > 0 { (p + 1).saturating_sub(v.window) } else { 0 };
                 let mut attended = Vec::new();
                 for head in 0..v.heads {
-                    let logit = |k: &Vec<Vec<f64>>| {
-                        let dot: f64 = rows.q[p][head].iter().zip(&k[head / group]).map(|(a, b)| a * b).sum();
+                    let weight = |k: &Vec<Vec<f64>>| {
+                        let dot: f64 = q[p][head].iter().zip(&k[head / group]).map(|(a, b)| a * b).sum();
                         (dot / (v.head_dim as f64).sqrt()).exp()
                     };
-                    let weights: Vec<f64> = rotated[from..=p].iter().map(logit).collect();
+                    let weights: Vec<f64> = k[from..=p].iter().map(weight).collect();
                     let sum: f64 = weights.iter().sum();
                     let mut out = vec![0.0; v.head_dim];
-                    for (value, w) in rows.v[from..=p].iter().zip(&weights) {
+                    for (value, w) in values[from..=p].iter().zip(&weights) {
                         value[head / group].iter().zip(&mut out).for_each(|(x, o)| *o += w / sum * x);
                     }
                     attended.extend(out);

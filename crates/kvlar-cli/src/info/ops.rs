@@ -1,0 +1,155 @@
+//! What each op takes, found by asking its launcher: a shape has a plan, or is refused.
+
+use kvlar::{
+    AppendLowrankShape, AppendShape, AttendShape, Codec, Device, Dtype, EncodeShape, Latents, LowrankShape, LowrankValues,
+    MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, SegmentShape, SetsShape, SideShape,
+};
+use std::fmt::Debug;
+
+/// An op, and what a device has kernels for.
+pub struct Op {
+    /// As in the names of entry points.
+    pub name: &'static str,
+    /// Types of its activations.
+    pub types: String,
+    /// How its cached rows are stored; empty where it has none.
+    pub stored: String,
+    /// Sizes.
+    pub limits: String,
+}
+
+const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
+const CODECS: [Codec; 4] = [Codec::Bf16, Codec::F16, Codec::Int8, Codec::Int4];
+const LATENTS: [Latents; 4] = [Latents::Dtype, Latents::Int8, Latents::Int8Basis, Latents::Int4];
+/// Head dimension where another size is asked for.
+const DIM: usize = 128;
+
+/// Those that are planned.
+fn names<T: Copy + Debug>(all: &[T], planned: impl Fn(T) -> bool) -> String {
+    let found = all.iter().filter(|x| planned(**x)).map(|x| format!("{x:?}").to_lowercase());
+    found.collect::<Vec<_>>().join(", ")
+}
+
+/// The largest multiple of `step` up to `end` that is planned.
+fn most(step: usize, end: usize, planned: impl Fn(usize) -> bool) -> usize {
+    (1..=end / step).map(|i| i * step).filter(|&n| planned(n)).max().unwrap_or(0)
+}
+
+fn head_dims(planned: impl Fn(usize) -> bool) -> String {
+    format!("head dimension to {}", most(8, 1024, planned))
+}
+
+/// A codec beside which rows of a type are planned, whichever type that is.
+fn any_type(planned: impl Fn(Dtype) -> bool) -> bool {
+    DTYPES.into_iter().any(planned)
+}
+
+fn append(device: &Device) -> Op {
+    let planned = |dtype, codec, dim| {
+        let codec = (codec, dim);
+        let (seqs, kv_heads, new_rows) = (1, 1, 1);
+        AppendShape { dtype, key_codec: codec, value_codec: codec, seqs, kv_heads, new_rows, head_dim: dim, value_dim: dim }
+            .plan(device)
+            .is_ok()
+    };
+    Op {
+        name: "append",
+        types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
+        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM))),
+        limits: head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d)),
+    }
+}
+
+fn append_lowrank(device: &Device) -> Op {
+    let planned = |dtype, codec, head_dim, rank| {
+        let keys = SideShape::Project { kv_heads: 64, head_dim, groups: 1, size: 64, rank, codec };
+        AppendLowrankShape { dtype, seqs: 1, new_rows: 1, keys, values: SideShape::None }.plan(device).is_ok()
+    };
+    let rank = most(RANK_MULTIPLE, 1 << 14, |r| planned(Dtype::Bf16, Codec::Int8, DIM, r));
+    Op {
+        name: "append_lowrank",
+        types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM, 32)),
+        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM, 32))),
+        limits: format!("{}, rank to {rank}", head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d, 32))),
+    }
+}
+
+fn attend(device: &Device) -> Op {
+    let planned =
+        |dtype, codec, dim| AttendShape::new(dtype, 1, (1, 1), 1, dim, SegmentShape { codec, max_rows: 64 }).plan(device).is_ok();
+    Op {
+        name: "attend",
+        types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
+        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM))),
+        limits: format!("{}, 1 to {MAX_SEGMENTS} segments", head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d))),
+    }
+}
+
+fn attend_lowrank(device: &Device) -> Op {
+    // Groups of two kv heads.
+    let sets = SetsShape { count: 1, largest: 2, kv_heads: 2, key_groups: 1, value_groups: 1, sizes_hash: 0 };
+    let planned = |dtype, latents: Latents, dim, query_rows, (key, value)| {
+        let native = Option::<Codec>::from(dtype).unwrap_or(Codec::Bf16);
+        let exact = SegmentShape { codec: native, max_rows: 64 };
+        let attend = AttendShape::new(dtype, 1, (2, 2), query_rows, dim, exact);
+        let values = LowrankValues::Latent { rank: value, codec: latents.codec(native) };
+        LowrankShape::new(attend, 64, key, latents, values, sets).plan(device).is_ok()
+    };
+    let (bf16, small) = (Dtype::Bf16, (32, 32));
+    let rank = |of: fn(usize) -> (usize, usize)| most(RANK_MULTIPLE, 1 << 14, |r| planned(bf16, Latents::Dtype, DIM, 1, of(r)));
+    let rows = most(1, 64, |n| planned(bf16, Latents::Dtype, DIM, n, small));
+    let limits = [
+        head_dims(|d| planned(bf16, Latents::Dtype, d, 1, small)),
+        format!("ranks in steps of {RANK_MULTIPLE} (keys to {}, values to {} at {DIM})", rank(|r| (r, 32)), rank(|r| (32, r))),
+        if rows < 64 { format!("query rows to {rows}") } else { "any query rows".to_string() },
+        format!("1 to {MAX_SEGMENTS} segments"),
+    ];
+    Op {
+        name: "attend_lowrank",
+        types: names(&DTYPES, |t| planned(t, Latents::Dtype, DIM, 1, small)),
+        stored: format!("latents {}", names(&LATENTS, |l| planned(bf16, l, DIM, 1, small))),
+        limits: limits.join(", "),
+    }
+}
+
+fn encode(device: &Device) -> Op {
+    let planned =
+        |dtype, codec, dim| EncodeShape { codec, group: dim, dtype, seqs: 1, heads: 1, rows: 1, dim }.plan(device).is_ok();
+    Op {
+        name: "encode",
+        types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
+        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM))),
+        limits: format!("{}; and decode", head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d))),
+    }
+}
+
+fn merge(device: &Device) -> Op {
+    let planned = MergeShape { parts: 2, rows: 1, dim: DIM }.plan(device).is_ok();
+    Op {
+        name: "merge",
+        types: if planned { "f32".to_string() } else { String::new() },
+        stored: String::new(),
+        limits: "partial results".to_string(),
+    }
+}
+
+fn project(device: &Device) -> Op {
+    let planned = |dtype, out_dtype, head_dim, rank| {
+        let (seqs, kv_heads, rows, groups, size) = (1, 64, 1, 1, 64);
+        ProjectShape { dtype, out_dtype, seqs, kv_heads, rows, head_dim, groups, size, rank }.plan(device).is_ok()
+    };
+    let bf16 = Dtype::Bf16;
+    let rank = most(RANK_MULTIPLE, 1 << 14, |r| planned(bf16, bf16, DIM, r));
+    let out = names(&DTYPES, |t| planned(bf16, t, DIM, 32));
+    Op {
+        name: "project",
+        types: names(&DTYPES, |t| planned(t, t, DIM, 32)),
+        stored: String::new(),
+        limits: format!("{}, rank to {rank}, bf16 rows to {out}", head_dims(|d| planned(bf16, bf16, d, 32))),
+    }
+}
+
+/// Every op that has kernels, in the order of their names.
+pub fn ops(device: &Device) -> Vec<Op> {
+    [append, append_lowrank, attend, attend_lowrank, encode, merge, project].map(|op| op(device)).into()
+}
