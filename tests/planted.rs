@@ -52,7 +52,7 @@ fn compiler() -> Option<Command> {
     let name = std::env::var("CXX").unwrap_or("c++".into());
     Command::new(&name).arg("--version").output().ok().filter(|r| r.status.success())?;
     let mut c = Command::new(name);
-    c.args(["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-pthread", "-DKVLAR_SIMT", "-x", "c++"]);
+    c.args(["-std=c++17", "-fPIC", "-ffp-contract=off", "-pthread", "-DKVLAR_SIMT", "-x", "c++"]);
     if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("f16c") {
         c.arg("-march=x86-64-v3");
     }
@@ -88,7 +88,7 @@ fn build(dir: &Path, runtime: &[PathBuf], source_text: &str, bug: Option<&Bug>) 
     }
     let (source, object, library) = (dir.join("short.cu"), dir.join("short.o"), dir.join("libshort.so"));
     std::fs::write(&source, source_text).expect("a file");
-    // Without warnings as errors: a bug may leave something unused.
+    // Without warnings as errors: a bug may leave something unused. Without optimization: compiling takes longer than running.
     run(compiler().expect("a compiler").arg("-w").arg("-I").arg(&tree).arg("-c").arg(&source).arg("-o").arg(&object));
     let name = std::env::var("CXX").unwrap_or("c++".into());
     run(Command::new(name).args(["-shared", "-Wl,-Bsymbolic", "-pthread", "-o"]).arg(&library).arg(&object).args(runtime));

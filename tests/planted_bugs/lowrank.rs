@@ -51,8 +51,8 @@ const BUGS: &[Bug] = &[
     bug(
         "a stage is overwritten while it is read",
         "attend_lowrank/warp.cuh",
-        "start(stage ^ 1, tile + warps);",
-        "issue(coming, stage, tile + warps);",
+        "issue(coming, stage ^ 1, next);",
+        "issue(coming, stage, next);",
     ),
     bug("dropped wait", "attend_lowrank/warp.cuh", "      ptx::cp_async_wait<0>();\n      __syncwarp();", "      __syncwarp();"),
     bug(

@@ -178,14 +178,23 @@ impl LowrankShape {
         }
         let columns_a_head = a.group() * a.query_rows;
         let rank = self.value_rank();
-        let tiling = Tiling::of(self.latents, columns_a_head, self.sets.largest, a.value_dim, rank);
-        let Some(entry) = tiling.entry(a.dtype) else {
-            return unsupported("attend_lowrank", format!("type {} of q", a.dtype));
+        let divide = |tiling: Tiling| {
+            let slices = rank.div_ceil(tiling.width).max(1);
+            let slice_width = if rank == 0 { a.value_dim } else { rank.div_ceil(slices).next_multiple_of(RANK_MULTIPLE) };
+            let most_heads = (tiling.columns / columns_a_head.min(tiling.columns)).min(self.sets.largest);
+            let layout = layout::choose(self, &tiling, slice_width, most_heads, info)?;
+            Some((tiling, slices, slice_width, layout))
         };
-        let slices = rank.div_ceil(tiling.width).max(1);
-        let slice_width = if rank == 0 { a.value_dim } else { rank.div_ceil(slices).next_multiple_of(RANK_MULTIPLE) };
-        let most_heads = (tiling.columns / columns_a_head.min(tiling.columns)).min(self.sets.largest);
-        let Some(layout) = layout::choose(self, &tiling, slice_width, most_heads, info) else {
+        let first = Tiling::of(self.latents, columns_a_head, self.sets.largest, a.value_dim, rank);
+        let mut chosen = divide(first);
+        // Where shared memory has room for few heads, fewer columns leave room for more: latents are read less often.
+        if let (Some((_, _, _, wide)), Some(narrow)) = (&chosen, first.narrower().and_then(divide))
+            && wide.heads_per_tile * columns_a_head <= narrow.0.columns
+            && narrow.3.heads_per_tile >= wide.heads_per_tile
+        {
+            chosen = Some(narrow);
+        }
+        let Some((tiling, slices, slice_width, layout)) = chosen else {
             return unsupported(
                 "attend_lowrank",
                 format!(
@@ -193,6 +202,9 @@ impl LowrankShape {
                     self.key_rank, info.shared_per_block, info.name
                 ),
             );
+        };
+        let Some(entry) = tiling.entry(a.dtype) else {
+            return unsupported("attend_lowrank", format!("type {} of q", a.dtype));
         };
         let query_tiles = if columns_a_head <= tiling.columns {
             self.sets.largest.div_ceil(layout.heads_per_tile)

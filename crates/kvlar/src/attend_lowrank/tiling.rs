@@ -45,6 +45,11 @@ impl Tiling {
         tiling(128, if all > 8 { 16 } else { 8 }, latents)
     }
 
+    /// The same with 8 columns, if this has more.
+    pub fn narrower(&self) -> Option<Self> {
+        (self.columns > 8).then_some(Self { columns: 8, ..*self })
+    }
+
     pub fn entry(&self, dtype: Dtype) -> Option<&'static str> {
         ENTRIES.iter().find(|e| e.0 == dtype && e.1 == *self).map(|e| e.2)
     }
