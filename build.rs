@@ -8,8 +8,8 @@
 //! Nothing here touches the network or asks the machine for its GPU.
 //!
 //! Environment: `KVLAR_NVCC`, `KVLAR_CUDA_ARCHS` (such as `80,90a`, or `all`), `CUDA_COMPUTE_CAP`, `KVLAR_FATBIN_DIR`
-//! (prebuilt fatbins, no nvcc), `KVLAR_SIMT_SAN` (`address` or `thread`), `KVLAR_SIMT_DEFINES` (extra macros),
-//! `KVLAR_DENY_WARNINGS` (of the host compiler; nvcc's always are).
+//! (prebuilt fatbins, no nvcc), `KVLAR_SIMT_DIR` (the emulation that another build left in its `OUT_DIR`), `KVLAR_SIMT_SAN`
+//! (`address` or `thread`), `KVLAR_SIMT_DEFINES` (extra macros), `KVLAR_DENY_WARNINGS` (of the host compiler; nvcc's always are).
 
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -33,6 +33,7 @@ fn main() {
         "KVLAR_CUDA_ARCHS",
         "CUDA_COMPUTE_CAP",
         "KVLAR_FATBIN_DIR",
+        "KVLAR_SIMT_DIR",
         "KVLAR_SIMT_SAN",
         "KVLAR_SIMT_DEFINES",
         "KVLAR_DENY_WARNINGS",
@@ -128,7 +129,7 @@ fn digest_with_headers(root: &Path, path: &str) -> (String, bool) {
         if !seen.insert(p) {
             continue;
         }
-        per_arch |= text.lines().any(|l| l.starts_with("#") && l.contains("__CUDA_ARCH__"));
+        per_arch |= text.lines().any(|l| l.contains("__CUDA_ARCH__") && !l.trim_start().starts_with("//"));
         let quoted = text.lines().filter_map(|l| l.trim().strip_prefix("#include \"")?.strip_suffix('"'));
         open.extend(quoted.map(String::from));
     }

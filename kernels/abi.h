@@ -139,7 +139,7 @@ typedef struct {
   uint32_t out_dtype;        // KVLAR_DTYPE_*
   uint32_t columns;          // packed (row, head) columns a query tile: 8 or 16
   uint32_t units;            // what is computed as a whole: here seqs * kv_heads * query_tiles
-  uint32_t reserved;
+  uint32_t stages;           // tiles of a warp's ring: 2 or 3
 } KvlarAttend;
 KVLAR_CHECK_SIZE(KvlarAttend, 960);
 
@@ -183,7 +183,7 @@ typedef struct {
   uint32_t value_rank;      // 0 = dense values
   uint32_t slices;          // parts of the value rank (or 1): each takes a pass over the rows
   uint32_t slice_width;     // values a slice; the last may have fewer
-  uint32_t padded_dim;      // head_dim, padded to a multiple of 32 rotary pairs' worth: the rebuild's order
+  uint32_t padded_dim;      // head_dim, padded to a multiple of 32: the rebuild's order
   uint32_t latent;          // KVLAR_LATENT_*
   KvlarLowrankShared shared;
 } KvlarAttendLowrank;

@@ -25,6 +25,7 @@ on_every_device!(
     equal_bits_from_run_to_run,
     own_schedule_ignores_the_batch,
     workspace_is_left_zeroed,
+    broken_rows_reach_only_those_who_see_them,
     bad_pages_and_lengths_are_clamped_and_reported,
 );
 
@@ -180,6 +181,17 @@ fn softcap_and_sinks(lab: &Lab) {
 }
 
 /// Maxima that rise by far more than the headroom, and fall: running sums must be rescaled.
+/// A row whose values decode to NaN is NaN for the queries that see it, and for no other.
+fn broken_rows_reach_only_those_who_see_them(lab: &Lab) {
+    let case = |heads| {
+        AttendCase::new(Dtype::Bf16, heads, 64, &[40, 17]).with(int8).with(|c| {
+            c.broken = true;
+            c.query_rows = 3;
+        })
+    };
+    all(lab, [case((2, 2)), case((3, 1)), case((8, 2)).with(|c| c.window = 9)]);
+}
+
 fn large_logits(lab: &Lab) {
     for q_size in [10.0, 60.0] {
         let base = |d| AttendCase::new(Dtype::F16, (2, 1), d, &[2000, 77]).with(|c| (c.q_size, c.query_rows) = (q_size, 3));

@@ -28,7 +28,8 @@ on_every_device!(
     bases_a_sequence,
     many_random_cases,
     equal_bits_from_run_to_run,
-    own_schedule_and_workspace,
+    own_schedule_ignores_the_batch,
+    broken_rows_reach_only_those_who_see_them,
 );
 
 const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
@@ -159,10 +160,16 @@ fn exact_rows_beside_latents(lab: &Lab) {
     all(lab, [case((4, 2), 2, 64).int8(Latents::Int8), case((4, 2), 2, 64).with(|c| c.values = ValueCase::Dense)]);
     all(
         lab,
-        [case((4, 2), 2, 64).with(|c| {
-            c.query_rows = 3;
-            c.window = 30;
-        })],
+        [
+            case((4, 2), 2, 64).with(|c| {
+                c.query_rows = 3;
+                c.window = 30;
+            }),
+            case((4, 2), 2, 64).with(|c| {
+                c.segments.iter_mut().zip([3, 200, 900]).for_each(|(s, first)| s.positions = Positions::Gaps(first));
+                c.window = 950;
+            }),
+        ],
     );
 }
 
@@ -325,13 +332,15 @@ fn equal_bits_from_run_to_run(lab: &Lab) {
     run.enqueue();
     let first = run.result();
     for _ in 0..2 {
+        run.poison();
         run.enqueue();
         assert_eq!(run.result(), first);
+        assert!(run.counters().iter().all(|&c| c == 0));
     }
     compare(&data, &first).unwrap();
 }
 
-fn own_schedule_and_workspace(lab: &Lab) {
+fn own_schedule_ignores_the_batch(lab: &Lab) {
     let case = |lengths: &[usize]| {
         LowrankCase::new(Dtype::Bf16, (4, 2), 2, 64, (32, 32), lengths).with(|c| {
             c.schedule = Schedule::Own;
@@ -339,18 +348,29 @@ fn own_schedule_and_workspace(lab: &Lab) {
             c.segments[0].layout = Layout::Contiguous;
         })
     };
-    let run = |case: &LowrankCase| {
-        let data = LowrankData::new(case);
-        let mut run = LowrankRun::new(lab, &data);
+    let run = |data: &LowrankData| {
+        let mut run = LowrankRun::new(lab, data);
         run.enqueue();
-        compare(&data, &run.result()).unwrap();
+        compare(data, &run.result()).unwrap();
         assert!(run.counters().iter().all(|&c| c == 0));
         run.result()
     };
-    // The first sequence's data depend on the seed alone where it comes first.
-    let (alone, again) = (run(&case(&[650])), run(&case(&[650])));
-    assert_eq!(alone, again);
-    run(&case(&[650, 12, 333]));
+    let batch = LowrankData::new(&case(&[650, 12, 333]));
+    let mut alone = LowrankData::new(&case(&[650]));
+    alone.take_first_sequence(&batch);
+    let (batch, alone) = (run(&batch), run(&alone));
+    assert_eq!((&batch.out[..alone.out.len()], &batch.lse[..alone.lse.len()]), (&alone.out[..], &alone.lse[..]));
+}
+
+/// A row whose values decode to NaN is NaN for the queries that see it, and for no other.
+fn broken_rows_reach_only_those_who_see_them(lab: &Lab) {
+    let case = |latents| {
+        LowrankCase::new(Dtype::Bf16, (4, 2), 2, 64, (32, 64), &[40, 17]).int8(latents).with(|c| {
+            c.broken = true;
+            c.query_rows = 3;
+        })
+    };
+    all(lab, [case(Latents::Int8), case(Latents::Int8Basis)]);
 }
 
 /// A work list of layers whose sets have other sizes is refused: its tiles would be others.

@@ -233,7 +233,7 @@ impl LayerBases {
             Latents::Int8Basis => {
                 let raw = rig.with_rng(|rng| rng.normals(count, scale));
                 let pairs = RotaryPairs { rotary_dim: s.dim, half: true };
-                let int8 = Int8Basis::quantize(&raw, s.heads.1, s.dim, s.rank, pairs).expect("a basis");
+                let int8 = Int8Basis::quantize(&raw, None, s.heads.1, s.dim, s.rank, pairs).expect("a basis");
                 (rig.upload(&int8.codes)?, Some(rig.upload(&int8.scales)?))
             }
         };

@@ -10,7 +10,7 @@
 // merged by the CTA that arrives last, in split order, so that results are equal bit for bit from run to run.
 //
 // Floor: bytes of the rows / read bandwidth. Llama-3.1-8B shape (8 kv heads, d = 128, 128K rows, batch 1):
-// bf16 0.54 GB, 125 us at 4.3 TB/s; int8 0.27 GB, 63 us. In flight on Hopper: (kStages - 1) x 8 KB x 4 warps x 2 CTAs =
+// bf16 0.54 GB, 125 us at 4.3 TB/s; int8 0.27 GB, 63 us. In flight on Hopper: 2 stages x 8 KB x 4 warps x 2 CTAs =
 // 128 KB an SM. Main-loop instructions per 16 rows and the issue time they imply: ledger/static.json.
 #pragma once
 #include "attend/warp.cuh"
@@ -23,7 +23,7 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
   using Tiles = Tiling<D, kInt8>;
   static constexpr int kColumns = 8 * NT, kWarps = Tiles::kWarps, kThreads = Tiles::kThreads;
   static constexpr int kScratchRow = D + 4;  // floats a column in the merge of warps: conflict-free stores
-  static_assert(kWarps * kColumns * (kScratchRow + 2) * 4 <= Tiles::kSharedBytes, "the merge reuses the ring");
+  static_assert(kWarps * kColumns * (kScratchRow + 2) * 4 <= Tiles::kLeastShared, "the merge reuses the ring");
 
   const KvlarAttend& p;
   typename Warp::Shared& shared;

@@ -1,11 +1,11 @@
 // Tile shapes of decode attention, for a template head dimension D and a storage format.
 //
-// A warp takes `rows` cached rows at a time through a private ring of `kStages` tiles (attend/stages.cuh), so that
-// kStages - 1 tiles a warp are always in flight, 8 KB each: 128 KB an SM on Hopper (two CTAs), 64 KB on
-// sm_80 (one), 32 KB where an SM has 100 KB in all. Little's law asks for about 25 KB at 4.3 TB/s and
-// 0.75 us; research systems settle at 48 to 96 KB.
+// A warp takes `rows` cached rows at a time through a private ring of p.stages tiles (3; 2 where an SM has 100 KB of
+// shared memory: the launcher chooses), so that all but one of a warp are always in flight, 8 KB each: 128 KB an SM on
+// Hopper (two CTAs), 64 KB on sm_80 (one), 32 KB where an SM has 100 KB in all. Little's law asks for about 25 KB at
+// 4.3 TB/s and 0.75 us; research systems settle at 48 to 96 KB.
 #pragma once
-#include "attend/stages.cuh"
+#include "device/gpu.cuh"
 
 namespace kvlar::attend {
 
@@ -25,8 +25,7 @@ template <int D, bool kInt8> struct Tiling {
   static constexpr int kValueParams = kKeyParams + (kInt8 ? 4 * kInt8Rows : 0);
   static constexpr int kPositions = kValueParams + (kInt8 ? 4 * kInt8Rows : 0);
   static constexpr int kStageBytes = kPositions + 4 * kMaxRows;
-  static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kWarps * kRingBytes;
+  static constexpr int kLeastShared = kWarps * 2 * kStageBytes;
   static_assert(kStageBytes % 16 == 0, "cp.async needs 16-byte alignment");
 };
 

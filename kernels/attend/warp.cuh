@@ -43,7 +43,7 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
   State state;
 
   __device__ WarpAttend(const KvlarAttend& params, Shared& unit, unsigned char* raw)
-      : p(params), shared(unit), ring(raw + (threadIdx.x / 32) * Tiles::kRingBytes), ring_s(ptx::to_smem(ring)),
+      : p(params), shared(unit), ring(raw + (threadIdx.x / 32) * params.stages * Tiles::kStageBytes), ring_s(ptx::to_smem(ring)),
         lane(int(threadIdx.x) & 31), warp(int(threadIdx.x) >> 5) {}
 
   // ---- queries
@@ -229,7 +229,7 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
 
   template <bool kInt8Tile, int kTileBlocks>
   __device__ __forceinline__ void mask(float (&s)[kTileBlocks][NT][4], float (&value_scale)[kTileBlocks][2], float (&value_zero)[kTileBlocks][2],
-                                       const unsigned char* tile, const Rows& rows) const {
+                                       const unsigned char* tile, const Rows& rows) {
     const Unit& u = shared.unit;
     const bool stored = p.segments[rows.segment].rows.positions != nullptr;
     const int first = u.first_row[rows.segment] + rows.row;
@@ -242,16 +242,16 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
       for (int h = 0; h < 2; ++h) {
         const int r = 16 * b + 8 * h + at.g;
         const int position = stored ? *reinterpret_cast<const int32_t*>(tile + Tiles::kPositions + 4 * r) : first + r;
-        bool seen = false;
+        // A row that decodes to NaN is NaN for those who see it alone: a weight of 0 would not undo it for the others.
+        const bool broken = kInt8Tile && !(fabsf(value_scale[b][h] + value_zero[b][h]) < INFINITY);
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const bool hide = hidden(r, rows.valid, position, n, e);
-            if (hide) s[b][n][2 * h + e] = -INFINITY;
-            seen = seen || !hide;
+            if (hidden(r, rows.valid, position, n, e)) s[b][n][2 * h + e] = -INFINITY;
+            else if (broken) state.zero[n][e] += value_scale[b][h] + value_zero[b][h];
           }
-        if (kInt8Tile && !seen) value_scale[b][h] = value_zero[b][h] = 0.f;  // may be NaN, which a weight of 0 does not undo
+        if (broken) value_scale[b][h] = value_zero[b][h] = 0.f;
       }
   }
 
@@ -348,11 +348,12 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
 
   // Tiles first + warp, first + warp + kWarps, ... below end.
   __device__ void take_tiles(int first, int end) {
+    const int stages = int(p.stages);
     int issued = first + warp, stage = 0;
     Rows next{};
     if (issued < end) find(issued, next);
 #pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) {
+    for (int i = 0; i < stages - 1; ++i) {
       if (issued < end) {
         issue(next, i);
         issued += kWarps;
@@ -361,12 +362,12 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
       ptx::cp_async_commit();
     }
     for (int tile = first + warp; tile < end; tile += kWarps) {
-      ptx::cp_async_wait<kStages - 2>();
+      if (stages == 3) ptx::cp_async_wait<1>(); else ptx::cp_async_wait<0>();
       __syncwarp();  // every lane's copies of this stage have landed, and every lane is done with the one before
       Rows rows{};
       place(tile, rows);
       if (issued < end) {
-        issue(next, stage == 0 ? kStages - 1 : stage - 1);
+        issue(next, stage == 0 ? stages - 1 : stage - 1);
         issued += kWarps;
         if (issued < end) find(issued, next);  // its page ids arrive while this tile is computed
       }
@@ -375,7 +376,7 @@ template <int D, int NT, class T, bool kInt8> struct WarpAttend {
       const ptx::smem data_s = ring_s + uint32_t(stage * Tiles::kStageBytes);
       if (holds_int8(rows.segment)) consume<kInt8>(data, data_s, rows);
       else consume<false>(data, data_s, rows);
-      stage = stage + 1 == kStages ? 0 : stage + 1;
+      stage = stage + 1 == stages ? 0 : stage + 1;
     }
     ptx::cp_async_wait<0>();
   }

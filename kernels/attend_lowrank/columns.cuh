@@ -66,17 +66,15 @@ template <int kBlocks, int NT> __device__ __forceinline__ void to_logits(float (
 }
 
 // Hides rows from columns that must not see them. `only_head`: rows belong to that head of the tile alone (-1: to all).
-// `positions`: of the tile's rows, or null where row r of head h is at first_row[h] + row + r. `seen[b][h]`: some column of
-// the lane sees that row.
+// `positions`: of the tile's rows, or null where row r of head h is at first_row[h] + row + r.
 template <int kBlocks, int NT>
-__device__ __forceinline__ void hide(float (&s)[kBlocks][NT][4], bool (&seen)[kBlocks][2], const KvlarAttend& p, const Unit& u,
-                                     int segment, int row, const int* positions, int only_head, const Lane& at) {
+__device__ __forceinline__ void hide(float (&s)[kBlocks][NT][4], const KvlarAttend& p, const Unit& u, int segment, int row,
+                                     const int* positions, int only_head, const Lane& at) {
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = 16 * b + 8 * h + at.g;
-      seen[b][h] = false;
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -86,7 +84,6 @@ __device__ __forceinline__ void hide(float (&s)[kBlocks][NT][4], bool (&seen)[kB
           const bool hidden = row + r >= u.length[segment][head] || (only_head >= 0 && head != only_head) || position > query ||
                               (p.window > 0 && query != attend::kMaskedColumn && query - position >= p.window);
           if (hidden) s[b][n][2 * h + e] = -INFINITY;
-          seen[b][h] = seen[b][h] || !hidden;
         }
     }
 }

@@ -14,7 +14,7 @@
 //   preset             bytes a token   32K rows: memory, tensor   128K rows
 //   speed    g=2 (64, 128)     1536       11.7 us,  6.1 us        46.8 us, 24.4 us
 //   quality  g=2 (128, 192) int8 1312     10.0 us, 11.8 us        40.0 us, 47.1 us
-//   capacity g=4 (128, 256) int8  784      6.0 us, 11.8 us        23.9 us, 47.1 us
+//   capacity g=4 (128, 256) int8, int8 basis 784  6.0 us, 6.5 us  23.9 us, 25.8 us
 //   full bf16 cache            4096       31.2 us                124.9 us
 // Tensor-bound settings save memory, not time. The third roof is issue: see ledger/static.json.
 #pragma once
@@ -85,9 +85,11 @@ template <class T, int NT, int V, int kLatent> struct Cta {
       }
       if (lowrank.key_mean) {
         float mean = exists ? __ldg(lowrank.key_mean + int64_t(unit.head[head]) * p.head_dim + dim) : 0.f;
-        if constexpr (kByteBasis)
-          mean /= 128.f * __ldg(lowrank.key_scales + unit.seq * lowrank.key_scales_seq_stride +
-                                int64_t(unit.head[head]) * (lowrank.padded_dim / 2) + pair);
+        if constexpr (kByteBasis) {
+          const float scale = __ldg(lowrank.key_scales + unit.seq * lowrank.key_scales_seq_stride +
+                                    int64_t(unit.head[head]) * (lowrank.padded_dim / 2) + pair);
+          mean = scale > 0.f ? mean / (128.f * scale) : 0.f;
+        }
         reinterpret_cast<float*>(memory + lowrank.shared.means)[i] = mean;
       }
     }

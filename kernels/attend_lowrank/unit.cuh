@@ -17,7 +17,7 @@ constexpr int kMaxHeads = 16, kMaxColumns = 16;
 constexpr int kLatentRows = 32, kExactRows = 16;
 
 struct Unit {
-  int seq, set, key_group, value_group;
+  int seq, key_group, value_group;
   int heads, columns;    // kv heads and packed columns of this tile
   int head[kMaxHeads];
   int length[KVLAR_MAX_SEGMENTS][kMaxHeads];
@@ -54,7 +54,7 @@ struct HeadRows {
   }
 };
 
-// Tables and positions of latent rows are the key group's, of exact rows the kv head's.
+// Position that is stored with row `row` of the owner of a segment's tables.
 __device__ inline int stored_position(const KvlarAttend& p, int segment, int seq, int owner, int row) {
   const KvlarRows& r = p.segments[segment].rows;
   const int page = page_of(p, r, pages_of(p.segments[segment]), attend::table_of(r, seq, owner), row);
@@ -191,7 +191,6 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
   const Place at(lowrank, index);
   const int32_t* record = unit_record(p, index);
   u.seq = at.seq;
-  u.set = at.set;
   u.key_group = at.key_group;
   u.value_group = at.value_group;
   u.heads = at.heads;
@@ -220,6 +219,8 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
     FOR_EACH_SEGMENT(p, s) {
       u.length[s][h] = rows.length[s];
       u.first_row[s][h] = rows.first[s];
+      // The heads of a set turn a tile together.
+      if (is_latent(p, s) && !p.segments[s].rows.positions && rows.first[s] != u.first_row[s][0]) attend::report(p, KVLAR_STATUS_BAD_LENGTH);
       u.shortest[s] = min(u.shortest[s], rows.length[s]);
       u.longest[s] = max(u.longest[s], rows.length[s]);
     }

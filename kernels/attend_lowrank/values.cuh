@@ -62,13 +62,22 @@ __device__ __forceinline__ void add_int8_values(float (&o)[V / 16][NT][4], const
 template <int kBlocks> struct ValueAffine {
   float scale[kBlocks][2], zero[kBlocks][2], log[kBlocks][2];
 
-  __device__ __forceinline__ void load(const unsigned char* params, const bool (&seen)[kBlocks][2], const Lane& at) {
+  // A row that decodes to NaN is NaN for the columns that see it alone: a weight of 0 would not undo it for the others.
+  template <int NT, int V>
+  __device__ __forceinline__ void load(const unsigned char* params, const float (&s)[kBlocks][NT][4], ColumnState<NT, V>& state, const Lane& at) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float2 a = ptx::unpack_f16(*reinterpret_cast<const uint32_t*>(params + 4 * (16 * b + 8 * h + at.g)));
-        if (!seen[b][h]) a = make_float2(0.f, 0.f);  // may be NaN, which a weight of 0 does not undo
+        if (!(fabsf(a.x + a.y) < INFINITY)) {
+#pragma unroll
+          for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (s[b][n][2 * h + e] != -INFINITY) state.zero[n][e] += a.x + a.y;
+          a = make_float2(0.f, 0.f);
+        }
         scale[b][h] = a.x;
         zero[b][h] = a.y;
         log[b][h] = fmaxf(ptx::lg2_approx(a.x), -24.f);

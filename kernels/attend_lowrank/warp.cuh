@@ -128,10 +128,9 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     float s[2][NT][4] = {};
     scoring.template add<(NT * V > 128 || kLatent == KVLAR_LATENT_INT8_BASIS)>(s, tile_s, memory, tile + lowrank.shared.stage_key_params, in_a_row ? nullptr : positions);
     to_logits(s, p);
-    bool seen[2][2] = {{true, true}, {true, true}};
     const bool all_visible = !positions && rows.row + kLatentRows <= unit.shortest[rows.segment] && first + kLatentRows - 1 <= unit.lowest_query &&
                              (p.window == 0 || unit.highest_query - first < p.window);
-    if (!all_visible) hide(s, seen, p, unit, rows.segment, rows.row, positions, -1, at);
+    if (!all_visible) hide(s, p, unit, rows.segment, rows.row, positions, -1, at);
     const int width = slice_values(slice);
     const unsigned char* values = tile + lowrank.shared.stage_values;
     const ptx::smem values_s = tile_s + lowrank.shared.stage_values;
@@ -139,7 +138,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     if constexpr (kInt8) {
       if (lowrank.value_rank && segment.value_codec == KVLAR_CODEC_INT8) {
         ValueAffine<2> value_affine;
-        value_affine.load(tile + lowrank.shared.stage_value_params, seen, at);
+        value_affine.load(tile + lowrank.shared.stage_value_params, s, state, at);
         weigh_int8(weights, state, s, value_affine);
         add_int8_values<NT, V, 2>(state.o, values, SwizzledRows(narrow_chunks(width)), width, weights);
         return;
@@ -188,9 +187,8 @@ template <class T, int NT, int V, int kLatent> struct Warp {
       }
     }
     to_logits(s, p);
-    bool seen[1][2];
     const int* positions = p.segments[rows.segment].rows.positions ? reinterpret_cast<const int*>(tile + lowrank.shared.stage_positions) : nullptr;
-    hide(s, seen, p, unit, rows.segment, rows.row, positions, head, at);
+    hide(s, p, unit, rows.segment, rows.row, positions, head, at);
     Weights<1, NT> weights;
     weigh<T>(weights, state, s);
     const int width = int(p.value_dim);

@@ -16,12 +16,17 @@ pub fn table(tree: &Tree) -> String {
     s + "        _ => return None,\n    })\n}\n"
 }
 
+const RUNTIME: [&str; 3] = ["simt/runtime.cpp", "simt/collectives.cpp", "simt/mbarrier.cpp"];
+
 pub fn build(tree: &Tree, out: &Path) {
     if env::var("CARGO_CFG_TARGET_ARCH").as_deref() != Ok("x86_64") {
         println!("cargo:warning=kvlar: the kernel emulation needs an x86-64 CPU; built without it");
         return;
     }
     let sanitizer = env::var("KVLAR_SIMT_SAN").unwrap_or_default();
+    if let Some(folder) = env::var_os("KVLAR_SIMT_DIR") {
+        return link(tree, &PathBuf::from(folder), &sanitizer);
+    }
     let mut base = cc::Build::new();
     base.cpp(true).std("c++17").warnings(true).include(&tree.root).opt_level(2);
     for flag in ["-ffp-contract=off", "-pthread", "-Wextra", "-Wno-unknown-pragmas"] {
@@ -81,7 +86,7 @@ pub fn build(tree: &Tree, out: &Path) {
         all.push(object.clone());
         jobs.push((command, object));
     };
-    for path in ["simt/runtime.cpp", "simt/collectives.cpp", "simt/mbarrier.cpp"] {
+    for path in RUNTIME {
         add(path, &digest_with_headers(&tree.root, path).0, &["-O3"]);
     }
     for u in &tree.units {
@@ -95,8 +100,33 @@ pub fn build(tree: &Tree, out: &Path) {
     }
     let mut archive = cc::Build::new();
     archive.cpp(true).objects(&all).compile("kvlar_simt");
+    write_if_changed(&out.join(KEY), &key(tree, &sanitizer));
+    linked(&sanitizer);
+}
+
+/// Beside the library: what it was made from.
+const KEY: &str = "kvlar_simt.key";
+
+fn key(tree: &Tree, sanitizer: &str) -> String {
+    let runtime = RUNTIME.map(|path| digest_with_headers(&tree.root, path).0);
+    let units: Vec<_> = tree.units.iter().map(|u| &u.hash).collect();
+    short_digest(&format!("{runtime:?} {units:?} {sanitizer}"))
+}
+
+/// Links the library of another build of the same sources.
+fn link(tree: &Tree, folder: &Path, sanitizer: &str) {
+    let found = fs::read_to_string(folder.join(KEY)).unwrap_or_default();
+    assert!(found == key(tree, sanitizer), "KVLAR_SIMT_DIR: {} holds no build of these sources", folder.display());
+    println!(
+        "cargo:rustc-link-search=native={}\ncargo:rustc-link-lib=static=kvlar_simt\ncargo:rustc-link-lib=stdc++",
+        folder.display()
+    );
+    linked(sanitizer);
+}
+
+fn linked(sanitizer: &str) {
     println!("cargo:rustc-cfg=kvlar_simt");
-    match sanitizer.as_str() {
+    match sanitizer {
         "address" => println!("cargo:rustc-link-lib=dylib=asan\ncargo:rustc-link-lib=dylib=ubsan"),
         "thread" => println!("cargo:rustc-link-lib=dylib=tsan"),
         _ => {}

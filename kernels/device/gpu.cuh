@@ -1,7 +1,7 @@
 // The one include of a kernel: CUDA under nvcc, the CPU emulation (kernels/simt) under a host compiler.
 //
 // What keeps a kernel runnable on both:
-//   * inline assembly only in device/ptx.cuh, where each instruction has two bodies;
+//   * inline assembly only in device/ptx.cuh and device/mbarrier.cuh, where each instruction has two bodies;
 //   * dynamic shared memory only through GPU_DYN_SMEM(name), addresses as ptx::smem;
 //   * an entry point is extern "C" __global__, takes one struct by value and is followed by GPU_EXPORT(name)
 //     on a line of its own (the build finds entry points by these lines);

@@ -42,6 +42,8 @@ pub struct AttendCase {
     /// q and out as `[B, S, Hq, d]`.
     pub rows_first: bool,
     pub schedule: Schedule,
+    /// The values of each head's last row hold an infinity.
+    pub broken: bool,
     /// Size of the queries: logits are about as large.
     pub q_size: f32,
     pub seed: u64,
@@ -68,6 +70,7 @@ impl AttendCase {
             q_positions: false,
             rows_first: false,
             schedule: Schedule::Balanced,
+            broken: false,
             q_size: 1.0,
             seed: 1,
         }
@@ -157,7 +160,10 @@ impl AttendData {
             for (seq, head) in (0..b).flat_map(|s| (0..hk).map(move |h| (s, h))) {
                 let mut all = HeadData::default();
                 for row in 0..pages.length(seq, head) {
-                    let (k, v) = (rng.normals(d, 1.0), rng.normals(dv, 1.0));
+                    let (k, mut v) = (rng.normals(d, 1.0), rng.normals(dv, 1.0));
+                    if case.broken && row + 1 == pages.length(seq, head) {
+                        v[dv / 2] = f32::INFINITY;
+                    }
                     all.keys.extend(pages.store(&mut keys, (seq, head, row), &k, s.codec, d));
                     all.values.extend(pages.store(&mut values, (seq, head, row), &v, s.codec, dv));
                 }

@@ -49,7 +49,11 @@ impl Lab {
     /// One for each thread schedule of the emulation; none (said so) in a build without it.
     pub fn emulated() -> Vec<Self> {
         let seeds = std::env::var("KVLAR_SIMT_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3u64);
-        let device = |seed| Device::simt(SimtOptions { seed, workers: 1, sm_count: 3 });
+        // One of them pretends to have the shared memory of sm_86, sm_89 and sm_120.
+        let device = |seed| {
+            let shared_per_sm = if seed == 1 { 100 << 10 } else { SimtOptions::default().shared_per_sm };
+            Device::simt(SimtOptions { seed, workers: 1, sm_count: 3, shared_per_sm })
+        };
         if let Err(e) = device(0) {
             eprintln!("skipped: {e}");
             return Vec::new();

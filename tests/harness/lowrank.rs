@@ -67,6 +67,8 @@ pub struct LowrankCase {
     pub sinks: bool,
     pub q_positions: Option<i32>,
     pub schedule: Schedule,
+    /// The values of each group's last latent row hold an infinity.
+    pub broken: bool,
     pub q_size: f32,
     pub seed: u64,
 }
@@ -111,6 +113,7 @@ impl LowrankCase {
             sinks: false,
             q_positions: None,
             schedule: Schedule::Balanced,
+            broken: false,
             q_size: 1.0,
             seed: 1,
         }
@@ -238,7 +241,7 @@ impl LowrankData {
             Latents::Int8 | Latents::Int4 => (kvlar_reference::Dtype::F16.round_all(&raw), None),
             Latents::Int8Basis => {
                 let pairs = RotaryPairs { rotary_dim: c.rope.rotary_dim(), half: c.rope.layout == RopeLayout::Half };
-                let int8 = Int8Basis::quantize(&raw, copies * c.kv_heads, c.head_dim, c.rank, pairs).expect("a basis");
+                let int8 = Int8Basis::quantize(&raw, None, copies * c.kv_heads, c.head_dim, c.rank, pairs).expect("a basis");
                 (int8.dequantize(c.head_dim, c.rank, pairs), Some(int8))
             }
         };
@@ -301,9 +304,15 @@ impl LowrankData {
                 data.key_rows.push(rows.collect());
             }
             for (b, g) in (0..c.seqs).flat_map(|b| (0..value_heads).map(move |g| (b, g))) {
-                let rows = (0..data.values.length(b, g))
-                    .flat_map(|row| data.values.store(&mut data.value_bytes, (b, g, row), &rng.normals(vd, 1.0), vc, vd));
-                data.value_rows.push(rows.collect());
+                let mut rows = Vec::new();
+                for row in 0..data.values.length(b, g) {
+                    let mut v = rng.normals(vd, 1.0);
+                    if c.broken && s.latent && row + 1 == data.values.length(b, g) {
+                        v[vd / 2] = f32::INFINITY;
+                    }
+                    rows.extend(data.values.store(&mut data.value_bytes, (b, g, row), &v, vc, vd));
+                }
+                data.value_rows.push(rows);
             }
             segments.push(data);
         }
@@ -313,6 +322,26 @@ impl LowrankData {
             (0..c.seqs).flat_map(|b| (0..c.query_rows).map(move |s| (b, s))).map(|(b, s)| last(b) - back + s as i32).collect()
         });
         data
+    }
+
+    /// Takes the first sequence of a contiguous case with the same capacity, and what all sequences share.
+    pub fn take_first_sequence(&mut self, batch: &Self) {
+        self.q = batch.q[..self.q.len()].to_vec();
+        self.key_basis = batch.key_basis.clone();
+        self.int8_basis = batch.int8_basis.clone();
+        self.value_basis = batch.value_basis.clone();
+        for (to, from) in self.segments.iter_mut().zip(&batch.segments) {
+            to.key_bytes = from.key_bytes[..to.key_bytes.len()].to_vec();
+            to.value_bytes = from.value_bytes[..to.value_bytes.len()].to_vec();
+            to.key_rows = from.key_rows[..to.key_rows.len()].to_vec();
+            to.value_rows = from.value_rows[..to.value_rows.len()].to_vec();
+        }
+    }
+
+    /// Gives the first sequence a page that does not exist.
+    pub fn with_bad_page(mut self) -> Self {
+        self.segments[0].keys.table[1] = i32::MAX;
+        self
     }
 
     /// A kv head's rows: keys are rebuilt and rotated.

@@ -62,10 +62,10 @@ const BUGS: &[Bug] = &[
     bug(
         "a stage is read before it landed",
         "attend/warp.cuh",
-        "ptx::cp_async_wait<kStages - 2>();",
-        "ptx::cp_async_wait<kStages - 1>();",
+        "if (stages == 3) ptx::cp_async_wait<1>(); else",
+        "if (stages == 3) ptx::cp_async_wait<2>(); else",
     ),
-    bug("a stage is overwritten while it is read", "attend/warp.cuh", "stage == 0 ? kStages - 1 : stage - 1", "stage"),
+    bug("a stage is overwritten while it is read", "attend/warp.cuh", "stage == 0 ? stages - 1 : stage - 1", "stage"),
     bug("int8 zeros of keys forgotten", "attend/warp.cuh", "fmaf(k.x, x, k.y * q8_sum[n][e])", "(k.x * x)"),
     bug(
         "int8 zeros of values forgotten",

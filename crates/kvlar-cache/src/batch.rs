@@ -64,6 +64,8 @@ pub struct Batch {
     pub(crate) lowrank: Vec<Option<LowrankPlans>>,
     /// Work lists of low-rank layers, and whether each is that of this step; layers that differ in ranks alone share one.
     pub(crate) lowrank_work: Vec<(WorkList, bool)>,
+    /// Bytes of those lists and of `work`.
+    work_bytes: usize,
     pub(crate) tables: Tables,
     pub(crate) active: Vec<(SeqId, usize)>,
 }
@@ -143,6 +145,7 @@ impl Batch {
             shape,
             cache,
             append: append.plan(device)?,
+            work_bytes: attend.work_list_bytes() + lists.iter().map(|(plan, _)| plan.work_list_bytes()).sum::<usize>(),
             append_exact: if exact.any() { Some(append_exact.plan(device)?) } else { None },
             work: attend.work_list(device)?,
             workspace: Workspace::new(device, workspace.max(WorkspaceSize::default()))?,
@@ -160,9 +163,9 @@ impl Batch {
         &self.shape
     }
 
-    /// Bytes that it allocated.
+    /// Bytes that it allocated: tables, scratch and work lists.
     pub fn bytes(&self) -> usize {
-        self.tables.bytes() + self.workspace.size().bytes() + self.attend.work_list_bytes()
+        self.tables.bytes() + self.workspace.size().bytes() + self.work_bytes
     }
 
     /// Scratch and the status word of its launches.

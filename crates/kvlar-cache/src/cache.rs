@@ -34,7 +34,11 @@ pub struct Usage {
     pub free: usize,
     /// Of them, owned by several.
     pub shared: usize,
-    /// Bytes that the pool allocated on the device.
+    /// Pages of 16 rows for those that stay exact beside latents; 0 where none do.
+    pub exact_pages: usize,
+    /// Of them, owned by no sequence.
+    pub exact_free: usize,
+    /// Bytes that both pools allocated on the device.
     pub bytes: usize,
     /// Of them, in pages that some sequence owns.
     pub used_bytes: usize,
@@ -67,18 +71,20 @@ impl Cache {
 
     /// Allocates a pool for rows as a plan says, and uploads its matrices. `config.codec` is not used: dense layers keep
     /// the type of the model. Sink and recent rows of the plan stay exact beside latents, for `config.max_seqs` sequences
-    /// ([`Cache::exact_rows`]).
+    /// ([`Cache::exact_rows`]). Whether the plan was fitted to the model is for [`Plan::check_model`] to say.
     ///
     /// # Errors
-    /// [`CacheError::Invalid`] also for a plan of another number of layers, heads or dimensions.
+    /// [`CacheError::Invalid`] also for a plan of another number of layers, kv heads or dimensions, whatever its layers keep.
     pub fn planned(device: &Device, stream: &Stream, config: CacheConfig, plan: &Plan) -> Result<Self> {
         config.check()?;
         let config = CacheConfig { codec: native(config.dtype), ..config };
-        if plan.layers.len() != config.layers {
-            return invalid("plan", format!("it is for {} layers, the cache has {}", plan.layers.len(), config.layers));
-        }
+        check_shape(&config, plan)?;
         let most = config.max_rows;
-        let exact = ExactShape { sinks: plan.sink_rows.min(most), recent: plan.recent_rows.min(most) };
+        let exact = ExactShape {
+            sinks: plan.sink_rows.min(most),
+            recent: plan.recent_rows.min(most),
+            rollback: config.rollback_rows.min(most),
+        };
         let planned = |l| Layer::planned(device, stream, &config, &exact, l, plan);
         let layers = (0..config.layers).map(planned).collect::<Result<Vec<_>>>()?;
         let lowrank = layers.iter().any(|l| l.lowrank.is_some());
@@ -104,28 +110,37 @@ impl Cache {
         self.layers.iter().filter_map(Layer::exact).map(|s| s.token_bytes()).sum()
     }
 
-    /// Bytes that a sequence's tokens take, in all layers, with scales and padding, exact rows included; shared pages are
-    /// counted in each sequence.
+    /// Bytes that a sequence's tokens take, in all layers, with scales and padding, exact rows included, also those that are
+    /// held for rollback; shared pages are counted in each sequence.
     ///
     /// # Errors
     /// [`CacheError::UnknownSequence`].
     pub fn sequence_bytes(&self, seq: SeqId) -> Result<usize> {
-        let (rows, (sinks, recent)) = (self.get(seq)?.total(), self.exact_rows(seq)?);
-        let exact = if self.exact.recent == 0 { sinks } else { sinks + rows.saturating_sub(recent) };
+        let s = self.get(seq)?;
+        let (rows, sinks) = (s.total(), s.total().min(self.exact.sinks));
+        let held = if self.exact.recent == 0 { 0 } else { rows.saturating_sub(s.held.list(Kind::Recent).first) };
+        let exact = sinks + held;
         let latents_of_sinks: usize = self.layers.iter().filter(|l| l.lowrank.is_some()).map(|l| l.rows.token_bytes()).sum();
         Ok(rows * self.bytes_per_token() - sinks * latents_of_sinks + exact * self.exact_bytes_per_token())
     }
 
     /// Which rows attention reads as they were given, in low-rank layers: the first so many, and those from a position on.
-    /// A row past the first `sink_rows` of the plan that is not among its last `recent_rows` is a latent, up to 15 rows
-    /// more than those excepted; so is one that was exact no more when later rows were taken back. During a step: as it will
-    /// be at its end.
+    /// Of T rows these are the first `sinks` of the plan and, if `recent` of it are not 0, those from
+    /// sinks + ⌊max(T − recent − sinks, 0) / 16⌋ · 16 on: up to 15 rows more than asked for, whatever the sequence held
+    /// before. Only where more than [`CacheConfig::rollback_rows`] tokens were taken back does it begin later. During a
+    /// step: as it will be at its end.
     ///
     /// # Errors
     /// [`CacheError::UnknownSequence`].
     pub fn exact_rows(&self, seq: SeqId) -> Result<(usize, usize)> {
         let s = self.get(seq)?;
-        Ok((s.total().min(self.exact.sinks), s.held.list(Kind::Recent).first.min(s.total())))
+        Ok((s.total().min(self.exact.sinks), s.held.exact_from(&self.exact, s.total())))
+    }
+
+    /// How many tokens [`Cache::truncate`] takes back as if they had never been: [`CacheConfig::rollback_rows`] where recent
+    /// rows stay exact beside latents, any number elsewhere (`usize::MAX`).
+    pub fn rollback_rows(&self) -> usize {
+        if self.exact.recent == 0 { usize::MAX } else { self.config.rollback_rows }
     }
 
     /// Bytes that do not grow with tokens or sequences: bases, encoders, means.
@@ -145,8 +160,16 @@ impl Cache {
         let rows_bytes: usize = self.layers.iter().map(|l| l.rows.bytes()).sum();
         let exact_bytes: usize = self.layers.iter().filter_map(Layer::exact).map(|s| s.bytes()).sum();
         let used_bytes = rows_bytes / pages * (pages - free) + exact_bytes / exact.max(1) * (exact - free_exact);
-        let bytes = rows_bytes + exact_bytes;
-        Usage { sequences: self.sequences.len(), pages, free, shared: self.books.rows.shared(), bytes, used_bytes }
+        Usage {
+            sequences: self.sequences.len(),
+            pages,
+            free,
+            shared: self.books.rows.shared(),
+            exact_pages: exact,
+            exact_free: free_exact,
+            bytes: rows_bytes + exact_bytes,
+            used_bytes,
+        }
     }
 
     /// An empty sequence.
@@ -206,7 +229,9 @@ impl Cache {
         Ok(())
     }
 
-    /// Takes tokens back, to `rows`.
+    /// Takes tokens back, to `rows`. What follows is bit for bit as if they had never been, if the sequence has not held more
+    /// than [`Cache::rollback_rows`] tokens more. Where it has, rows that were forgotten stay latents: fewer of the last ones
+    /// are exact ([`Cache::exact_rows`]) until enough others have come.
     ///
     /// # Errors
     /// [`CacheError::Committed`] below what was committed; [`CacheError::Invalid`] above what is held.
@@ -225,16 +250,20 @@ impl Cache {
         Ok(())
     }
 
-    /// Declares the first `rows` tokens final: they are never truncated, and may be packed or evicted.
+    /// Declares the first `rows` tokens final: they are never truncated, and may be packed or evicted. What was held only to
+    /// take them back is given up at once.
     ///
     /// # Errors
     /// [`CacheError::Invalid`] for more tokens than are held, or fewer than were committed.
     pub fn commit(&mut self, seq: SeqId, rows: usize) -> Result<()> {
+        let exact = self.exact;
         let s = self.idle(seq)?;
         if rows > s.rows || rows < s.committed {
             return invalid("rows", format!("cannot commit {rows}: {} tokens are held, {} committed", s.rows, s.committed));
         }
-        s.committed = rows;
+        if let Some(s) = self.sequences.get_mut(&seq) {
+            s.commit(&exact, rows, &mut self.books);
+        }
         Ok(())
     }
 
@@ -245,4 +274,23 @@ impl Cache {
     pub fn batch(&self, shape: BatchShape) -> Result<Batch> {
         Batch::new(&self.device, self.id, self.config, self.exact, shape, &self.layers)
     }
+}
+
+/// Refuses a plan for other layers than the cache's.
+fn check_shape(config: &CacheConfig, plan: &Plan) -> Result<()> {
+    if plan.layers.len() != config.layers {
+        return invalid("plan", format!("it is for {} layers, the cache has {}", plan.layers.len(), config.layers));
+    }
+    let (shape, &CacheConfig { kv_heads, head_dim, value_dim, .. }) = (plan.model.layer, config);
+    if (shape.kv_heads, shape.head_dim, shape.value_dim) != (kv_heads, head_dim, value_dim) {
+        return invalid(
+            "plan",
+            format!(
+                "it is for {} kv heads with keys of {} and values of {} dimensions; the cache has {kv_heads} of {head_dim} and \
+                 {value_dim}",
+                shape.kv_heads, shape.head_dim, shape.value_dim
+            ),
+        );
+    }
+    Ok(())
 }

@@ -28,6 +28,10 @@ pub struct CacheConfig {
     /// Sequences that hold tokens at a time. Room for rows that stay exact is made for so many, where a plan keeps some
     /// ([`crate::Cache::planned`]); otherwise it is not used.
     pub max_seqs: usize,
+    /// How many of a sequence's last tokens [`crate::Cache::truncate`] can take back with the very same result as if they had
+    /// never been, where a plan keeps recent rows exact; 0 is allowed, and more can be taken back, which leaves fewer rows
+    /// exact. Exact rows are held for so many tokens more. Without such a plan any number comes back, and it is not used.
+    pub rollback_rows: usize,
 }
 
 impl CacheConfig {

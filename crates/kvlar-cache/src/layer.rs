@@ -12,6 +12,7 @@ use kvlar::{
 };
 use kvlar_calibrate::{Factors, KeyBasis, Latent, PairLayout, Plan, Side};
 use kvlar_reference::{Int8Basis, RotaryPairs};
+use std::borrow::Cow;
 
 /// Rows of one side: keys or values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,7 +113,10 @@ struct DeviceFactors {
     groups: HeadGroups,
     size: usize,
     count: usize,
+    /// Numbers of a stored latent, of which the last may be padding.
     rank: usize,
+    /// Numbers that rows are projected to.
+    projected: usize,
     codec: Codec,
 }
 
@@ -125,7 +129,7 @@ impl Layer {
     }
 
     /// As a plan says. Keys that stay dense beside low-rank values become latents of full rank, one group a head: the same
-    /// bytes.
+    /// bytes, but for padding.
     pub fn planned(
         device: &Device,
         stream: &Stream,
@@ -148,10 +152,17 @@ impl Layer {
                 &identity
             }
         };
-        let values = plan.values.factors();
         check(keys, "keys", config.kv_heads, config.head_dim)?;
+        let keys = &*trimmed(keys, "keys")?;
+        let values = match plan.values.factors() {
+            Some(f) => {
+                check(f, "values", config.kv_heads, config.value_dim)?;
+                Some(trimmed(f, "values")?)
+            }
+            None => None,
+        };
+        let values = values.as_deref();
         if let Some(values) = values {
-            check(values, "values", config.kv_heads, config.value_dim)?;
             if values.mean.is_some() {
                 return invalid("plan", "value latents with a mean: fit the plan without");
             }
@@ -170,8 +181,9 @@ impl Layer {
         let basis = match latents {
             Latents::Int8Basis => {
                 let pairs = RotaryPairs { rotary_dim: pairs.rotary_dim, half: pairs.layout == PairLayout::Half };
-                let int8 = Int8Basis::quantize(&keys.basis, config.kv_heads, config.head_dim, keys.rank, pairs)
-                    .map_err(|e| CacheError::Invalid { arg: "plan", problem: e.to_string() })?;
+                let int8 =
+                    Int8Basis::quantize(&keys.basis, keys.mean.as_deref(), config.kv_heads, config.head_dim, keys.rank, pairs)
+                        .map_err(|e| CacheError::Invalid { arg: "plan", problem: e.to_string() })?;
                 key_scales = Some(upload(device, stream, bytemuck::cast_slice(&int8.scales))?);
                 upload(device, stream, bytemuck::cast_slice(&int8.codes))?
             }
@@ -248,15 +260,16 @@ fn upload_as(device: &Device, stream: &Stream, values: &[f32], dtype: Dtype) -> 
     upload(device, stream, bytemuck::cast_slice(&bits))
 }
 
-/// Latents that are the rows themselves.
+/// Latents that are the rows themselves, and zeros up to a rank that kernels take.
 fn identity_factors(heads: usize, dim: usize) -> Factors {
-    let one: Vec<f32> = (0..dim * dim).map(|i| if i / dim == i % dim { 1.0 } else { 0.0 }).collect();
-    let all: Vec<f32> = (0..heads).flat_map(|_| one.iter().copied()).collect();
+    let rank = dim.next_multiple_of(kvlar::RANK_MULTIPLE);
+    let one = |columns: usize| (0..dim * rank).map(move |i| if i / columns == i % columns { 1.0 } else { 0.0 });
+    let all = |columns: usize| (0..heads).flat_map(|_| one(columns)).collect();
     Factors {
         groups: (0..heads).map(|h| vec![h]).collect(),
-        rank: dim,
-        basis: all.clone(),
-        encoder: all,
+        rank,
+        basis: all(rank),
+        encoder: all(dim),
         mean: None,
         latent: Latent::Model,
     }
@@ -279,6 +292,35 @@ fn check(f: &Factors, side: &'static str, heads: usize, dim: usize) -> Result<()
     Ok(())
 }
 
+/// Numbers of a group's rows, one after another.
+fn width(f: &Factors) -> usize {
+    f.groups.first().map_or(0, Vec::len) * f.dim()
+}
+
+/// Factors whose rank is padded beyond the rows' width, without zeros that kernels do not need: a latent is never longer
+/// than what it is made of, but for what its own padding to [`kvlar::RANK_MULTIPLE`] adds.
+fn trimmed<'a>(f: &'a Factors, side: &'static str) -> Result<Cow<'a, Factors>> {
+    let (width, rank) = (width(f), kvlar::padded_rank(width(f)));
+    if f.rank <= width {
+        return Ok(Cow::Borrowed(f));
+    }
+    let (rows, columns) = (f.encoder.chunks_exact(f.rank * width), f.basis.chunks_exact(f.rank));
+    let beyond = rows.clone().flat_map(|e| &e[width * width..]).chain(columns.clone().flat_map(|b| &b[width..]));
+    if beyond.into_iter().any(|x| *x != 0.0) {
+        let of = f.rank;
+        return invalid(
+            "plan",
+            format!("{side} of rank {of} are longer than the rows of {width} they are made of: fit it again"),
+        );
+    }
+    Ok(Cow::Owned(Factors {
+        rank,
+        basis: columns.flat_map(|b| b.iter().take(rank)).copied().collect(),
+        encoder: rows.flat_map(|e| &e[..width * width]).copied().collect(),
+        ..f.clone()
+    }))
+}
+
 impl DeviceFactors {
     fn new(device: &Device, stream: &Stream, config: &CacheConfig, f: &Factors, basis: Buffer) -> Result<Self> {
         let size = f.groups.first().map_or(0, Vec::len);
@@ -290,6 +332,7 @@ impl DeviceFactors {
             size,
             count: f.groups.len(),
             rank: f.rank,
+            projected: f.rank.min(width(f)),
             codec: match f.latent {
                 Latent::Model => native(config.dtype),
                 Latent::Int8 => Codec::Int8,
@@ -299,8 +342,8 @@ impl DeviceFactors {
     }
 
     fn side(&self, kv_heads: usize, head_dim: usize) -> SideShape {
-        let Self { count, size, rank, codec, .. } = *self;
-        SideShape::Project { kv_heads, head_dim, groups: count, size, rank, codec }
+        let Self { count, size, projected, codec, .. } = *self;
+        SideShape::Project { kv_heads, head_dim, groups: count, size, rank: projected, codec }
     }
 }
 

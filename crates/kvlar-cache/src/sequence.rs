@@ -32,8 +32,8 @@ impl Kind {
     }
 }
 
-/// The pages of a sequence. The lists' first rows: 0, 0, and (recent) the first row that is exact again; the latents of
-/// rows before it are what attention reads.
+/// The pages of a sequence. The lists' first rows: 0, 0, and (recent) the first row behind the sinks whose page is held, at
+/// a page boundary. Attention reads latents of the rows before [`Held::exact_from`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Held {
     lists: [PageList; 3],
@@ -100,8 +100,38 @@ impl Held {
         Kind::ALL.into_iter().flat_map(|kind| self.list(kind).pages.iter().map(move |&page| (kind, page)))
     }
 
-    /// What a step from `rows` to `total` rows does.
-    pub fn growth(&self, exact: &ExactShape, page_rows: usize, rows: usize, total: usize) -> [Growth; 3] {
+    /// The first row behind the sinks that attention reads as it was given, where `total` are held. Only rows taken back
+    /// beyond the rollback make it later than [`ExactShape::start`].
+    pub fn exact_from(&self, exact: &ExactShape, total: usize) -> usize {
+        exact.start(total).max(self.list(Kind::Recent).first).min(total)
+    }
+
+    /// Pages before the view's, where `total` rows are held.
+    pub fn older_pages(&self, exact: &ExactShape, total: usize) -> usize {
+        let list = self.list(Kind::Recent);
+        (exact.start(total).saturating_sub(list.first) / EXACT_PAGE_ROWS).min(list.pages.len())
+    }
+
+    /// Where the recent list begins once pages that cannot be needed any more leave it, and how many those are.
+    fn leaving(&self, exact: &ExactShape, total: usize, committed: usize) -> (usize, usize) {
+        let list = self.list(Kind::Recent);
+        if exact.recent == 0 {
+            return (list.first, 0);
+        }
+        let first = exact.keep_from(total, committed).max(list.first);
+        (first, ((first - list.first) / EXACT_PAGE_ROWS).min(list.pages.len()))
+    }
+
+    /// Gives back the exact rows' pages that only lengths below `committed` would need.
+    fn forget(&mut self, exact: &ExactShape, total: usize, committed: usize, books: &mut Books) {
+        let (first, leave) = self.leaving(exact, total, committed);
+        let list = self.list_mut(Kind::Recent);
+        list.first = first;
+        list.pages.drain(..leave).for_each(|page| books.of(Kind::Recent).release(page));
+    }
+
+    /// What a step from `rows` to `total` rows does, `committed` of which stay.
+    fn growth(&self, exact: &ExactShape, page_rows: usize, (rows, total): (usize, usize), committed: usize) -> [Growth; 3] {
         Kind::ALL.map(|kind| {
             let list = self.list(kind);
             let held = list.pages.len();
@@ -110,7 +140,7 @@ impl Held {
                 Kind::All => (0, 0, total, rows.saturating_sub(exact.sinks), page_rows),
                 Kind::Sinks => (0, 0, total.min(exact.sinks), rows, EXACT_PAGE_ROWS),
                 Kind::Recent => {
-                    let (first, leave) = exact.advance(list.first, held, total);
+                    let (first, leave) = self.leaving(exact, total, committed);
                     (first, leave, if exact.recent == 0 { 0 } else { total }, rows.max(first), EXACT_PAGE_ROWS)
                 }
             };
@@ -129,7 +159,8 @@ impl Held {
                 Kind::All => (rows, page_rows),
                 Kind::Sinks => (rows.min(exact.sinks), EXACT_PAGE_ROWS),
                 Kind::Recent => {
-                    list.first = list.first.min(rows.max(exact.sinks));
+                    // A page that was given up holds none of the rows before `rows`: the next one is the first again.
+                    list.first = list.first.min(exact.boundary(rows));
                     (rows.saturating_sub(list.first), EXACT_PAGE_ROWS)
                 }
             };
@@ -152,6 +183,16 @@ impl Sequence {
     pub fn truncate(&mut self, exact: &ExactShape, page_rows: usize, rows: usize, books: &mut Books) {
         self.rows = rows;
         self.held.shrink(exact, page_rows, rows, books);
+    }
+
+    pub fn commit(&mut self, exact: &ExactShape, rows: usize, books: &mut Books) {
+        self.committed = rows;
+        self.held.forget(exact, self.rows, rows, books);
+    }
+
+    /// What a step of `adding` tokens does to its pages.
+    pub fn growth(&self, exact: &ExactShape, page_rows: usize, adding: usize) -> [Growth; 3] {
+        self.held.growth(exact, page_rows, (self.rows, self.rows + adding), self.committed)
     }
 
     /// Begins a step: pages leave, none come yet.

@@ -103,7 +103,7 @@ impl Cache {
         let (mut needed, mut writers) = ([0, 0], BTreeMap::new());
         for &(seq, rows) in new {
             let Some(s) = self.sequences.get(&seq) else { continue };
-            for g in s.held.growth(&self.exact, self.config.page_rows, s.rows, s.rows + rows) {
+            for g in s.growth(&self.exact, self.config.page_rows, rows) {
                 needed[usize::from(g.kind.is_exact())] += g.come;
                 for &page in s.held.list(g.kind).pages.range(g.leave + g.written..) {
                     writers.entry((g.kind.is_exact(), page)).or_insert((g.kind, 0)).1 += 1;
@@ -126,7 +126,7 @@ impl Cache {
     fn grow(&mut self, stream: &Stream, new: &[(SeqId, usize)], copies: &mut Vec<Copied>) -> Result<()> {
         for &(seq, rows) in new {
             let Some(s) = self.sequences.get_mut(&seq) else { continue };
-            let growth = s.held.growth(&self.exact, self.config.page_rows, s.rows, s.rows + rows);
+            let growth = s.growth(&self.exact, self.config.page_rows, rows);
             s.begin_step(rows, &growth);
             for g in growth {
                 let book = self.books.of(g.kind);
@@ -266,23 +266,22 @@ impl Cache {
     /// Finishes a step: its tokens are part of their sequences.
     ///
     /// # Errors
-    /// [`CacheError::Invalid`] for a batch without a step.
+    /// [`CacheError::Invalid`] for a batch without a step of this cache; a step of another cache goes on.
     pub fn finish(&mut self, batch: &mut Batch) -> Result<()> {
         self.end(batch, true)
     }
 
-    /// Ends a step as if it had not begun: its tokens are forgotten.
+    /// Ends a step as if it had not begun: its tokens are forgotten. Pages that it copied because others own them too stay
+    /// copied.
     ///
     /// # Errors
-    /// [`CacheError::Invalid`] for a batch without a step.
+    /// [`CacheError::Invalid`] for a batch without a step of this cache; a step of another cache goes on.
     pub fn cancel(&mut self, batch: &mut Batch) -> Result<()> {
         self.end(batch, false)
     }
 
     fn end(&mut self, batch: &mut Batch, keep: bool) -> Result<()> {
-        if batch.active.is_empty() {
-            return invalid("batch", "no step has begun");
-        }
+        self.check_active(batch)?;
         for (seq, _) in batch.active.drain(..) {
             if let Some(s) = self.sequences.get_mut(&seq) {
                 s.end_step(keep, &mut self.books);
@@ -295,8 +294,12 @@ impl Cache {
         if layer >= self.layers.len() {
             return invalid("layer", format!("{layer} of {}", self.layers.len()));
         }
+        self.check_active(batch)
+    }
+
+    fn check_active(&self, batch: &Batch) -> Result<()> {
         if batch.active.is_empty() || batch.cache != self.id {
-            return invalid("batch", "no step of this cache has begun");
+            return invalid("batch", "no step of this cache has begun with it");
         }
         Ok(())
     }

@@ -4,6 +4,8 @@ use crate::exact::{EXACT_PAGE_ROWS, ExactShape};
 use crate::sequence::{Kind, Sequence};
 use crate::{CacheConfig, Result};
 use kvlar::{Buffer, Device, Rows, Stream, View};
+use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Tables of a step's sequences; padding rows have slot −1 and position −1, from which nothing is visible.
 #[derive(Debug)]
@@ -24,7 +26,7 @@ pub(crate) struct Tables {
 #[derive(Debug)]
 pub(crate) struct ExactTables {
     shape: ExactShape,
-    /// Of a sequence: pages of sinks, then those of recent rows.
+    /// Of a sequence: pages of sinks, those of recent rows that attention reads, those before them.
     pages: Buffer,
     sink_lengths: Buffer,
     latent_lengths: Buffer,
@@ -95,7 +97,7 @@ impl Tables {
         let (mut pages, mut lengths) = (vec![0i32; seqs * max_pages], vec![0i32; seqs]);
         let mut positions = vec![-1i32; seqs * new_rows];
         for (i, seq) in sequences.iter().enumerate() {
-            write_pages(&mut pages[i * max_pages..], seq, Kind::All);
+            write_pages(&mut pages[i * max_pages..], &seq.held.list(Kind::All).pages, 0..usize::MAX);
             lengths[i] = seq.total() as i32;
             for (to, position) in positions[i * new_rows..].iter_mut().zip(seq.rows..seq.total()) {
                 *to = position as i32;
@@ -116,17 +118,22 @@ impl Tables {
 impl ExactTables {
     fn fill(&mut self, stream: &Stream, seqs: usize, new_rows: usize, sequences: &[&Sequence]) -> Result<()> {
         let (width, sinks) = (self.shape.table_pages(), self.shape.sinks);
-        let recent_slot = self.shape.sink_pages() * EXACT_PAGE_ROWS;
+        let recent_page = self.shape.sink_pages();
+        let older_page = recent_page + self.shape.recent_pages();
         let mut pages = vec![0i32; seqs * width];
         let [mut sink_lengths, mut latent_lengths, mut recent_lengths] = [(); 3].map(|()| vec![0i32; seqs]);
         let [mut latent_slots, mut slots] = [(); 2].map(|()| vec![-1i32; seqs * new_rows]);
         for (i, seq) in sequences.iter().enumerate() {
-            let (total, first) = (seq.total(), seq.held.list(Kind::Recent).first);
-            write_pages(&mut pages[i * width..], seq, Kind::Sinks);
-            write_pages(&mut pages[i * width + self.shape.sink_pages()..], seq, Kind::Recent);
+            let total = seq.total();
+            let (list, from) = (seq.held.list(Kind::Recent), seq.held.exact_from(&self.shape, total));
+            let older = seq.held.older_pages(&self.shape, total);
+            let table = &mut pages[i * width..(i + 1) * width];
+            write_pages(table, &seq.held.list(Kind::Sinks).pages, 0..usize::MAX);
+            write_pages(&mut table[recent_page..older_page], &list.pages, older..usize::MAX);
+            write_pages(&mut table[older_page..], &list.pages, 0..older);
             sink_lengths[i] = total.min(sinks) as i32;
-            latent_lengths[i] = first.min(total).saturating_sub(sinks) as i32;
-            recent_lengths[i] = if self.shape.recent == 0 { 0 } else { total.saturating_sub(first) as i32 };
+            latent_lengths[i] = from.saturating_sub(sinks) as i32;
+            recent_lengths[i] = if self.shape.recent == 0 { 0 } else { (total - from) as i32 };
             for (s, position) in (seq.rows..total).enumerate() {
                 let to = i * new_rows + s;
                 if position < sinks {
@@ -134,8 +141,10 @@ impl ExactTables {
                     continue;
                 }
                 latent_slots[to] = (position - sinks) as i32;
-                if self.shape.recent > 0 && position >= first {
-                    slots[to] = (recent_slot + position - first) as i32;
+                if self.shape.recent > 0 && position >= list.first {
+                    let page = (position - list.first) / EXACT_PAGE_ROWS;
+                    let entry = if page < older { older_page + page } else { recent_page + page - older };
+                    slots[to] = (entry * EXACT_PAGE_ROWS + (position - list.first) % EXACT_PAGE_ROWS) as i32;
                 }
             }
         }
@@ -147,7 +156,7 @@ impl ExactTables {
         upload(stream, &mut self.slots, &slots)
     }
 
-    /// Sinks and recent rows behind each other: what new rows are written to.
+    /// Sinks, recent rows and those before them: what new rows are written to.
     pub fn rows(&self) -> Result<Rows<'_>> {
         let pages = self.shape.table_pages();
         Ok(Rows::block_table(self.pages.view(), pages, self.sink_lengths.view(), EXACT_PAGE_ROWS)?)
@@ -173,10 +182,10 @@ impl ExactTables {
     }
 }
 
-fn write_pages(to: &mut [i32], seq: &Sequence, kind: Kind) {
-    for (to, &page) in to.iter_mut().zip(&seq.held.list(kind).pages) {
-        *to = page as i32;
-    }
+/// Pages of a list in a range, as far as there are any.
+fn write_pages(to: &mut [i32], pages: &VecDeque<u32>, range: Range<usize>) {
+    let pages = pages.iter().skip(range.start).take(range.len());
+    to.iter_mut().zip(pages).for_each(|(to, &page)| *to = page as i32);
 }
 
 fn upload(stream: &Stream, to: &mut Buffer, words: &[i32]) -> Result<()> {

@@ -61,11 +61,7 @@ fn play(mut lab: Lab, ops: &[Op]) {
             Op::Fork(a) => {
                 let Some(a) = pick(a) else { continue };
                 let copy = lab.cache.fork(a).unwrap();
-                let tokens = lab.model[&a].clone();
-                lab.model.insert(copy, tokens);
-                if let Some(&n) = lab.latents.get(&a) {
-                    lab.latents.insert(copy, n);
-                }
+                lab.forked(a, copy);
                 if let Some(&n) = committed.get(&a) {
                     committed.insert(copy, n);
                 }
@@ -76,8 +72,7 @@ fn play(mut lab: Lab, ops: &[Op]) {
                 let result = lab.cache.truncate(a, n);
                 assert_eq!(result.is_ok(), n <= held && n >= floor, "{result:?}");
                 if result.is_ok() {
-                    lab.model.get_mut(&a).unwrap().truncate(n);
-                    lab.latents.entry(a).and_modify(|latents| *latents = n.min(*latents));
+                    lab.truncated(a, n);
                 }
             }
             Op::Commit(a, n) => {
@@ -87,6 +82,7 @@ fn play(mut lab: Lab, ops: &[Op]) {
                 assert_eq!(result.is_ok(), n <= held && n >= floor);
                 if result.is_ok() {
                     committed.insert(a, n);
+                    lab.held.entry(a).or_default().0 = n;
                 }
             }
             Op::Remove(a) => {
@@ -107,7 +103,8 @@ fn play(mut lab: Lab, ops: &[Op]) {
         }
         lab.cache.remove(seq).unwrap();
     }
-    assert_eq!((lab.cache.usage().free, lab.cache.usage().used_bytes), (12, 0));
+    let usage = lab.cache.usage();
+    assert_eq!((usage.free, usage.exact_free, usage.used_bytes), (12, usage.exact_pages, 0));
     assert!(lab.cache.is_empty());
 }
 
@@ -122,8 +119,13 @@ proptest! {
         play(Lab::planned(&Device::reference(), 12, Tolerance::merge()), &ops);
     }
     #[test]
-    fn any_history_with_exact_rows_agrees_with_the_model(ops in ops(), sinks in 0..20usize, recent in 0..40usize) {
-        play(Lab::exact(&Device::reference(), 12, Tolerance::merge(), (sinks, recent)), &ops);
+    fn any_history_with_exact_rows_agrees_with_the_model(
+        ops in ops(),
+        sinks in 0..20usize,
+        recent in 0..40usize,
+        rollback in prop_oneof![Just(0), 0..40usize],
+    ) {
+        play(Lab::exact(&Device::reference(), 12, Tolerance::merge(), (sinks, recent, rollback)), &ops);
     }
     #[test]
     fn any_history_of_int8_rows_agrees_with_the_model(ops in ops()) {
@@ -134,10 +136,10 @@ proptest! {
 /// The same on the emulated kernels, with one history: forks, copies on write, truncation, up to 8 tokens a step.
 #[test]
 fn planned_layers_run_on_kernels() {
-    let Ok(device) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3 }) else { return };
+    let Ok(device) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() }) else { return };
     let tolerance = Tolerance::attend_lowrank(kvlar_reference::Dtype::F16, 100, 4.0, 1.0);
     run_on_kernels(Lab::planned(&device, 12, tolerance));
-    for exact in [(0, 7), (5, 0), (5, 7), (16, 16)] {
+    for exact in [(0, 7, 0), (5, 0, 9), (5, 7, 3), (16, 16, 20)] {
         run_on_kernels(Lab::exact(&device, 12, tolerance, exact));
     }
 }
@@ -149,12 +151,10 @@ fn run_on_kernels(mut lab: Lab) {
         lab.extend(&[(a, n)]).unwrap();
     }
     let b = lab.cache.fork(a).unwrap();
-    lab.model.insert(b, lab.model[&a].clone());
-    lab.latents.insert(b, lab.latents[&a]);
+    lab.forked(a, b);
     lab.extend(&[(a, 1), (b, 3)]).unwrap();
-    lab.latents.entry(b).and_modify(|n| *n = 17.min(*n));
     lab.cache.truncate(b, 17).unwrap();
-    lab.model.get_mut(&b).unwrap().truncate(17);
+    lab.truncated(b, 17);
     lab.extend(&[(b, 8), (a, 2)]).unwrap();
     // A prefill's attention is the engine's own: a long step is refused by attend, not by begin.
     let mut batch = lab.cache.batch(BatchShape::new(1, 9, Q_HEADS)).unwrap();
@@ -178,7 +178,7 @@ fn run_on_kernels(mut lab: Lab) {
 /// what 8 bits lose.
 #[test]
 fn int8_bases_of_a_plan() {
-    let Ok(simt) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3 }) else { return };
+    let Ok(simt) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() }) else { return };
     let outputs = |device: &Device, key_basis| {
         let mut p = plan();
         p.config.key_basis = key_basis;
@@ -214,11 +214,21 @@ fn int8_bases_of_a_plan() {
 fn a_batch_of_another_cache_is_refused() {
     let device = Device::reference();
     // Equal configurations, other layers.
-    let (mut planned, dense) = (Lab::planned(&device, 4, Tolerance::merge()), Lab::new(Codec::F16, 4));
-    let a = planned.create();
+    let (mut planned, mut dense) = (Lab::planned(&device, 4, Tolerance::merge()), Lab::new(Codec::F16, 4));
+    let (a, b) = (planned.create(), dense.create());
     let mut batch = dense.cache.batch(BatchShape::new(1, 1, Q_HEADS)).unwrap();
-    let refused = planned.cache.begin(&planned.stream, &mut batch, &[(a, 1)]);
-    assert!(matches!(refused, Err(CacheError::Invalid { arg: "batch", .. })), "{refused:?}");
+    let is_refused = |result: Result<(), CacheError>| {
+        assert!(matches!(result, Err(CacheError::Invalid { arg: "batch", .. })), "{result:?}");
+    };
+    is_refused(planned.cache.begin(&planned.stream, &mut batch, &[(a, 1)]));
+    // Its step is the other cache's to end, and goes on.
+    assert_eq!(a, b);
+    dense.cache.begin(&dense.stream, &mut batch, &[(b, 1)]).unwrap();
+    is_refused(planned.cache.finish(&mut batch));
+    is_refused(planned.cache.cancel(&mut batch));
+    assert_eq!(dense.cache.truncate(b, 0), Err(CacheError::Busy(b)));
+    dense.cache.finish(&mut batch).unwrap();
+    assert_eq!((planned.cache.len(a), dense.cache.len(b)), (Ok(0), Ok(1)));
 }
 
 /// Layers that a plan leaves dense keep the model's type, whatever the configuration's codec.
@@ -274,7 +284,7 @@ fn a_fork_shares_pages_until_it_writes() {
     lab.extend(&[(a, 20)]).unwrap();
     assert_eq!(lab.cache.usage().free, 6);
     let b = lab.cache.fork(a).unwrap();
-    lab.model.insert(b, lab.model[&a].clone());
+    lab.forked(a, b);
     assert_eq!((lab.cache.usage().free, lab.cache.usage().shared), (6, 2));
     lab.extend(&[(b, 1)]).unwrap(); // into the shared half of the second page
     assert_eq!((lab.cache.usage().free, lab.cache.usage().shared), (5, 1));
@@ -284,7 +294,7 @@ fn a_fork_shares_pages_until_it_writes() {
     let c = lab.create();
     lab.extend(&[(c, PAGE)]).unwrap();
     let d = lab.cache.fork(c).unwrap();
-    lab.model.insert(d, lab.model[&c].clone());
+    lab.forked(c, d);
     lab.extend(&[(d, 1)]).unwrap();
     assert_eq!(lab.cache.usage().free, 3);
 }
@@ -295,7 +305,7 @@ fn two_writers_of_one_page_take_one_copy() {
     let a = lab.create();
     lab.extend(&[(a, 20)]).unwrap();
     let b = lab.cache.fork(a).unwrap();
-    lab.model.insert(b, lab.model[&a].clone());
+    lab.forked(a, b);
     lab.extend(&[(a, 3), (b, 5)]).unwrap(); // one free page is enough
     assert_eq!(lab.cache.usage().free, 0);
 }
@@ -312,7 +322,7 @@ fn exhaustion_changes_nothing_and_can_be_recovered_from() {
     assert_eq!(lab.cache.usage(), before);
     lab.extend(&[(a, 5)]).unwrap();
     lab.cache.truncate(a, 16).unwrap();
-    lab.model.get_mut(&a).unwrap().truncate(16);
+    lab.truncated(a, 16);
     lab.extend(&[(a, 1), (b, 20)]).unwrap();
     lab.check();
 }
@@ -320,10 +330,10 @@ fn exhaustion_changes_nothing_and_can_be_recovered_from() {
 /// Exact rows have pages of their own: enough for as many sequences as the configuration says, however long their steps.
 #[test]
 fn exact_rows_of_max_seqs_sequences_have_room() {
-    let exact = (5, 40);
+    let exact = (5, 30, 10);
     let mut lab = Lab::exact(&Device::reference(), 12, Tolerance::merge(), exact);
-    let one = CacheConfig { max_seqs: 1, ..config(Codec::F16, 12) };
-    lab.cache = Cache::planned(lab.stream.device(), &lab.stream, one, &exact_plan(lab.factor, exact)).unwrap();
+    let one = CacheConfig { max_seqs: 1, rollback_rows: 10, ..config(Codec::F16, 12) };
+    lab.cache = Cache::planned(lab.stream.device(), &lab.stream, one, &exact_plan(lab.factor, (5, 30))).unwrap();
     let a = lab.create();
     for n in [50, 45] {
         lab.extend(&[(a, n)]).unwrap();
@@ -339,21 +349,6 @@ fn exact_rows_of_max_seqs_sequences_have_room() {
     let e = lab.extend(&[(seq, 30)]).unwrap_err();
     assert_eq!(e, CacheError::OutOfPages { of: "pages of exact rows", needed: 3, free: 0, capacity: 9 });
     assert_eq!(lab.cache.usage(), before);
-}
-
-/// A step that is cancelled leaves the exact rows as they were, also those that it would have pushed out.
-#[test]
-fn a_cancelled_step_forgets_no_exact_row() {
-    let mut lab = Lab::exact(&Device::reference(), 12, Tolerance::merge(), (5, 20));
-    let a = lab.create();
-    lab.extend(&[(a, 40)]).unwrap();
-    let (before, usage) = (lab.cache.exact_rows(a).unwrap(), lab.cache.usage());
-    let mut batch = lab.cache.batch(BatchShape::new(1, 50, Q_HEADS)).unwrap();
-    lab.cache.begin(&lab.stream, &mut batch, &[(a, 50)]).unwrap();
-    assert_ne!(lab.cache.exact_rows(a).unwrap(), before);
-    lab.cache.cancel(&mut batch).unwrap();
-    assert_eq!((lab.cache.exact_rows(a).unwrap(), lab.cache.usage()), (before, usage));
-    lab.extend(&[(a, 1)]).unwrap();
 }
 
 #[test]

@@ -3,13 +3,14 @@
 use crate::config::Latent;
 use crate::error::{Result, config};
 
-/// `total` ranks dealt out in proportion to `importance`, at most `full` each: floors of the shares, then one each in passes
-/// by largest remainder (ties to the lower index), skipping full ones (ReCalKV's released `fisher_uniform`; it lets a
-/// fractional total hand out a pass too many, this one does not).
+/// `total` ranks dealt out in proportion to `importance`, at most `full` each: floors of the shares of `total`, which need not
+/// be whole; then what is left of its whole part, one each in passes by largest remainder (ties to the lower index), skipping
+/// full ones (ReCalKV's released `fisher_uniform`; it lets a fractional total hand out a pass too many, this one does not).
 ///
 /// # Errors
-/// [`Error::Config`](crate::Error::Config) for lengths that differ, negative or non-finite importances, or none above 0.
-pub fn proportional(importance: &[f64], full: &[usize], total: usize) -> Result<Vec<usize>> {
+/// [`Error::Config`](crate::Error::Config) for lengths that differ, negative or non-finite importances, none above 0, or a
+/// total that is negative or not finite.
+pub fn proportional(importance: &[f64], full: &[usize], total: f64) -> Result<Vec<usize>> {
     if importance.len() != full.len() {
         return config("importance", format!("{} values for {} matrices", importance.len(), full.len()));
     }
@@ -20,12 +21,16 @@ pub fn proportional(importance: &[f64], full: &[usize], total: usize) -> Result<
     if sum <= 0.0 || !sum.is_finite() {
         return config("importance", format!("the values sum to {sum}: there is no proportion; use a uniform budget"));
     }
-    let shares: Vec<f64> = importance.iter().map(|f| total as f64 * f / sum).collect();
+    if !total.is_finite() || total < 0.0 {
+        return config("total", format!("{total} ranks cannot be dealt out"));
+    }
+    let total = snapped(total);
+    let shares: Vec<f64> = importance.iter().map(|f| total * f / sum).collect();
     let mut ranks: Vec<usize> = shares.iter().zip(full).map(|(s, f)| (s.floor() as usize).min(*f)).collect();
     let remainder = |i: usize| shares[i] - ranks[i] as f64;
     let mut order: Vec<usize> = (0..full.len()).collect();
     order.sort_by(|a, b| remainder(*b).total_cmp(&remainder(*a)));
-    let mut left = total.min(full.iter().sum()).saturating_sub(ranks.iter().sum());
+    let mut left = (total as usize).min(full.iter().sum()).saturating_sub(ranks.iter().sum());
     while left > 0 {
         for i in &order {
             if left > 0 && ranks[*i] < full[*i] {
@@ -66,9 +71,15 @@ pub fn budget_ranks(importance: &[f64], full: &[usize], keep: f64, multiple: usi
         .collect())
 }
 
-/// `keep` of `all` ranks, downwards; what only rounding keeps below a whole number counts as that.
-pub fn budget(keep: f64, all: usize) -> usize {
-    ((keep * all as f64) * (1.0 + 1e-12)).floor() as usize
+/// `keep` of `all` ranks: seldom a whole number; what only rounding keeps from one counts as that.
+pub fn budget(keep: f64, all: usize) -> f64 {
+    snapped(keep * all as f64)
+}
+
+/// The nearest whole number where that is within 1e-9, or within rounding of large numbers; else `x`.
+fn snapped(x: f64) -> f64 {
+    let whole = x.round();
+    if (x - whole).abs() <= 1e-9f64.max(1e-12 * x.abs()) { whole } else { x }
 }
 
 /// What the rank of one side of one layer costs.

@@ -209,9 +209,7 @@ impl RecalkvConfig {
                 return config(name, format!("{size} does not divide the {per_shard} kv heads of a shard"));
             }
         }
-        if self.multiple == 0 {
-            return config("multiple", "0 is not a step of ranks; kernels want 32");
-        }
+        check_multiple(self.multiple)?;
         if self.weighting_keys == Weighting::Output {
             return config("weighting_keys", "keys do not meet the output projection; use none or query");
         }
@@ -220,6 +218,10 @@ impl RecalkvConfig {
         }
         if self.key_basis == KeyBasis::Int8 && self.latent_keys != Latent::Int8 {
             return config("key_basis", "an 8-bit basis multiplies 8-bit key latents alone");
+        }
+        if self.latent_values.is_quantized() && self.latent_values != self.latent_keys {
+            let (values, keys) = (self.latent_values, self.latent_keys);
+            return config("latent_values", format!("{values:?} beside {keys:?} keys: quantize both alike, or keys alone"));
         }
         if let Budget::Fixed { keys, values } = self.budget {
             let sides = [
@@ -236,7 +238,21 @@ impl RecalkvConfig {
     }
 }
 
-/// Named settings. Ranks are relative to the head dimension and groups are clamped to the model's heads.
+/// Ranks are steps of at most this.
+const LARGEST_MULTIPLE: usize = 1 << 16;
+
+/// Refuses steps of ranks that make no sense.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config).
+pub(crate) fn check_multiple(multiple: usize) -> Result<()> {
+    if multiple == 0 || multiple > LARGEST_MULTIPLE {
+        return config("multiple", format!("{multiple} is no step of ranks between 1 and {LARGEST_MULTIPLE}; kernels want 32"));
+    }
+    Ok(())
+}
+
+/// Named settings. Ranks are relative to the head dimension and groups are clamped to the heads of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preset {
     /// Fastest decoding: pairs of heads, r_k = d/2, r_v = dv a pair, 16-bit latents (d = 128: 64 and 128; 3/8 of the bytes).
@@ -249,8 +265,8 @@ pub enum Preset {
 }
 
 impl Preset {
-    /// The settings for a model of these heads.
-    pub fn config(self, shape: &LayerShape) -> RecalkvConfig {
+    /// The settings for a model of these heads, in so many tensor-parallel shards.
+    pub fn config(self, shape: &LayerShape, shards: usize) -> RecalkvConfig {
         let (group, keys, values, latent, key_basis) = match self {
             Self::Speed => (2, 0.5, 1.0, Latent::Model, KeyBasis::Model),
             Self::Quality => (2, 1.0, 1.5, Latent::Int8, KeyBasis::Model),
@@ -258,7 +274,8 @@ impl Preset {
         };
         let multiple = 32;
         let wanted = group as f64;
-        let group = (1..=group).rev().find(|g| shape.kv_heads.is_multiple_of(*g)).unwrap_or(1);
+        let heads = shape.kv_heads / shards.max(1);
+        let group = (1..=group).rev().find(|g| heads.is_multiple_of(*g)).unwrap_or(1);
         // A smaller group keeps the same share of its dimensions.
         let rank = |heads_kept: f64, dim: usize| {
             let full = group * dim;
@@ -274,6 +291,7 @@ impl Preset {
             latent_values: latent,
             key_basis,
             multiple,
+            shards,
             ..RecalkvConfig::default()
         };
         let row = latent.row_bytes(keys) + latent.row_bytes(values);

@@ -1,4 +1,7 @@
 //! Fusing value bases into the output projection: Σ_t p_t U z_t = U Σ_t p_t z_t, and W_o U can be computed before.
+//!
+//! Caches do not use it: their attention op expands the summed latents itself and returns heads as the model has them. An
+//! engine that sums latents with attention of its own applies [`fuse`] to its weights, where it [`pays`].
 
 use crate::error::{Result, config, shape};
 use crate::plan::Factors;

@@ -22,8 +22,14 @@ pub fn orthogonal(n: usize) -> Mat<f64> {
     })
 }
 
-/// Folds a rotation Q of the latents into a basis: z' = Qᵀ z, so encode' = Qᵀ encode and decode' = decode Q.
+/// Folds a rotation Q of the latents into a basis: z' = Qᵀ z, so encode' = Qᵀ encode and decode' = decode Q. What pads a
+/// rank beyond the length of the rows stays zero.
 pub fn fold(basis: &crate::basis::GroupBasis) -> crate::basis::GroupBasis {
-    let q = orthogonal(basis.decode.ncols());
+    let (rows, rank) = (basis.decode.nrows(), basis.decode.ncols());
+    let turned = orthogonal(rows.min(rank));
+    let q = Mat::from_fn(rank, rank, |r, c| match r.max(c) < turned.ncols() {
+        true => turned[(r, c)],
+        false => f64::from(u8::from(r == c)),
+    });
     crate::basis::GroupBasis { encode: q.transpose() * &basis.encode, decode: &basis.decode * &q }
 }

@@ -13,7 +13,7 @@
 //! let rows = |heads: usize| (0..8 * heads * 32).map(|i| (i as f32).sin()).collect::<Vec<_>>();
 //! moments.add(&rows(4), &rows(2), &rows(2))?;
 //! let config = RecalkvConfig { weighting_values: Weighting::None, ..RecalkvConfig::default() };
-//! let (plan, report) = fit(&config, &model, "model 1", &[moments], None, Weights::default(), &mut |_layers_done| ())?;
+//! let (plan, report) = fit(&config, &model, "model 1", &[moments], None, Weights::default(), &mut |_done, _of| ())?;
 //! assert_eq!(plan.bytes_per_token(), 128.0); // half of 2 heads x (32 + 32) numbers x 2 bytes
 //! println!("{report}");
 //! # Ok::<(), kvlar_calibrate::Error>(())
@@ -23,6 +23,7 @@
 
 pub mod basis;
 pub mod budget;
+mod codebooks;
 mod config;
 mod error;
 mod fit;
@@ -36,6 +37,7 @@ mod report;
 mod shape;
 pub mod similarity;
 
+pub use codebooks::{CodebookConfig, Codebooks, fit_codebooks};
 pub use config::{Budget, Grouping, KeyBasis, Latent, Preset, RecalkvConfig, ValueFit, Weighting};
 pub use error::{Error, Result};
 pub use faer;

@@ -22,26 +22,34 @@ fn rounding_to_multiples() {
 #[test]
 fn shares_are_floored_and_leftovers_go_by_remainder() {
     // Shares of 10: 4.5, 3.33…, 2.17: floors 4, 3, 2; the one left goes to 0.5.
-    assert_eq!(proportional(&[27.0, 20.0, 13.0], &[9, 9, 9], 10).unwrap(), [5, 3, 2]);
+    assert_eq!(proportional(&[27.0, 20.0, 13.0], &[9, 9, 9], 10.0).unwrap(), [5, 3, 2]);
     // The first is full at 3; its surplus is handed out in passes, largest remainder first.
-    assert_eq!(proportional(&[8.0, 1.0, 1.0], &[3, 9, 9], 10).unwrap(), [3, 4, 3]);
+    assert_eq!(proportional(&[8.0, 1.0, 1.0], &[3, 9, 9], 10.0).unwrap(), [3, 4, 3]);
     // Ties go to the lower index.
-    assert_eq!(proportional(&[1.0, 1.0, 1.0, 1.0], &[9; 4], 6).unwrap(), [2, 2, 1, 1]);
-    assert_eq!(proportional(&[0.0, 1.0], &[4, 4], 6).unwrap(), [2, 4]);
-    assert_eq!(proportional(&[1.0, 2.0], &[4, 4], 100).unwrap(), [4, 4]);
+    assert_eq!(proportional(&[1.0, 1.0, 1.0, 1.0], &[9; 4], 6.0).unwrap(), [2, 2, 1, 1]);
+    assert_eq!(proportional(&[0.0, 1.0], &[4, 4], 6.0).unwrap(), [2, 4]);
+    assert_eq!(proportional(&[1.0, 2.0], &[4, 4], 100.0).unwrap(), [4, 4]);
     for seed in 0..20 {
         let mut rng = Rng::new(seed);
         let importance: Vec<f64> = (0..7).map(|_| rng.uniform()).collect();
         let full: Vec<usize> = (0..7).map(|_| 1 + rng.below(100)).collect();
         let all: usize = full.iter().sum();
         let total = rng.below(all + 1);
-        let ranks = proportional(&importance, &full, total).unwrap();
-        assert_eq!(ranks.iter().sum::<usize>(), total);
         let sum: f64 = importance.iter().sum();
-        for ((r, f), i) in ranks.iter().zip(&full).zip(&importance) {
-            assert!(r <= f && *r >= ((total as f64 * i / sum) as usize).min(*f));
+        for total in [total as f64, total as f64 + 0.6] {
+            let ranks = proportional(&importance, &full, total).unwrap();
+            assert_eq!(ranks.iter().sum::<usize>(), (total as usize).min(all));
+            for ((r, f), i) in ranks.iter().zip(&full).zip(&importance) {
+                assert!(r <= f && *r >= ((total * i / sum) as usize).min(*f));
+            }
         }
     }
+    // Shares are of the whole budget, though only whole ranks are handed out: of 7.8 the first gets 3.9, not 3.5.
+    assert_eq!(proportional(&[5.0, 2.6, 2.4], &[9; 3], 7.8).unwrap(), [4, 2, 1]);
+    assert_eq!(proportional(&[1.0, 1.0], &[4, 4], 0.999).unwrap(), [0, 0]);
+    assert_eq!(proportional(&[1.0, 1.0], &[4, 4], 1.0 - 1e-10).unwrap(), [1, 0]);
+    says(proportional(&[1.0], &[4], f64::NAN), &["total", "NaN"]);
+    says(proportional(&[1.0], &[4], -1.0), &["total", "-1"]);
 }
 
 #[test]
@@ -53,8 +61,14 @@ fn the_op_deals_out_then_rounds() {
     assert_eq!(budget_ranks(&[1.0, 1.0], &[64, 64], 0.0, 32).unwrap(), [32, 32]);
     assert_eq!(budget_ranks(&[1.0, 1.0], &[64, 20], 1.0, 32).unwrap(), [64, 20]);
     assert_eq!(budget_ranks(&[5.0], &[10], 0.5, 1).unwrap(), [5]);
-    // 0.7 × 10 is a hair less than 7 in binary.
-    assert_eq!((budget(0.7, 10), budget(0.29, 100), budget(0.999, 1000), budget(0.25, 10)), (7, 29, 999, 2));
+    // Budgets that are no whole numbers, 268.8 and 68.6: their shares are floored, not they.
+    let importance = [3.1, 6.9, 6.2, 9.5, 3.7, 2.3];
+    assert_eq!(budget_ranks(&importance, &[128; 6], 0.35, 32).unwrap(), [32, 64, 64, 96, 32, 32]);
+    assert_eq!(budget_ranks(&[480.0, 109.0, 97.0], &[400, 200, 86], 0.1, 32).unwrap(), [64, 32, 32]);
+    // 0.29 × 100 is a hair less than 29 in binary, 0.07 × 100 a hair more than 7: both count as whole.
+    assert_eq!((budget(0.29, 100), budget(0.07, 100), budget(0.7, 10), budget(0.999, 1000)), (29.0, 7.0, 7.0, 999.0));
+    assert_eq!((budget(0.25, 10), budget(0.35, 768), budget(0.1, 10)), (2.5, 0.35 * 768.0, 1.0));
+    assert_eq!(budget_ranks(&[1.0], &[100], 0.29, 1).unwrap(), [29]);
     says(budget_ranks(&[1.0], &[64], 1.5, 32), &["keep", "1.5"]);
     says(budget_ranks(&[1.0], &[64], f64::NAN, 32), &["keep"]);
     says(budget_ranks(&[1.0], &[64], 0.5, 0), &["multiple"]);

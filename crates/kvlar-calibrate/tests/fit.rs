@@ -61,7 +61,7 @@ impl Data {
     }
 
     fn fit_with(&self, config: &RecalkvConfig, importance: Option<&[[f64; 2]]>) -> Result<(Plan, Report)> {
-        fit(config, &self.model, "m", &self.moments, importance, self.weights(), &mut |_| ())
+        fit(config, &self.model, "m", &self.moments, importance, self.weights(), &mut |_, _| ())
     }
 }
 
@@ -92,8 +92,10 @@ fn the_report_says_what_the_plan_does() {
         ] {
             let c = RecalkvConfig { center, hadamard, latent_keys: latent, latent_values: latent, budget, kept: 0.3, ..config() };
             let mut seen = Vec::new();
-            let (plan, report) = fit(&c, &data.model, "m", &data.moments, None, data.weights(), &mut |l| seen.push(l)).unwrap();
-            assert_eq!(seen, [1, 2]);
+            let progress = &mut |done, of| seen.push((done, of));
+            let (plan, report) = fit(&c, &data.model, "m", &data.moments, None, data.weights(), progress).unwrap();
+            let steps = if budget == Budget::Spectral { 4 } else { 2 };
+            assert_eq!(seen, (1..=steps).map(|s| (s, steps)).collect::<Vec<_>>());
             assert_eq!((plan.format, plan.method.as_str(), plan.fingerprint.as_str()), (PLAN_FORMAT, "recalkv", "m"));
             for (l, layer) in plan.layers.iter().enumerate() {
                 let r = &report.layers[l];
@@ -317,7 +319,7 @@ fn presets_clamp_to_the_model() {
         (Preset::Quality, 2, (128, 192), 328.0 / 1024.0),
         (Preset::Capacity, 4, (128, 256), 392.0 / 2048.0),
     ] {
-        let c = preset.config(&llama3);
+        let c = preset.config(&llama3, 1);
         assert_eq!((c.key_group, c.value_group), (group, group));
         assert_eq!(c.budget, Budget::Fixed { keys: ranks.0, values: ranks.1 });
         close(c.kept, kept, 1e-12);
@@ -325,10 +327,69 @@ fn presets_clamp_to_the_model() {
         // Odd heads, one head, tiny heads: still settings that fit.
         for (q, kv, d) in [(9, 3, 64), (4, 1, 80), (6, 6, 16)] {
             let data = Data::new(30, ModelShape { hidden: 32, ..model(1, q, kv, d, d) }, 20);
-            let (plan, report) = data.fit(&preset.config(&data.model.layer)).unwrap();
+            let (plan, report) = data.fit(&preset.config(&data.model.layer, 1)).unwrap();
             assert!(report.kept <= 1.0 && plan.layers.len() == 1);
         }
     }
+}
+
+#[test]
+fn presets_keep_groups_inside_shards() {
+    let llama3 = LayerShape { q_heads: 32, kv_heads: 8, head_dim: 128, value_dim: 128 };
+    for (preset, shards, group) in [
+        (Preset::Capacity, 2, 4),
+        (Preset::Capacity, 4, 2),
+        (Preset::Capacity, 8, 1),
+        (Preset::Speed, 4, 2),
+        (Preset::Quality, 8, 1),
+    ] {
+        let c = preset.config(&llama3, shards);
+        assert_eq!((c.key_group, c.value_group, c.shards), (group, group, shards), "{preset:?} in {shards}");
+        c.check(&ModelShape { layer: llama3, ..model(1, 32, 8, 128, 128) }).unwrap();
+    }
+    // The largest divisor of a shard's heads: 3 of 6, not 2.
+    let nine = LayerShape { q_heads: 18, kv_heads: 18, head_dim: 64, value_dim: 64 };
+    assert_eq!(Preset::Capacity.config(&nine, 2).key_group, 3);
+    // Shards that do not divide the heads are for the check to refuse.
+    for shards in [0, 3, 100] {
+        let c = Preset::Speed.config(&llama3, shards);
+        says(c.check(&ModelShape { layer: llama3, ..model(1, 32, 8, 128, 128) }), &["shards"]);
+    }
+}
+
+/// What one attention can read: 8-bit values need 8-bit keys, though a budget would leave those dense.
+#[test]
+fn keys_beside_quantized_values_are_never_dense() {
+    let data = Data::new(23, small(), 200);
+    let int8 = RecalkvConfig { latent_keys: Latent::Int8, latent_values: Latent::Int8, ..config() };
+    // Keys get the whole of a layer, values a little.
+    let fisher = RecalkvConfig { budget: Budget::Proportional, kept: 0.6, ..int8.clone() };
+    let (plan, report) = data.fit_with(&fisher, Some(&[[100.0, 1.0], [100.0, 1.0]])).unwrap();
+    for (layer, report) in plan.layers.iter().zip(&report.layers) {
+        let (k, v) = (layer.keys.factors().expect("dense keys"), layer.values.factors().unwrap());
+        assert_eq!((k.rank, k.latent, v.latent), (32, Latent::Int8, Latent::Int8));
+        assert_eq!((report.keys.rank, report.keys.bytes), (Some(32), 2 * 36));
+    }
+    for (l, layer) in plan.layers.iter().enumerate() {
+        assert!(relative_loss(&layer.keys, &data.rows[l][0]) < 1e-9);
+    }
+    // Nothing has to be quantized where values are not, or are dense.
+    let plain = RecalkvConfig { latent_values: Latent::Model, latent_keys: Latent::Model, ..fisher };
+    let (plan, _) = data.fit_with(&plain, Some(&[[100.0, 1.0], [100.0, 1.0]])).unwrap();
+    assert!(plan.layers.iter().all(|l| l.keys == Side::Dense && l.values != Side::Dense));
+    let (plan, _) = data.fit(&RecalkvConfig { kept: 1.0, ..int8.clone() }).unwrap();
+    assert!(plan.layers.iter().all(|l| l.keys == Side::Dense && l.values == Side::Dense));
+    // Heads of 4 in steps of 64: latents of keys would take more than the keys do, those of values do not.
+    let tiny = Data::new(24, ModelShape { hidden: 32, ..model(1, 8, 4, 4, 64) }, 200);
+    for budget in [Budget::Spectral, Budget::Uniform, Budget::Fixed { keys: 8, values: 8 }] {
+        let c = RecalkvConfig { multiple: 64, kept: 0.6, budget, ..int8.clone() };
+        let (plan, report) = tiny.fit(&c).unwrap();
+        assert_eq!(plan.layers[0].keys.factors().expect("dense keys").rank, 64);
+        assert_eq!(report.layers[0].keys.bytes, 2 * 68);
+        assert!(plan.layers[0].values != Side::Dense);
+    }
+    let mixed = RecalkvConfig { latent_keys: Latent::Int4, ..int8 };
+    says(data.fit(&mixed), &["latent_values", "Int8 beside Int4"]);
 }
 
 #[test]
@@ -343,7 +404,10 @@ fn every_wrong_setting_is_named() {
         (|c| c.value_group = 0, &["value_group"]),
         (|c| c.shards = 3, &["shards", "3 does not divide 4"]),
         (|c| (c.shards, c.key_group) = (4, 2), &["key_group", "1 kv heads of a shard"]),
-        (|c| c.multiple = 0, &["multiple"]),
+        (|c| c.multiple = 0, &["multiple", "0 is no step"]),
+        (|c| c.multiple = 65537, &["multiple", "65537"]),
+        (|c| c.multiple = usize::MAX, &["multiple"]),
+        (|c| c.latent_values = Latent::Int8, &["latent_values", "Int8 beside Model"]),
         (|c| c.weighting_keys = Weighting::Output, &["weighting_keys"]),
         (|c| c.weighting_values = Weighting::Query, &["weighting_values"]),
         (|c| c.budget = Budget::Proportional, &["importance", "2 layers"]),
@@ -360,7 +424,7 @@ fn every_wrong_setting_is_named() {
     says(data.fit_with(&fisher, Some(&[[1.0, 1.0], [f64::NAN, 1.0]])), &["importance", "NaN"]);
     says(data.fit_with(&fisher, Some(&[[0.0; 2]; 2])), &["importance", "sum to 0"]);
     let run = |moments: &[Moments], weights: Weights<'_>, c: &RecalkvConfig| {
-        fit(c, &data.model, "m", moments, None, weights, &mut |_| ())
+        fit(c, &data.model, "m", moments, None, weights, &mut |_, _| ())
     };
     says(run(&data.moments[..1], data.weights(), &config()), &["moments", "1 layers", "2"]);
     let empty = [Moments::new(data.model.layer).unwrap(), data.moments[1].clone()];
@@ -377,5 +441,5 @@ fn every_wrong_setting_is_named() {
     broken[1].pop();
     says(run(&data.moments, Weights { out: Some(&broken), values: None }, &config()), &["out_weight of layer 1", "elements"]);
     let odd = ModelShape { rope: RopePairs { rotary_dim: 17, layout: PairLayout::Half }, ..data.model };
-    says(fit(&config(), &odd, "m", &data.moments, None, data.weights(), &mut |_| ()), &["rotary_dim", "17"]);
+    says(fit(&config(), &odd, "m", &data.moments, None, data.weights(), &mut |_, _| ()), &["rotary_dim", "17"]);
 }

@@ -86,6 +86,30 @@ fn bytes_count_scales_and_bases() {
     assert_eq!(int8.fixed_bytes(), plan.fixed_bytes() - 4 * 8 * 4 + 4 * 4 * 16);
 }
 
+/// Caches keep such keys as latents of full rank, padded to 32, which the identity makes and unmakes.
+#[test]
+fn dense_keys_beside_latents_count_their_identity() {
+    let mut plan = plan(0);
+    let bytes = plan.fixed_bytes();
+    plan.layers[1].values = plan.layers[0].values.clone();
+    // 4 heads of 8 numbers, as 32; values as in the other layer.
+    assert_eq!(plan.layer_bytes_per_token(1), 4 * 32 * 2 + 24);
+    assert_eq!(plan.fixed_bytes() - bytes, 2 * 2 * (4 * 6 * 20) + 2 * (4 * 8 * 32 + 4 * 8 * 8));
+    let expected = 96.0 * (40.0 + 280.0) + 2.0 * 20.0 * 112.0 + plan.fixed_bytes() as f64;
+    assert!((plan.kept(100) - expected / (100.0 * 224.0)).abs() < 1e-12);
+    // An 8-bit key basis is of low-rank keys alone.
+    let before = plan.fixed_bytes();
+    plan.config.key_basis = kvlar_calibrate::KeyBasis::Int8;
+    assert_eq!(plan.fixed_bytes(), before - 4 * 8 * 4 + 4 * 4 * 16);
+    // The other way round nothing is added: values are read as they are.
+    plan.layers[1] = LayerPlan { keys: plan.layers[0].keys.clone(), values: Side::Dense };
+    assert_eq!(plan.layer_bytes_per_token(1), 16 + 4 * 6 * 2);
+    // Ranks padded beyond the rows, of 16 numbers a group: the padding is decoded, but nothing is encoded to it.
+    let mut rng = Rng::new(7);
+    plan.layers[1].keys = Side::LowRank(factors(&mut rng, vec![vec![0, 2], vec![3, 1]], 8, 20, Latent::Int8, false));
+    assert_eq!(plan.layers[1].keys.factors().unwrap().fixed_bytes(), 2 * (4 * 8 * 20 + 2 * 16 * 16));
+}
+
 #[test]
 fn encoding_and_decoding_use_the_order_of_the_group() {
     let plan = plan(1);
@@ -186,6 +210,8 @@ fn plans_that_do_not_fit_together_are_not_written() {
         (|p| keys(p).mean = Some(vec![f32::INFINITY; 32]), &["mean holds inf"]),
         (|p| keys(p).mean = Some(vec![0.0; 3]), &["mean", "3 numbers"]),
         (|p| p.model.layer.kv_heads = 3, &["kv heads do not divide"]),
+        (|p| p.config.multiple = 0, &["multiple", "0 is no step"]),
+        (|p| p.config.multiple = usize::MAX, &["multiple"]),
     ];
     for (edit, words) in cases {
         let mut plan = plan(3);
@@ -242,6 +268,9 @@ fn sound_files_of_unsound_plans_are_refused() {
         (&set("latent", "int7".into()), &["int7"]),
         (&|p, _| drop(of(p)), &["description"]),
         (&|p, _| p["model"]["layers"] = 3.into(), &["2 layers", "3"]),
+        (&|p, _| p["config"]["multiple"] = u64::MAX.into(), &["multiple"]),
+        (&|p, _| p["config"]["multiple"] = 65537.into(), &["multiple", "65537 is no step"]),
+        (&|p, _| p["config"]["multiple"] = 0.into(), &["multiple", "0 is no step"]),
         (&|p, _| p["model"]["layer"]["kv_heads"] = (1u64 << 40).into(), &["size above"]),
         (&|_, t| drop(t.remove("layers.0.values.encoder")), &["layers.0.values.encoder is missing"]),
         (

@@ -55,3 +55,12 @@ pub enum EngineError {
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
 }
+
+impl EngineError {
+    /// Whether the device has no kernel for what was asked for: another method, or another device, may do.
+    pub fn is_unsupported(&self) -> bool {
+        use kvlar::Error::Unsupported;
+        use kvlar_cache::CacheError;
+        matches!(self, Self::Device(Unsupported { .. }) | Self::Cache(CacheError::Device(Unsupported { .. })))
+    }
+}

@@ -1,4 +1,4 @@
-//! A store of token-wise rows in pages: `kvlar_cache`.
+//! A store in pages, `kvlar_cache`: token-wise rows, or what a plan says.
 
 use crate::{KvShape, KvStore, Result};
 use candle_core::{DType, Tensor};
@@ -19,12 +19,15 @@ pub struct StoreConfig {
     pub max_rows: usize,
     /// Tokens a page.
     pub page_rows: usize,
+    /// How many tokens can be taken back as if they had never been, where a plan keeps recent rows exact
+    /// ([`KvStore::rollback`]). Exact rows are held for so many tokens more; 0 does for text that is only continued.
+    pub rollback_rows: usize,
 }
 
 impl StoreConfig {
-    /// The full cache, as engines keep it.
+    /// The full cache, as engines keep it; up to 64 tokens can be taken back.
     pub fn bf16(max_rows: usize) -> Self {
-        Self { dtype: Dtype::Bf16, codec: Codec::Bf16, max_rows, page_rows: 64 }
+        Self { dtype: Dtype::Bf16, codec: Codec::Bf16, max_rows, page_rows: 64, rollback_rows: 64 }
     }
 
     /// 8-bit keys and values.
@@ -66,7 +69,8 @@ impl PagedStore {
     /// An empty store whose layers are kept as a plan says; `config.codec` is not used.
     ///
     /// # Errors
-    /// As for [`PagedStore::new`]; also for a plan of another model.
+    /// As for [`PagedStore::new`]; also for a plan of other layers, heads or dimensions. A plan of another model of the same
+    /// sizes is not noticed here: that is for [`Plan::check_model`].
     pub fn planned(device: &Device, shape: &KvShape, config: StoreConfig, plan: &Plan) -> Result<Self> {
         let stream = device.stream()?;
         let cache = Cache::planned(device, &stream, cache_config(shape, config), plan)?;
@@ -109,6 +113,10 @@ impl PagedStore {
 impl KvStore for PagedStore {
     fn max_step(&self) -> usize {
         self.max_step
+    }
+
+    fn rollback(&self) -> usize {
+        self.cache.rollback_rows()
     }
 
     fn len(&self) -> usize {
@@ -209,6 +217,7 @@ fn cache_config(shape: &KvShape, config: StoreConfig) -> CacheConfig {
         pages: config.max_rows.div_ceil(config.page_rows).max(1),
         max_rows: config.max_rows,
         max_seqs: 1,
+        rollback_rows: config.rollback_rows,
     }
 }
 

@@ -54,6 +54,12 @@ pub trait KvStore {
         usize::MAX
     }
 
+    /// How many tokens [`KvStore::truncate`] takes back as if they had never been, counted from the most held. Where more
+    /// are, what follows may differ: the store keeps less of the tokens before them.
+    fn rollback(&self) -> usize {
+        usize::MAX
+    }
+
     /// Ends a step.
     ///
     /// # Errors
@@ -63,7 +69,7 @@ pub trait KvStore {
     /// Ends a step that failed as if it had not begun.
     fn cancel(&mut self);
 
-    /// Takes tokens back, to `rows`.
+    /// Takes tokens back, to `rows`; without a trace if they are no more than [`KvStore::rollback`].
     ///
     /// # Errors
     /// If there are fewer, or some of the others cannot be taken back.
@@ -71,4 +77,11 @@ pub trait KvStore {
 
     /// Bytes that the tokens held take, with scales, padding, bases and tables.
     fn bytes(&self) -> usize;
+}
+
+/// Most tokens that [`crate::llama::Llama::extend`] takes at once: those of as many steps as can be taken back if one fails.
+#[cfg(feature = "llama")]
+pub(crate) fn most_at_once(store: &dyn KvStore) -> usize {
+    let most = store.max_step();
+    (store.rollback() / most.max(1)).saturating_add(1).saturating_mul(most)
 }

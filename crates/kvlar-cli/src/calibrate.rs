@@ -111,10 +111,18 @@ pub fn plan(calibration: &Calibration<'_>, config: &RecalkvConfig) -> Result<(Pl
         _ => Some(once(&c.values, || layers(Llama::value_weight))?.as_slice()),
     };
     let bar = progress("fitting", c.shape.layers);
-    let fitted =
-        kvlar_calibrate::fit(config, &c.shape, &c.fingerprint, &c.moments, importance, Weights { out, values }, &mut |layers| {
-            bar.set_position(layers as u64)
-        });
+    let fitted = kvlar_calibrate::fit(
+        config,
+        &c.shape,
+        &c.fingerprint,
+        &c.moments,
+        importance,
+        Weights { out, values },
+        &mut |done, of| {
+            bar.set_length(of as u64);
+            bar.set_position(done as u64);
+        },
+    );
     bar.finish_and_clear();
     Ok(fitted?)
 }
@@ -173,7 +181,7 @@ pub fn run(a: &Arguments) -> Result<()> {
     let (plan, report) = plan(&calibrate(&model, &windows)?, &config)?;
     plan.write(&a.out)?;
     println!("{report}");
-    let beside = a.out.with_extension("report.json");
+    let beside = report_path(&a.out);
     let summary = Summary {
         fingerprint: &plan.fingerprint,
         text: &text_path,
@@ -182,10 +190,31 @@ pub fn run(a: &Arguments) -> Result<()> {
         config: &config,
         report: &report,
     };
-    std::fs::write(&beside, serde_json::to_string_pretty(&summary)? + "\n").with_context(|| beside.display().to_string())?;
+    let text = serde_json::to_string_pretty(&summary)? + "\n";
+    write_whole(&beside, text.as_bytes()).with_context(|| beside.display().to_string())?;
     println!("\nwritten: {}, {}", a.out.display(), beside.display());
     println!("took {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Where the report of a plan goes: plans with names of their own have reports of their own.
+fn report_path(plan: &Path) -> PathBuf {
+    if plan.extension().is_some_and(|e| e == "safetensors") {
+        return plan.with_extension("report.json");
+    }
+    let mut name = plan.as_os_str().to_owned();
+    name.push(".report.json");
+    name.into()
+}
+
+/// Writes beside the file and renames, so that it is there whole or not at all.
+fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut part = path.as_os_str().to_owned();
+    part.push(format!(".{}.part", std::process::id()));
+    let written = std::fs::write(&part, bytes).and_then(|()| std::fs::rename(&part, path));
+    written.inspect_err(|_| {
+        let _ = std::fs::remove_file(&part);
+    })
 }
 
 /// The checkpoint's folder and the text: given, or bundled.

@@ -54,8 +54,8 @@ pub fn run(a: &Arguments) -> Result<()> {
         println!("  {:<18} {}", m.name, m.about);
     }
     println!();
-    let rows = measure(&model, &device, &all.iter().collect::<Vec<&Method>>(), &work)?;
-    let table = Table { model: "tiny-llama".into(), backend: describe(&device), rows };
+    let (rows, unsupported) = measure(&model, &device, &all.iter().collect::<Vec<&Method>>(), &work)?;
+    let table = Table { model: "tiny-llama".into(), backend: describe(&device), rows, unsupported };
     report(&table, &a.output)?;
     println!("took {:.0} s", start.elapsed().as_secs_f64());
     Ok(())

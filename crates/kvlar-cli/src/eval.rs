@@ -1,12 +1,13 @@
 //! `kvlar eval`, and the measuring that the demonstration shares.
 
 use crate::backend::Backend;
-use crate::methods::{self, Method};
-use crate::table::{RecallResult, Row, Table};
+use crate::methods::{self, Method, Room};
+use crate::table::{RecallResult, Row, Table, Unsupported};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvlar::Device;
-use kvlar_candle::llama::{Llama, Logits, RecallTask, attention_error, perplexity, recall};
+use kvlar_candle::EngineError;
+use kvlar_candle::llama::{Llama, Logits, RecallTask, attention_error, longest_question, perplexity, recall};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -88,69 +89,81 @@ pub fn progress(steps: usize) -> ProgressBar {
     bar
 }
 
-/// Measures methods.
-pub fn measure(model: &Llama, device: &Device, methods: &[&Method], work: &Work) -> Result<Vec<Row>> {
+/// Measures methods. One that the device has no kernel for is named with the reason, and left out of the rows.
+pub fn measure(model: &Llama, device: &Device, methods: &[&Method], work: &Work) -> Result<(Vec<Row>, Vec<Unsupported>)> {
+    let bar = progress(methods.len() * work.steps());
+    let (mut rows, mut unsupported) = (Vec::new(), Vec::new());
+    for (i, method) in methods.iter().enumerate() {
+        match measure_one(model, device, method, work, &bar) {
+            Ok(row) => rows.push(row),
+            Err(e) if e.downcast_ref().is_some_and(EngineError::is_unsupported) => {
+                let (method, about) = (method.name.clone(), method.about.clone());
+                unsupported.push(Unsupported { method, about, why: format!("{e:#}") });
+            }
+            Err(e) => return Err(e.context(method.name.clone())),
+        }
+        bar.set_position(((i + 1) * work.steps()) as u64);
+    }
+    bar.finish_and_clear();
+    Ok((rows, unsupported))
+}
+
+fn measure_one(model: &Llama, device: &Device, method: &Method, work: &Work, bar: &ProgressBar) -> Result<Row> {
     let shape = model.kv_shape();
     let longest = work.windows.iter().map(Vec::len).max().unwrap_or(0);
-    let room = model.config().max_positions.max(longest);
-    let bar = progress(methods.len() * work.steps());
+    let tokens = model.config().max_positions.max(longest);
     let full = 2.0 * (shape.layers * shape.kv_heads * 2 * shape.head_dim) as f64;
-    let mut rows = Vec::new();
-    for method in methods {
-        let store = || (method.store)(device, &shape, room);
-        let mut bytes_per_token = 0.0;
-        let (mut nll, mut count) = (0.0, 0);
-        bar.set_message(format!("{}: perplexity", method.name));
-        for w in &work.windows {
-            let mut s = store()?;
-            let (sum, n) = perplexity(model, &mut *s, w)?;
-            (nll, count) = (nll + sum, count + n);
+    let store = |rollback: usize| (method.store)(device, &shape, Room { tokens, rollback });
+    let mut bytes_per_token = 0.0;
+    let (mut nll, mut count) = (0.0, 0);
+    bar.set_message(format!("{}: perplexity", method.name));
+    for w in &work.windows {
+        let mut s = store(0)?;
+        let (sum, n) = perplexity(model, &mut *s, w)?;
+        (nll, count) = (nll + sum, count + n);
+        bytes_per_token = s.bytes() as f64 / s.len() as f64;
+        bar.inc(1);
+    }
+    let mut results = Vec::new();
+    for (name, tasks) in &work.tasks {
+        bar.set_message(format!("{}: {name}", method.name));
+        let mut result = RecallResult { task: name.clone(), questions: 0, recalled: 0 };
+        for task in tasks {
+            let mut s = store(longest_question(model, task)?)?;
+            let r = recall(model, &mut *s, task)?;
+            result.questions += r.questions;
+            result.recalled += r.recalled;
             bytes_per_token = s.bytes() as f64 / s.len() as f64;
             bar.inc(1);
         }
-        let mut results = Vec::new();
-        for (name, tasks) in &work.tasks {
-            bar.set_message(format!("{}: {name}", method.name));
-            let mut result = RecallResult { task: name.clone(), questions: 0, recalled: 0 };
-            for task in tasks {
-                let mut s = store()?;
-                let r = recall(model, &mut *s, task)?;
-                result.questions += r.questions;
-                result.recalled += r.recalled;
-                bytes_per_token = s.bytes() as f64 / s.len() as f64;
-                bar.inc(1);
-            }
-            results.push(result);
-        }
-        bar.set_message(format!("{}: attention error", method.name));
-        let mut squares = 0.0;
-        for w in &work.windows {
-            let mut exact = (methods[0].store)(device, &shape, room)?;
-            squares += attention_error(model, &mut *exact, &mut *store()?, w)?.powi(2);
-            bar.inc(1);
-        }
-        let decode_rate = if work.decode_tokens > 0 {
-            bar.set_message(format!("{}: decode rate", method.name));
-            let rate = decode_rate(model, &mut *store()?, work)?;
-            bar.inc(1);
-            Some(rate)
-        } else {
-            None
-        };
-        let windows = work.windows.len();
-        rows.push(Row {
-            method: method.name.clone(),
-            about: method.about.clone(),
-            bytes_per_token,
-            kept: bytes_per_token / full,
-            perplexity: (count > 0).then(|| (nll / count as f64).exp()),
-            recall: results,
-            attention_error: (windows > 0).then(|| (squares / windows as f64).sqrt()),
-            decode_rate,
-        });
+        results.push(result);
     }
-    bar.finish_and_clear();
-    Ok(rows)
+    bar.set_message(format!("{}: attention error", method.name));
+    let mut squares = 0.0;
+    for w in &work.windows {
+        let mut exact = (methods::full().store)(device, &shape, Room { tokens, rollback: 0 })?;
+        squares += attention_error(model, &mut *exact, &mut *store(0)?, w)?.powi(2);
+        bar.inc(1);
+    }
+    let decode_rate = if work.decode_tokens > 0 {
+        bar.set_message(format!("{}: decode rate", method.name));
+        let rate = decode_rate(model, &mut *store(0)?, work)?;
+        bar.inc(1);
+        Some(rate)
+    } else {
+        None
+    };
+    let windows = work.windows.len();
+    Ok(Row {
+        method: method.name.clone(),
+        about: method.about.clone(),
+        bytes_per_token,
+        kept: bytes_per_token / full,
+        perplexity: (count > 0).then(|| (nll / count as f64).exp()),
+        recall: results,
+        attention_error: (windows > 0).then(|| (squares / windows as f64).sqrt()),
+        decode_rate,
+    })
 }
 
 /// Tokens a second, one at a time, after the first window's first half.
@@ -207,20 +220,23 @@ pub fn run(a: &Arguments) -> Result<()> {
         work.tasks.push(read_tasks(path, a.contexts.unwrap_or(usize::MAX))?);
     }
     let mut all = methods::uncalibrated();
+    for path in &a.plan {
+        all.push(methods::from_file(path, &model.fingerprint()?)?);
+    }
+    // Before the long part, too.
+    methods::check_names(&all)?;
     if let Some(path) = &a.calibration {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         let windows = windows(&model, &text, a.window, usize::MAX).with_context(|| path.display().to_string())?;
         all.extend(methods::calibrated(&crate::calibrate::calibrate(&model, &windows)?)?);
     }
-    for path in &a.plan {
-        all.push(methods::from_file(path, &model.fingerprint()?)?);
-    }
+    methods::check_names(&all)?;
     let chosen: Vec<&Method> = if a.method.is_empty() {
         all.iter().collect()
     } else {
         a.method.iter().map(|n| methods::find(&all, n)).collect::<Result<_>>()?
     };
-    let rows = measure(&model, &device, &chosen, &work)?;
+    let (rows, unsupported) = measure(&model, &device, &chosen, &work)?;
     let name = a.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    report(&Table { model: name, backend: describe(&device), rows }, &a.output)
+    report(&Table { model: name, backend: describe(&device), rows, unsupported }, &a.output)
 }

@@ -1,7 +1,7 @@
 //! `kvlar generate`.
 
 use crate::backend::Backend;
-use crate::methods;
+use crate::methods::{self, Room};
 use anyhow::{Context, Result};
 use kvlar_candle::llama::{Llama, Sampling};
 use std::io::Write;
@@ -61,7 +61,7 @@ pub fn run(a: &Arguments) -> Result<()> {
     } else {
         Sampling::Random { temperature: a.temperature, top_p: a.top_p, seed: a.seed }
     };
-    let room = model.prompt(&a.prompt)?.len() + a.tokens;
+    let room = Room { tokens: model.prompt(&a.prompt)?.len() + a.tokens, rollback: 0 };
     let mut store = (method.store)(&device, &model.kv_shape(), room)?;
     print!("{}", a.prompt);
     let flush = |piece: &str| {

@@ -1,13 +1,22 @@
 //! The methods that the table compares. A method is a way to make a store; adding one here is all it takes.
 
 use crate::calibrate::{Calibration, plan};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use kvlar::Device;
 use kvlar_calibrate::{Budget, Grouping, Latent, Plan, RecalkvConfig, ValueFit, Weighting};
 use kvlar_candle::{KvShape, KvStore, PagedStore, StoreConfig};
 use std::path::Path;
 
-type MakeStore = dyn Fn(&Device, &KvShape, usize) -> kvlar_candle::Result<Box<dyn KvStore>>;
+/// What a store must be good for.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Tokens that it holds at most.
+    pub tokens: usize,
+    /// Tokens that it takes back as if they had never been.
+    pub rollback: usize,
+}
+
+type MakeStore = dyn Fn(&Device, &KvShape, Room) -> kvlar_candle::Result<Box<dyn KvStore>>;
 
 /// A way to keep keys and values.
 pub struct Method {
@@ -15,7 +24,7 @@ pub struct Method {
     pub name: String,
     /// One line.
     pub about: String,
-    /// An empty store for so many tokens.
+    /// An empty store.
     pub store: Box<MakeStore>,
 }
 
@@ -23,16 +32,18 @@ fn token_wise(name: &str, about: &str, config: fn(usize) -> StoreConfig) -> Meth
     Method {
         name: name.into(),
         about: about.into(),
-        store: Box::new(move |d, s, n| Ok(Box::new(PagedStore::new(d, s, config(n))?))),
+        store: Box::new(move |d, s, room| Ok(Box::new(PagedStore::new(d, s, config(room.tokens))?))),
     }
 }
 
-/// Methods that need no calibration; the first is what the others are compared with.
+/// What all methods are compared with.
+pub fn full() -> Method {
+    token_wise("bf16", "full cache in bf16", StoreConfig::bf16)
+}
+
+/// Methods that need no calibration.
 pub fn uncalibrated() -> Vec<Method> {
-    vec![
-        token_wise("bf16", "full cache in bf16", StoreConfig::bf16),
-        token_wise("int8", "keys and values in 8 bits, a scale and zero a row", StoreConfig::int8),
-    ]
+    vec![full(), token_wise("int8", "keys and values in 8 bits, a scale and zero a row", StoreConfig::int8)]
 }
 
 /// A method that keeps what a plan says.
@@ -40,7 +51,10 @@ pub fn planned(name: impl Into<String>, about: impl Into<String>, plan: Plan) ->
     Method {
         name: name.into(),
         about: about.into(),
-        store: Box::new(move |d, s, n| Ok(Box::new(PagedStore::planned(d, s, StoreConfig::bf16(n), &plan)?))),
+        store: Box::new(move |d, s, room| {
+            let config = StoreConfig { rollback_rows: room.rollback, ..StoreConfig::bf16(room.tokens) };
+            Ok(Box::new(PagedStore::planned(d, s, config, &plan)?))
+        }),
     }
 }
 
@@ -109,4 +123,14 @@ pub fn calibrated(calibration: &Calibration<'_>) -> Result<Vec<Method>> {
 pub fn find<'a>(methods: &'a [Method], name: &str) -> Result<&'a Method> {
     let names: Vec<_> = methods.iter().map(|m| m.name.as_str()).collect();
     methods.iter().find(|m| m.name == name).ok_or_else(|| anyhow::anyhow!("no method {name:?} ({})", names.join(", ")))
+}
+
+/// Refuses methods of one name: they could not be told apart.
+pub fn check_names(methods: &[Method]) -> Result<()> {
+    for (i, m) in methods.iter().enumerate() {
+        if let Some(other) = methods[..i].iter().find(|o| o.name == m.name) {
+            bail!("two methods are called {:?}: {}, and {}; rename a plan file", m.name, other.about, m.about);
+        }
+    }
+    Ok(())
 }

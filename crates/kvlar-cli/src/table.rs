@@ -37,10 +37,21 @@ pub struct Row {
     pub perplexity: Option<f64>,
     /// Each task.
     pub recall: Vec<RecallResult>,
-    /// Relative, against the first method.
+    /// Relative, against the full cache in bf16.
     pub attention_error: Option<f64>,
     /// Tokens a second of this engine on this machine.
     pub decode_rate: Option<f64>,
+}
+
+/// A method that the device has no kernel for.
+#[derive(Clone, Debug, Serialize)]
+pub struct Unsupported {
+    /// The method.
+    pub method: String,
+    /// One line about it.
+    pub about: String,
+    /// What there is no kernel for.
+    pub why: String,
 }
 
 /// Everything that one run measured.
@@ -52,6 +63,8 @@ pub struct Table {
     pub backend: String,
     /// One a method.
     pub rows: Vec<Row>,
+    /// Methods that could not be measured on this backend.
+    pub unsupported: Vec<Unsupported>,
 }
 
 impl Table {
@@ -80,6 +93,9 @@ impl Table {
                 .map(|(i, (x, w))| if i == 0 { format!("{x:<w$}") } else { format!("{x:>w$}") })
                 .collect();
             println!("{}", cells.join("  "));
+        }
+        for u in &self.unsupported {
+            println!("{}: not measured on this backend: {}", u.method, u.why);
         }
     }
 

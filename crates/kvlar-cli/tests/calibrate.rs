@@ -186,6 +186,33 @@ fn presets_are_settings_by_name() {
         }
     }
     run(&["--preset", "speed", "--kept", "0.5"]).fails_with(2, &["--preset", "--kept"]);
+    // Four kv heads in two shards: no group of four.
+    let plan = run(&["--preset", "capacity", "--shards", "2"]).plan();
+    assert_eq!((plan.config.key_group, plan.config.value_group, plan.config.shards), (2, 2, 2));
+    for groups in plan.layers.iter().flat_map(|l| [&l.keys, &l.values]).map(|s| &s.factors().unwrap().groups) {
+        assert!(groups.iter().all(|g| g.iter().all(|h| h / 2 == g[0] / 2)), "{groups:?}");
+    }
+    run(&["--preset", "capacity", "--shards", "3"]).fails(&["shards", "3 does not divide 4"]);
+    run(&["--preset", "speed", "--shards", "0"]).fails(&["shards"]);
+}
+
+#[test]
+fn every_plan_has_a_report_of_its_own() {
+    let r = run(&["--out", "plan.v1"]);
+    assert!(r.output.status.success(), "{}", r.text());
+    let path = |name: &str| r.dir.path().join(name);
+    assert!(path("plan.v1").exists() && path("plan.v1.report.json").exists() && !path("plan.report.json").exists());
+    assert!(r.text().contains("plan.v1, plan.v1.report.json"), "{}", r.text());
+    // A report that cannot be written leaves no part of one.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("plan.report.json")).unwrap();
+    let out = dir.path().join("plan.safetensors");
+    let r = run(&["--out", out.to_str().unwrap()]);
+    assert_eq!(r.output.status.code(), Some(1));
+    let mut left: Vec<String> =
+        std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    left.sort();
+    assert_eq!(left, ["plan.report.json", "plan.safetensors"]);
 }
 
 #[test]
@@ -228,6 +255,7 @@ fn settings_that_do_not_do_are_named() {
     run(&["--shards", "3"]).fails(&["shards", "3 does not divide 4 kv heads"]);
     run(&["--shards", "0"]).fails(&["shards"]);
     run(&["--multiple", "0"]).fails(&["multiple"]);
+    run(&["--multiple", "18446744073709551615"]).fails(&["multiple", "no step"]);
     run(&["--weighting", "none,query"]).fails(&["--weighting"]);
     run(&["--budget", "generous"]).fails_with(2, &["--budget", "generous"]);
 }

@@ -251,6 +251,12 @@ fn budget_ranks_deals_out() {
     assert_eq!(fit("budget_ranks", &case.clone().key("multiple", "100")).ints("ranks", &[3]), [100, 300, 400]);
     assert_eq!(fit("budget_ranks", &case.clone().key("keep", "0")).ints("ranks", &[3]), [32, 32, 32]);
     assert_eq!(fit("budget_ranks", &case.clone().key("keep", "1")).ints("ranks", &[3]), [512, 512, 512]);
+    // Budgets of 268.8 and 68.6 ranks: their shares are floored, not they.
+    let six = [3.1, 6.9, 6.2, 9.5, 3.7, 2.3];
+    let six = Case::default().floats("importance", &[6], &six).ints("full", &[6], &[128; 6]).key("keep", "0.35");
+    assert_eq!(fit("budget_ranks", &six).ints("ranks", &[6]), [32, 64, 64, 96, 32, 32]);
+    let three = Case::default().floats("importance", &[3], &[480.0, 109.0, 97.0]).ints("full", &[3], &[400, 200, 86]);
+    assert_eq!(fit("budget_ranks", &three.key("keep", "0.1")).ints("ranks", &[3]), [64, 32, 32]);
     fit("budget_ranks", &case.clone().key("keep", "1.01")).fails(&["keep", "1.01"]);
     fit("budget_ranks", &case.clone().key("keep", "half")).fails(&["keep", "half"]);
     fit("budget_ranks", &bare).fails(&["no key keep"]);

@@ -1,7 +1,7 @@
 //! Writing rows into a cache.
 
 use crate::error::{ReferenceError, shape, value};
-use crate::{Codec, Rope, decode_row, encode_row};
+use crate::{Rope, Storage};
 
 /// Inputs of [`append`]; names as in `OPS.md`.
 #[derive(Clone, Debug)]
@@ -26,10 +26,10 @@ pub struct AppendInput<'a> {
     pub slots: &'a [i32],
     /// How keys are rotated.
     pub rope: &'a Rope,
-    /// Format of keys and values, and values a scale.
-    pub key_codec: (Codec, usize),
+    /// How keys are stored: any codec whose rows are encoded alone.
+    pub keys: Storage<'a>,
     /// Likewise.
-    pub value_codec: (Codec, usize),
+    pub values: Storage<'a>,
 }
 
 /// What a later read of each slot gives; 0 where nothing was written.
@@ -44,7 +44,8 @@ pub struct Appended {
 /// Rotates and encodes keys, encodes values, and decodes them again at their slots.
 ///
 /// # Errors
-/// A tensor of the wrong size, a slot of S or more, a group that does not divide.
+/// A tensor of the wrong size, a slot of S or more, a group that does not divide, a channel-wise codec (its rows are encoded a
+/// group at a time).
 pub fn append(input: &AppendInput<'_>) -> Result<Appended, ReferenceError> {
     let (b, h, s, d, dv) = (input.seqs, input.kv_heads, input.new_rows, input.head_dim, input.value_dim);
     shape("k", input.k.len(), &[b, h, s, d])?;
@@ -55,17 +56,24 @@ pub fn append(input: &AppendInput<'_>) -> Result<Appended, ReferenceError> {
         return value("slots", format!("{slot} is not below {s}"));
     }
     input.rope.check(d)?;
+    for (name, storage) in [("k", &input.keys), ("v", &input.values)] {
+        if storage.format.codec.is_channel_wise() {
+            let format = storage.format;
+            return value(
+                name,
+                format!("{format} rows are encoded a group at a time, not as they come; take a token-wise codec"),
+            );
+        }
+    }
+    let keys = input.keys.heads(h, d)?;
+    let values = input.values.heads(h, dv)?;
     let mut out = Appended { k_decoded: vec![0.0; b * h * s * d], v_decoded: vec![0.0; b * h * s * dv] };
     for (seq, head, row) in (0..b).flat_map(|b| (0..h).flat_map(move |h| (0..s).map(move |s| (b, h, s)))) {
         let Ok(slot) = usize::try_from(input.slots[seq * s + row]) else { continue };
         let (from, to) = ((seq * h + head) * s + row, (seq * h + head) * s + slot);
         let rotated = input.rope.rotate(&input.k[from * d..][..d], i64::from(input.positions[seq * s + row]));
-        let stored = |x: &[f32], (codec, group): (Codec, usize)| {
-            let row = encode_row(x, codec, group)?;
-            decode_row(&row.codes, &row.params, x.len(), codec, group)
-        };
-        out.k_decoded[to * d..][..d].copy_from_slice(&stored(&rotated, input.key_codec)?);
-        out.v_decoded[to * dv..][..dv].copy_from_slice(&stored(&input.v[from * dv..][..dv], input.value_codec)?);
+        out.k_decoded[to * d..][..d].copy_from_slice(&keys[head].row(&rotated)?);
+        out.v_decoded[to * dv..][..dv].copy_from_slice(&values[head].row(&input.v[from * dv..][..dv])?);
     }
     Ok(out)
 }

@@ -132,8 +132,25 @@ pub struct Attended {
     pub lse: Vec<f32>,
 }
 
+/// Lengths `[B]` or `[B, Hk]` of at most T, for dims `[B, Hk, T]`.
+pub(crate) fn check_lengths(lengths: Option<&[i32]>, [b, hk, t]: [usize; 3]) -> Result<(), ReferenceError> {
+    let Some(x) = lengths else { return Ok(()) };
+    if x.len() != b {
+        shape("lengths", x.len(), &[b, hk])?;
+    }
+    match x.iter().find(|&&n| n < 0 || n as usize > t) {
+        Some(bad) => value("lengths", format!("{bad} is outside 0..={t}")),
+        None => Ok(()),
+    }
+}
+
+/// Rows of one head, of checked lengths.
+pub(crate) fn length_of(lengths: Option<&[i32]>, [seqs, kv_heads, rows]: [usize; 3], b: usize, h: usize) -> usize {
+    lengths.map_or(rows, |x| if x.len() == seqs { x[b] as usize } else { x[b * kv_heads + h] as usize })
+}
+
 impl AttendInput<'_> {
-    fn check(&self) -> Result<(), ReferenceError> {
+    pub(crate) fn check(&self) -> Result<(), ReferenceError> {
         let (b, hk, t) = (self.seqs, self.kv_heads, self.rows);
         if hk == 0 || !self.q_heads.is_multiple_of(hk) {
             return value("q", format!("{} query heads are not a multiple of {hk} kv heads", self.q_heads));
@@ -150,14 +167,7 @@ impl AttendInput<'_> {
         if let Some(x) = self.positions.filter(|x| ![t, b * t, b * hk * t].contains(&x.len())) {
             shape("positions", x.len(), &[b, t])?;
         }
-        if let Some(x) = self.lengths {
-            if x.len() != b {
-                shape("lengths", x.len(), &[b, hk])?;
-            }
-            if let Some(bad) = x.iter().find(|&&n| n < 0 || n as usize > t) {
-                return value("lengths", format!("{bad} is outside 0..={t}"));
-            }
-        }
+        check_lengths(self.lengths, [b, hk, t])?;
         if !(self.softcap >= 0.0 && self.softcap.is_finite()) {
             return value("softcap", format!("{} is not a finite number of at least 0", self.softcap));
         }
@@ -168,7 +178,7 @@ impl AttendInput<'_> {
     }
 
     fn length(&self, b: usize, h: usize) -> usize {
-        self.lengths.map_or(self.rows, |x| if x.len() == self.seqs { x[b] as usize } else { x[b * self.kv_heads + h] as usize })
+        length_of(self.lengths, [self.seqs, self.kv_heads, self.rows], b, h)
     }
 
     fn position(&self, b: usize, h: usize, row: i64) -> i64 {

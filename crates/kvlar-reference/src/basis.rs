@@ -30,12 +30,14 @@ pub struct Int8Basis {
 }
 
 impl Int8Basis {
-    /// scale = largest |basis| of the pair / 127; codes round to nearest even.
+    /// scale = largest |basis| of the pair / 127, but at least its largest |mean| / 2^21 (`mean [heads, d]`; fewer heads' is
+    /// repeated for those that follow): kernels hold keys divided by 128 times the scale in f16. Codes round to nearest even.
     ///
     /// # Errors
-    /// A basis of another size.
+    /// A basis or mean of another size.
     pub fn quantize(
         basis: &[f32],
+        mean: Option<&[f32]>,
         heads: usize,
         head_dim: usize,
         rank: usize,
@@ -47,6 +49,14 @@ impl Int8Basis {
         for (i, &x) in basis.iter().enumerate() {
             let scale = &mut scales[i / rank / head_dim * half + pairs.pair_of(i / rank % head_dim)];
             *scale = scale.max(x.abs() / 127.0);
+        }
+        if let Some(mean) = mean {
+            let copies = (heads * head_dim).checked_div(mean.len()).unwrap_or(0);
+            shape("mean", mean.len() * copies, &[heads, head_dim])?;
+            for (i, &x) in mean.iter().cycle().take(heads * head_dim).enumerate() {
+                let scale = &mut scales[i / head_dim * half + pairs.pair_of(i % head_dim)];
+                *scale = scale.max(x.abs() * 2f32.powi(-21));
+            }
         }
         for scale in scales.iter_mut().filter(|s| **s == 0.0) {
             *scale = 1.0;

@@ -8,6 +8,7 @@
 
 mod append;
 mod attend;
+mod attend_quantized;
 mod basis;
 mod codec;
 pub mod compare;
@@ -15,16 +16,26 @@ mod dtype;
 mod error;
 mod lowrank;
 mod merge;
+mod reduce;
 mod rope;
+mod scan;
+mod storage;
 pub mod testing;
 pub mod tolerance;
 
 pub use append::{AppendInput, Appended, append};
 pub use attend::{AttendInput, Attended, HeadQuery, Masking, attend, attend_row};
+pub use attend_quantized::{Int8Query, QuantizedAttended, QuantizedInput, attend_quantized};
 pub use basis::{Int8Basis, RotaryPairs};
-pub use codec::{Codec, EncodedRow, decode_row, encode_row};
+pub use codec::{
+    Codebooks, Codec, EncodedChannels, EncodedRow, Format, decode_channels, decode_fp8, decode_pq, decode_row, encode_channels,
+    encode_fp8, encode_pq, encode_row, hadamard, pack_codes, unpack_codes,
+};
 pub use dtype::Dtype;
 pub use error::ReferenceError;
 pub use lowrank::{LowrankInput, LowrankValues, ProjectInput, attend_lowrank, expand_row, project};
 pub use merge::merge;
+pub use reduce::{ReduceInput, Reduction, reduce};
 pub use rope::{Rope, RopeLayout, RopeScaling, Yarn};
+pub use scan::{ScanInput, Scanned, scan};
+pub use storage::{HeadStorage, QuantizedRows, Storage, Tiers, quantize_rows};

@@ -60,13 +60,18 @@ impl Tolerance {
     }
 
     /// A decoded row after rotation: the rotation is fp32 (2⁻²² relative to the pair's norm), which may move a value
-    /// across a rounding boundary: one ulp of a 16-bit format, one code of int8 (and one ulp of its scale and zero).
+    /// across a rounding boundary: one ulp of a 16-bit format or of fp8, one code of an integer
+    /// format (and one ulp of its scale and zero).
     pub fn append(codec: Codec, magnitude: f64) -> Self {
         let step = match codec {
             Codec::Bf16 => 2f64.powi(-7),
             Codec::F16 => 2f64.powi(-10),
             Codec::Int8 => 2.0 / 255.0 * 1.01 + 2f64.powi(-10),
-            Codec::Int4 => 2.0 / 15.0 * 1.01 + 2f64.powi(-10),
+            Codec::Int4 | Codec::Int4Channel => 2.0 / 15.0 * 1.01 + 2f64.powi(-10),
+            Codec::Int2 | Codec::Int2Channel => 2.0 / 3.0 * 1.01 + 2f64.powi(-10),
+            Codec::Fp8 => 2f64.powi(-3),
+            // Another centroid may be anywhere.
+            Codec::Pq => 2.0,
         };
         Self { absolute: magnitude * step, relative: step, cosine: step * step }
     }

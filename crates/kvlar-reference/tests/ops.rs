@@ -200,8 +200,8 @@ fn append_writes_where_it_should() {
         positions: &[0, 1, 2],
         slots: &[2, -1, 0],
         rope: &rope,
-        key_codec: (Codec::F16, 4),
-        value_codec: (Codec::F16, 4),
+        keys: Codec::F16.into(),
+        values: Codec::F16.into(),
     };
     let r = append(&input).unwrap();
     assert_eq!(r.k_decoded, [8.0, 9.0, 10.0, 11.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0]);

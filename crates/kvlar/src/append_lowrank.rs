@@ -218,7 +218,7 @@ impl AppendLowrankShape {
         for codec in [self.keys.codec(), self.values.codec()].into_iter().flatten() {
             codec.check(OP, device)?;
         }
-        let tokens = self.seqs * self.new_rows;
+        let tokens = self.seqs.saturating_mul(self.new_rows);
         let entry = variant(OP, self.dtype, tokens, ENTRIES)?;
         if self.keys == SideShape::None && self.values == SideShape::None {
             return invalid("keys", "neither keys nor values are written");
@@ -236,11 +236,7 @@ impl AppendLowrankShape {
 
 /// Strides of rows that are copied: any, as long as all rows are there.
 fn check_rows(x: &View<'_>, strides: &Strides, dtype: Dtype, shape: [usize; 4]) -> Result<()> {
-    if shape.contains(&0) {
-        return Ok(());
-    }
-    let last = (shape[0] - 1) * strides.seq + (shape[1] - 1) * strides.head + (shape[2] - 1) * strides.row;
-    within("x", x, (last + shape[3]) * dtype.bytes(), dtype.bytes())
+    within("x", x, strides.elements(shape).saturating_mul(dtype.bytes()), dtype.bytes())
 }
 
 impl AppendLowrankPlan {

@@ -91,19 +91,19 @@ impl<'a> Rows<'a> {
             return invalid(arg, format!("{} rows are more than 2^30", self.max_rows));
         }
         if let Some(table) = self.table {
-            let need = reach(seqs, self.table_seq_stride, owners, self.table_head_stride) + self.max_pages();
-            within("page table", &table, 4 * need, 4)?;
+            let need = reach(seqs, self.table_seq_stride, owners, self.table_head_stride).saturating_add(self.max_pages());
+            within("page table", &table, need.saturating_mul(4), 4)?;
         } else if self.max_pages() > page_count {
             return invalid(arg, format!("{} rows need {} pages, the pool has {page_count}", self.max_rows, self.max_pages()));
         }
         if let Some(lengths) = self.lengths {
-            let need = reach(seqs, self.length_seq_stride, heads, self.length_head_stride) + 1;
-            within("lengths", &lengths, 4 * need, 4)?;
+            let need = reach(seqs, self.length_seq_stride, heads, self.length_head_stride).saturating_add(1);
+            within("lengths", &lengths, need.saturating_mul(4), 4)?;
         }
         if let Some(positions) = self.positions {
-            let last = if self.table.is_some() { page_count << self.page_rows_log2 } else { self.max_rows };
-            let need = reach(seqs, self.position_seq_stride, owners, self.position_head_stride) + last;
-            within("positions", &positions, 4 * need, 4)?;
+            let last = if self.table.is_some() { page_count.saturating_mul(1 << self.page_rows_log2) } else { self.max_rows };
+            let need = reach(seqs, self.position_seq_stride, owners, self.position_head_stride).saturating_add(last);
+            within("positions", &positions, need.saturating_mul(4), 4)?;
         }
         Ok(())
     }
@@ -240,10 +240,13 @@ impl<M: Memory> Pool<M> {
             Some(_) => (self.page_count - 1, page_rows - 1),
             None => ((rows.max_rows - 1) / page_rows, (rows.max_rows - 1) % page_rows),
         };
-        let base = reach(seqs, self.seq_stride, heads, self.head_stride);
-        let mut need = base + page * self.page_stride + row * self.row_stride + row_bytes;
+        let page = reach(seqs, self.seq_stride, heads, self.head_stride).saturating_add(page.saturating_mul(self.page_stride));
+        let end = |first: usize, stride: usize, bytes: usize| {
+            page.saturating_add(first).saturating_add(row.saturating_mul(stride)).saturating_add(bytes)
+        };
+        let mut need = end(0, self.row_stride, row_bytes);
         if params > 0 {
-            need = need.max(base + page * self.page_stride + self.params_offset + row * self.params_stride + params);
+            need = need.max(end(self.params_offset, self.params_stride, params));
         }
         if need > self.data.bytes() { Err(Error::Bounds { arg, need, have: self.data.bytes() }) } else { Ok(()) }
     }
@@ -269,9 +272,10 @@ fn log2(page_rows: usize) -> Result<u32> {
     invalid("page size", format!("{page_rows} rows are not a power of two of at least 16"))
 }
 
-/// Offset of the last (sequence, head).
+/// Offset of the last (sequence, head); what is too large to count is beyond any memory.
 fn reach(seqs: usize, seq_stride: usize, heads: usize, head_stride: usize) -> usize {
-    seqs.saturating_sub(1) * seq_stride + heads.saturating_sub(1) * head_stride
+    let (seq, head) = (seqs.saturating_sub(1).saturating_mul(seq_stride), heads.saturating_sub(1).saturating_mul(head_stride));
+    seq.saturating_add(head)
 }
 
 /// A dense argument: large enough, and aligned.

@@ -35,10 +35,15 @@ impl Strides {
         if [self.seq, self.head, self.row].iter().any(|s| !s.is_multiple_of(8)) {
             return invalid(arg, format!("strides {self:?} are not multiples of 8 elements"));
         }
+        within(arg, memory, self.elements(shape).saturating_mul(dtype.bytes()), 16)
+    }
+
+    /// Elements up to the end of the last row of `[seqs, heads, rows, dim]`; all there can be if that is too many to count.
+    pub(crate) fn elements(&self, shape: [usize; 4]) -> usize {
         if shape.contains(&0) {
-            return Ok(());
+            return 0;
         }
-        let last = (shape[0] - 1) * self.seq + (shape[1] - 1) * self.head + (shape[2] - 1) * self.row;
-        within(arg, memory, (last + shape[3]) * dtype.bytes(), 16)
+        let [seq, head, row] = [(0, self.seq), (1, self.head), (2, self.row)].map(|(i, s)| (shape[i] - 1).saturating_mul(s));
+        seq.saturating_add(head).saturating_add(row).saturating_add(shape[3])
     }
 }

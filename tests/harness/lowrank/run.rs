@@ -155,6 +155,14 @@ impl<'a> LowrankRun<'a> {
         Attended { out: self.lab.download_as(&self.out, self.data.case.out_dtype), lse: self.lab.download(&self.lse) }
     }
 
+    /// Makes the outputs NaN again.
+    pub fn poison(&mut self) {
+        for buffer in [&mut self.out, &mut self.lse] {
+            let all = 0..buffer.len();
+            self.lab.stream.fill(buffer, all, 0xff).expect("a fill");
+        }
+    }
+
     /// What kernels reported.
     pub fn status(&self) -> Status {
         self.workspace.status(&self.lab.stream).expect("a status")

@@ -1,4 +1,5 @@
 //! A cache, and a model of it: what every sequence should hold, and what attention should see of it.
+#![allow(dead_code)] // each test program uses a part of it
 
 use kvlar::{Codec, Device, Dtype, Stream};
 use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, NewRows, Queries, SeqId};
@@ -28,7 +29,24 @@ pub fn config(codec: Codec, pages: usize) -> CacheConfig {
         pages,
         max_rows: 100,
         max_seqs: 8,
+        rollback_rows: 0,
     }
+}
+
+/// What stays exact: sinks, recent rows, and tokens that may be taken back without loss.
+pub type Exact = (usize, usize, usize);
+
+/// The first row behind the sinks that is exact in a sequence of `total` rows: pages of 16 become latents as soon as none of
+/// their rows is among the last `recent`.
+pub fn first_exact(total: usize, (sinks, recent, _): Exact) -> usize {
+    if recent == 0 {
+        return total;
+    }
+    let mut first = sinks;
+    while first + 16 + recent <= total {
+        first += 16;
+    }
+    first.min(total)
 }
 
 pub struct Lab {
@@ -41,12 +59,17 @@ pub struct Lab {
     pub tolerance: Tolerance,
     /// What low-rank layers do to rows that do not stay exact.
     pub factor: f32,
-    /// Sinks and recent rows.
-    pub exact: (usize, usize),
-    /// Of each sequence: rows before it need not be exact any more.
-    pub latents: BTreeMap<SeqId, usize>,
+    pub exact: Exact,
+    /// Of each sequence: behind the sinks, no row before it can be exact again, since more was taken back than can be
+    /// without loss.
+    pub lost: BTreeMap<SeqId, usize>,
+    /// Of each sequence: rows committed, and the most that it has held since it last lost rows.
+    pub held: BTreeMap<SeqId, (usize, usize)>,
     /// Of the last step, of each layer.
     pub outputs: Vec<Vec<f32>>,
+    /// The planned layer that keeps keys (values) as they are, if any.
+    pub dense_keys: Option<usize>,
+    pub dense_values: Option<usize>,
 }
 
 /// Latents that hold both heads' rows, the second head's first: nothing is lost, but all of the low-rank path is taken.
@@ -102,8 +125,22 @@ impl Lab {
     }
 
     pub fn of(stream: Stream, cache: Cache, codec: Codec, tolerance: Tolerance) -> Self {
-        let (model, latents, outputs) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
-        Self { stream, cache, model, next_token: 1, codec, tolerance, factor: 1.0, exact: (0, 0), latents, outputs }
+        let (model, lost, held, outputs) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), Vec::new());
+        Self {
+            stream,
+            cache,
+            model,
+            next_token: 1,
+            codec,
+            tolerance,
+            factor: 1.0,
+            exact: (0, 0, 0),
+            lost,
+            held,
+            outputs,
+            dense_keys: None,
+            dense_values: Some(1),
+        }
     }
 
     /// Layers of a plan; results are as exact as the device's.
@@ -114,10 +151,11 @@ impl Lab {
     }
 
     /// Likewise, with rows that stay exact beside latents that do not.
-    pub fn exact(device: &Device, pages: usize, tolerance: Tolerance, exact: (usize, usize)) -> Self {
+    pub fn exact(device: &Device, pages: usize, tolerance: Tolerance, exact: Exact) -> Self {
         let (stream, factor) = (device.stream().unwrap(), 0.5);
-        let plan = exact_plan(factor, exact);
-        let cache = Cache::planned(device, &stream, config(Codec::F16, pages), &plan).unwrap();
+        let plan = exact_plan(factor, (exact.0, exact.1));
+        let config = CacheConfig { rollback_rows: exact.2, ..config(Codec::F16, pages) };
+        let cache = Cache::planned(device, &stream, config, &plan).unwrap();
         Self { factor, exact, ..Self::of(stream, cache, Codec::F16, tolerance) }
     }
 
@@ -146,26 +184,57 @@ impl Lab {
             self.layer(&mut batch, new, rows, &tokens, layer);
         }
         self.cache.finish(&mut batch)?;
+        for (seq, _) in new {
+            let held = self.held.entry(*seq).or_default();
+            held.1 = held.1.max(tokens[seq].len());
+        }
         self.model = tokens;
         Ok(())
     }
 
-    /// That the sinks and the last rows are exact, and not many more.
-    fn check_exact(&mut self, seq: SeqId, total: usize) {
-        let (sinks, recent) = self.exact;
-        let latents = self.latents.entry(seq).or_insert(0);
-        *latents = total.saturating_sub(recent).max(*latents);
-        let (held, from) = self.cache.exact_rows(seq).unwrap();
-        assert_eq!(held, sinks.min(total));
-        let least = total.saturating_sub(recent + 15).max(sinks).min(total);
-        let most = (*latents).max(sinks).min(total);
-        assert!((least..=most).contains(&from), "rows from {from} on are exact, not from {least} to {most}");
+    /// That the sinks and the last rows are exact: which, their number alone says, unless rows were lost.
+    fn check_exact(&self, seq: SeqId, total: usize) {
+        let lost = self.lost.get(&seq).copied().unwrap_or(0).min(total);
+        let expected = (self.exact.0.min(total), first_exact(total, self.exact).max(lost));
+        assert_eq!(self.cache.exact_rows(seq).unwrap(), expected, "{seq} of {total} rows, {:?}", self.exact);
+    }
+
+    /// What the cache may have given up once a sequence has held `total` rows.
+    fn given_up(&self, seq: SeqId) -> usize {
+        let (committed, most) = self.held.get(&seq).copied().unwrap_or_default();
+        first_exact(most.saturating_sub(self.exact.2).max(committed), self.exact)
+    }
+
+    /// Takes tokens back in the model.
+    pub fn truncated(&mut self, seq: SeqId, rows: usize) {
+        self.model.get_mut(&seq).unwrap().truncate(rows);
+        let (committed, most) = self.held.get(&seq).copied().unwrap_or_default();
+        let mut lost = self.lost.get(&seq).copied().unwrap_or(0);
+        if self.exact.1 > 0 && rows + self.exact.2 < most {
+            lost = lost.max(self.given_up(seq));
+            self.held.insert(seq, (committed, rows));
+        }
+        // Rows that will be written anew on a page of their own are no loss.
+        let sinks = self.exact.0;
+        self.lost.insert(seq, lost.min(sinks + rows.saturating_sub(sinks).div_ceil(16) * 16));
+    }
+
+    /// A fork in the model.
+    pub fn forked(&mut self, from: SeqId, to: SeqId) {
+        self.model.insert(to, self.model[&from].clone());
+        if let Some(&lost) = self.lost.get(&from) {
+            self.lost.insert(to, lost);
+        }
+        if let Some(&held) = self.held.get(&from) {
+            self.held.insert(to, held);
+        }
     }
 
     /// A row as attention should see it.
     fn seen(&self, seq: SeqId, layer: usize, head: usize, value: bool, i: usize, token: u64) -> Vec<f32> {
         let (sinks, recent) = self.cache.exact_rows(seq).unwrap();
-        let rebuilt = i >= sinks && i < recent && !(value && layer == 1);
+        let dense = if value { self.dense_values } else { self.dense_keys } == Some(layer);
+        let rebuilt = i >= sinks && i < recent && !dense;
         let codec = self.codec.reference();
         let given = row(token, layer, head, value).into_iter().map(|x| if rebuilt { self.factor * x } else { x });
         let r = kvlar_reference::encode_row(&given.collect::<Vec<_>>(), codec, DIM).unwrap();
@@ -255,12 +324,23 @@ impl Lab {
         let usage = self.cache.usage();
         assert_eq!(usage.sequences, self.model.len());
         let exact = usage.bytes - self.cache.config().pool_bytes();
-        assert_eq!(exact > 0, self.exact != (0, 0));
+        let any = (self.exact.0, self.exact.1) != (0, 0);
+        assert_eq!((exact > 0, usage.exact_pages > 0), (any, any));
+        let pages: usize = self.model.keys().map(|&seq| self.exact_pages(seq)).sum();
+        assert!(usage.exact_pages - usage.exact_free <= pages, "more pages of exact rows than sequences need");
         let least: usize = self.model.values().map(|t| t.len().div_ceil(PAGE)).max().unwrap_or(0);
         let most: usize = self.model.values().map(|t| t.len().div_ceil(PAGE)).sum();
         let used = usage.pages - usage.free;
         assert!((least..=most).contains(&used), "{used} pages used, between {least} and {most} expected");
         let used_bytes = used * (usage.bytes - exact) / usage.pages;
         assert!((used_bytes..=used_bytes + exact).contains(&usage.used_bytes));
+    }
+
+    /// Pages of exact rows that a sequence holds at most.
+    fn exact_pages(&self, seq: SeqId) -> usize {
+        let (sinks, recent, _) = self.exact;
+        let total = self.model[&seq].len();
+        let held = if recent == 0 { 0 } else { total.saturating_sub(self.given_up(seq).min(first_exact(total, self.exact))) };
+        sinks.min(total).div_ceil(16) + held.div_ceil(16)
     }
 }

@@ -25,7 +25,8 @@ pub struct Weights<'a> {
 ///
 /// Per layer: heads are grouped, ranks dealt out, and each group gets the basis that discards least of what the layer
 /// produced in calibration, in the metric the settings name. `fingerprint` says which model it is. `importance` [keys,
-/// values] of each layer is for [`Budget::Proportional`]. `progress` is told how many layers are done.
+/// values] of each layer is for [`Budget::Proportional`]. `progress` is told how many steps are done, and of how many: one a
+/// layer; two with [`Budget::Spectral`], which needs the spectra of all layers before it fits any.
 ///
 /// Heads are grouped for the rank that the budget gives; with [`Budget::Spectral`], where ranks follow from groups, for the
 /// uniform one. The same input gives the same plan on one machine, whatever its number of threads.
@@ -41,7 +42,7 @@ pub fn fit(
     moments: &[Moments],
     importance: Option<&[[f64; 2]]>,
     weights: Weights<'_>,
-    progress: &mut dyn FnMut(usize),
+    progress: &mut dyn FnMut(usize, usize),
 ) -> Result<(Plan, Report)> {
     config.check(model)?;
     check_inputs(config, model, moments, importance, weights)?;
@@ -50,39 +51,36 @@ pub fn fit(
         let values = weights.values.map(|w| w[layer].as_slice());
         Ok([Problem::keys(config, model, &moments[layer])?, Problem::values(config, model, &moments[layer], out, values)?])
     };
-    let ranks = match config.budget {
-        Budget::Spectral => {
-            let uniform = ranks::dealt(&RecalkvConfig { budget: Budget::Uniform, ..config.clone() }, model, None)?;
-            let candidates: Vec<[_; 2]> = (0..model.layers)
-                .into_par_iter()
-                .map(|l| {
-                    let [k, v] = problem(l)?;
-                    Ok([k.candidate(uniform[l][0])?, v.candidate(uniform[l][1])?])
-                })
-                .collect::<Result<_>>()?;
-            ranks::spectral(config, model, candidates)?
-        }
-        _ => ranks::dealt(config, model, importance)?
-            .into_iter()
-            .map(|r| r.map(|rank| ranks::Dealt { rank, groups: None }))
-            .collect(),
+    let spectral = config.budget == Budget::Spectral;
+    let (mut done, steps) = (0, model.layers * if spectral { 2 } else { 1 });
+    let mut step = || {
+        done += 1;
+        progress(done, steps);
+    };
+    let ranks = if spectral {
+        let uniform = ranks::dealt(&RecalkvConfig { budget: Budget::Uniform, ..config.clone() }, model, None)?;
+        let candidate = |l: usize| {
+            let [k, v] = problem(l)?;
+            Ok([k.candidate(uniform[l][0])?, v.candidate(uniform[l][1])?])
+        };
+        ranks::spectral(config, model, layer_by_layer(model.layers, candidate, &mut step)?)?
+    } else {
+        let dealt = ranks::dealt(config, model, importance)?;
+        dealt.into_iter().map(|r| r.map(|rank| ranks::Dealt { rank, groups: None })).collect()
+    };
+    let fitted = |l: usize| {
+        let [keys, values] = problem(l)?;
+        Ok((keys.fit(&ranks[l][0])?, values.fit(&ranks[l][1])?))
     };
     let mut layers = Vec::with_capacity(model.layers);
     let mut reports = Vec::with_capacity(model.layers);
-    let all: Vec<usize> = (0..model.layers).collect();
-    for chunk in all.chunks(rayon::current_num_threads().max(1)) {
-        let done: Vec<_> = chunk
-            .par_iter()
-            .map(|l| {
-                let [keys, values] = problem(*l)?;
-                Ok((keys.fit(&ranks[*l][0])?, values.fit(&ranks[*l][1])?))
-            })
-            .collect::<Result<_>>()?;
-        for (keys, values) in done {
-            reports.push(LayerReport { layer: layers.len(), keys: keys.1, values: values.1 });
-            layers.push(LayerPlan { keys: keys.0, values: values.0 });
-            progress(layers.len());
-        }
+    for (l, (keys, values)) in layer_by_layer(model.layers, fitted, &mut step)?.into_iter().enumerate() {
+        let (mut report, layer) =
+            (LayerReport { layer: l, keys: keys.1, values: values.1 }, LayerPlan { keys: keys.0, values: values.0 });
+        // What keys take depends on the values beside them.
+        [report.keys.bytes, report.values.bytes] = layer.bytes_per_token(&model.layer);
+        reports.push(report);
+        layers.push(layer);
     }
     let plan = Plan {
         format: PLAN_FORMAT,
@@ -104,6 +102,20 @@ pub fn fit(
         fixed_bytes: plan.fixed_bytes(),
     };
     Ok((plan, report))
+}
+
+/// What `of` makes of each layer, as many at a time as there are threads; `step` after each.
+fn layer_by_layer<T: Send>(layers: usize, of: impl Fn(usize) -> Result<T> + Sync, step: &mut dyn FnMut()) -> Result<Vec<T>> {
+    let mut all = Vec::with_capacity(layers);
+    let threads = rayon::current_num_threads().max(1);
+    for first in (0..layers).step_by(threads) {
+        let some: Vec<T> = (first..layers.min(first + threads)).into_par_iter().map(&of).collect::<Result<_>>()?;
+        for made in some {
+            all.push(made);
+            step();
+        }
+    }
+    Ok(all)
 }
 
 fn check_inputs(

@@ -22,6 +22,14 @@ pub(super) fn costs(config: &RecalkvConfig, model: &ModelShape) -> [Cost; 2] {
     [cost(config.key_group, layer.head_dim, config.latent_keys), cost(config.value_group, layer.value_dim, config.latent_values)]
 }
 
+/// Ranks of [keys, values] that one attention can read: quantized values need key latents of their kind, so that keys which
+/// would stay dense beside them are latents of full rank.
+fn beside(config: &RecalkvConfig, costs: [Cost; 2], [keys, values]: [Option<usize>; 2]) -> [Option<usize>; 2] {
+    let quantized = values.is_some() && config.latent_values.is_quantized();
+    let full = || costs[0].full.next_multiple_of(config.multiple);
+    [keys.or_else(|| quantized.then(full)), values]
+}
+
 /// Ranks that do not depend on the data: [keys, values] of each layer, `None` = dense.
 pub(super) fn dealt(
     config: &RecalkvConfig,
@@ -30,7 +38,7 @@ pub(super) fn dealt(
 ) -> Result<Vec<[Option<usize>; 2]>> {
     let costs = costs(config, model);
     let sparing = |c: Cost, rank: usize| (!c.is_dense(rank)).then_some(rank);
-    let same = |rank: [Option<usize>; 2]| Ok(vec![rank; model.layers]);
+    let same = |rank: [Option<usize>; 2]| Ok(vec![beside(config, costs, rank); model.layers]);
     match config.budget {
         Budget::Fixed { keys, values } => {
             let padded = |c: Cost, rank: usize| sparing(c, rank.next_multiple_of(config.multiple));
@@ -55,7 +63,7 @@ pub(super) fn dealt(
                 let bytes = 2 * (dealt / c.groups) * c.groups;
                 sparing(c, c.rank_for(bytes as f64, config.multiple))
             };
-            Ok(ranks.chunks_exact(2).map(|r| [side(costs[0], r[0]), side(costs[1], r[1])]).collect())
+            Ok(ranks.chunks_exact(2).map(|r| beside(config, costs, [side(costs[0], r[0]), side(costs[1], r[1])])).collect())
         }
     }
 }
@@ -69,14 +77,12 @@ pub(super) fn spectral(
     let bytes = config.kept * (model.layers * model.layer.dense_bytes()) as f64;
     let (flat, groups): (Vec<_>, Vec<_>) = candidates.into_iter().flatten().unzip();
     let ranks = budget::spectral(&flat, bytes, config.multiple)?;
-    let mut dealt = ranks
-        .iter()
-        .zip(&flat)
-        .zip(groups)
-        .map(|((rank, c), groups)| Dealt { rank: (!c.cost.is_dense(*rank)).then_some(*rank), groups: Some(groups) });
+    let mut groups = groups.into_iter().map(Some);
     let mut layers = Vec::with_capacity(model.layers);
-    while let (Some(keys), Some(values)) = (dealt.next(), dealt.next()) {
-        layers.push([keys, values]);
+    for (ranks, pair) in ranks.chunks_exact(2).zip(flat.chunks_exact(2)) {
+        let sparing = |i: usize| (!pair[i].cost.is_dense(ranks[i])).then_some(ranks[i]);
+        let sides = beside(config, costs(config, model), [sparing(0), sparing(1)]);
+        layers.push(sides.map(|rank| Dealt { rank, groups: groups.next().flatten() }));
     }
     Ok(layers)
 }

@@ -1,13 +1,14 @@
 //! Whether a plan fits together.
 
 use super::{Factors, PLAN_FORMAT, Plan, Side};
+use crate::config::check_multiple;
 
 /// What is wrong with a plan, if anything.
 pub(super) fn problem(plan: &Plan) -> Option<String> {
     if plan.format != PLAN_FORMAT {
         return Some(format!("format {}; this build writes {PLAN_FORMAT}", plan.format));
     }
-    if let Err(e) = plan.model.checked() {
+    if let Err(e) = plan.model.checked().and_then(|_| check_multiple(plan.config.multiple)) {
         return Some(e.to_string());
     }
     if plan.layers.len() != plan.model.layers {
@@ -43,7 +44,7 @@ pub(super) fn layout(groups: &[Vec<usize>], rank: usize, heads: usize, dim: usiz
     if size == 0 || groups.iter().any(|g| g.len() != size) {
         return Some("groups are of different sizes".into());
     }
-    let full = (size * dim).next_multiple_of(multiple.max(1));
+    let full = (size * dim).next_multiple_of(multiple);
     if rank == 0 || rank > full {
         return Some(format!("rank {rank} is outside 1..={full} ({size} heads x {dim}, padded)"));
     }

@@ -5,7 +5,7 @@
 
 use super::check::{layout, problem};
 use super::{Factors, LayerPlan, PLAN_FORMAT, Plan, Side, SideHeader};
-use crate::config::RecalkvConfig;
+use crate::config::{RecalkvConfig, check_multiple};
 use crate::error::{Error, Result};
 use crate::shape::ModelShape;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -167,7 +167,7 @@ fn hash(text: &str, tensors: &Tensors) -> String {
 }
 
 fn assemble(format: u32, header: Header, mut tensors: Tensors) -> std::result::Result<Plan, String> {
-    header.model.checked().map_err(|e| e.to_string())?;
+    header.model.checked().and_then(|_| check_multiple(header.config.multiple)).map_err(|e| e.to_string())?;
     let (shape, multiple) = (header.model.layer, header.config.multiple);
     let mut layers = Vec::with_capacity(header.layers.len());
     for (l, layer) in header.layers.into_iter().enumerate() {

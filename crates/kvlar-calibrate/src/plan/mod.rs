@@ -5,7 +5,7 @@ mod file;
 
 use crate::config::{KeyBasis, Latent, RecalkvConfig};
 use crate::error::{Error, Result};
-use crate::shape::ModelShape;
+use crate::shape::{LayerShape, ModelShape};
 use serde::{Deserialize, Serialize};
 
 /// The version of plan files that this build writes and reads.
@@ -97,9 +97,12 @@ impl Factors {
         self.groups.len() * self.latent.row_bytes(self.rank)
     }
 
-    /// Bytes that do not grow with the context: encoder and decoder at 16 bit, the mean in f32.
+    /// Bytes that do not grow with the context: encoder and decoder at 16 bit, the mean in f32. Lines of the encoder that
+    /// only pad the rank beyond the rows' width are not held.
     pub fn fixed_bytes(&self) -> usize {
-        2 * (self.basis.len() + self.encoder.len()) + 4 * self.mean.as_ref().map_or(0, Vec::len)
+        let width = self.heads() / self.groups.len().max(1) * self.dim();
+        let encoder = self.groups.len() * self.rank.min(width) * width;
+        2 * (self.basis.len() + encoder) + 4 * self.mean.as_ref().map_or(0, Vec::len)
     }
 
     /// Latents of rows y [n, kv_heads, dim]: [n, groups, rank], in f64.
@@ -156,6 +159,32 @@ impl Side {
     }
 }
 
+/// Ranks are padded to this where keys are rebuilt.
+const KERNEL_RANK: usize = 32;
+
+impl LayerPlan {
+    /// Keys that stay dense beside low-rank values: caches keep them as latents of full rank, one group a head, so that
+    /// one attention reads both.
+    fn has_identity_keys(&self) -> bool {
+        self.keys == Side::Dense && self.values != Side::Dense
+    }
+
+    /// Stored bytes of one token's keys and of its values, scales, zeros and padding included.
+    pub fn bytes_per_token(&self, shape: &LayerShape) -> [usize; 2] {
+        let width = if self.has_identity_keys() { shape.head_dim.next_multiple_of(KERNEL_RANK) } else { shape.head_dim };
+        [self.keys.row_bytes(shape.kv_heads, width), self.values.row_bytes(shape.kv_heads, shape.value_dim)]
+    }
+
+    /// Bytes of its bases and encoders at 16 bit and means in f32; of dense keys beside low-rank values, the identity that
+    /// makes latents of them.
+    pub fn fixed_bytes(&self, shape: &LayerShape) -> usize {
+        let padded = shape.head_dim.next_multiple_of(KERNEL_RANK);
+        let identity = if self.has_identity_keys() { 2 * shape.kv_heads * shape.head_dim * (shape.head_dim + padded) } else { 0 };
+        let sides = [&self.keys, &self.values];
+        identity + sides.into_iter().filter_map(Side::factors).map(Factors::fixed_bytes).sum::<usize>()
+    }
+}
+
 impl Plan {
     /// Refuses a model that the plan was not fitted to.
     ///
@@ -170,10 +199,7 @@ impl Plan {
 
     /// Stored bytes of one token in one layer, scales, zeros and padding included; 0 beyond the last layer.
     pub fn layer_bytes_per_token(&self, layer: usize) -> usize {
-        let shape = self.model.layer;
-        self.layers
-            .get(layer)
-            .map_or(0, |l| l.keys.row_bytes(shape.kv_heads, shape.head_dim) + l.values.row_bytes(shape.kv_heads, shape.value_dim))
+        self.layers.get(layer).map_or(0, |l| l.bytes_per_token(&self.model.layer).iter().sum())
     }
 
     /// Stored bytes of one token in all layers. Sink and recent rows, which stay at 16 bit, are not part of it.
@@ -186,16 +212,15 @@ impl Plan {
         (self.layers.len() * self.model.layer.dense_bytes()) as f64
     }
 
-    /// Bytes that do not grow with the context: bases.
+    /// Bytes that do not grow with the context: bases, as a cache holds them.
     pub fn fixed_bytes(&self) -> usize {
-        let sides = self.layers.iter().flat_map(|l| [&l.keys, &l.values]);
-        let bytes: usize = sides.filter_map(Side::factors).map(Factors::fixed_bytes).sum();
+        let bytes: usize = self.layers.iter().map(|l| l.fixed_bytes(&self.model.layer)).sum();
         if self.config.key_basis == KeyBasis::Model {
             return bytes;
         }
         // A byte a number, and an f32 scale a pair of padded dimensions.
         let keys = || self.layers.iter().filter_map(|l| l.keys.factors());
-        let scales: usize = keys().map(|f| 4 * f.heads() * f.dim().next_multiple_of(32) / 2).sum();
+        let scales: usize = keys().map(|f| 4 * f.heads() * f.dim().next_multiple_of(KERNEL_RANK) / 2).sum();
         bytes + scales - keys().map(|f| f.basis.len()).sum::<usize>()
     }
 

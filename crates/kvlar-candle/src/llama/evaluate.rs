@@ -2,6 +2,7 @@
 //! the question's tokens, which see what the store kept; every question starts from the same kept context.
 
 use super::{Llama, Logits};
+use crate::store::most_at_once;
 use crate::{EngineError, KvStore, Result};
 use candle_core::{D, Tensor};
 use serde::Deserialize;
@@ -45,19 +46,41 @@ pub struct Recall {
     pub recalled: usize,
 }
 
+/// Tokens that [`recall`] runs after a context for its longest question: what its store must be able to take back.
+///
+/// # Errors
+/// What the tokenizer refuses.
+pub fn longest_question(model: &Llama, task: &RecallTask) -> Result<usize> {
+    let inputs = task.questions.iter().map(|q| Ok(input(model, q)?.0.len()));
+    inputs.collect::<Result<Vec<_>>>().map(|n| n.into_iter().max().unwrap_or(0))
+}
+
+/// A question and all of its answer but the last token, and the answer.
+fn input(model: &Llama, q: &Question) -> Result<(Vec<u32>, Vec<u32>)> {
+    let (mut input, answer) = (model.encode(&q.question)?, model.encode(&q.answer)?);
+    input.extend(answer.split_last().map_or(&[][..], |(_, before)| before));
+    Ok((input, answer))
+}
+
 /// Asks the questions of one context. The store must be empty, and holds the context afterwards.
 ///
 /// # Errors
-/// What the model or the store refuses.
+/// [`EngineError::Input`] for a question that is longer than what the store takes back without a trace
+/// ([`KvStore::rollback`], [`longest_question`]); what the model or the store refuses.
 pub fn recall(model: &Llama, store: &mut dyn KvStore, task: &RecallTask) -> Result<Recall> {
     let context = model.prompt(&task.context)?;
     model.prefill(store, &context, Logits::Last)?;
     let mut result = Recall::default();
     for q in &task.questions {
-        let (question, answer) = (model.encode(&q.question)?, model.encode(&q.answer)?);
-        let Some((_, all_but_last)) = answer.split_last() else { continue };
-        let input: Vec<u32> = question.iter().chain(all_but_last).copied().collect();
-        let Some(first) = question.len().checked_sub(1) else { continue };
+        let (input, answer) = input(model, q)?;
+        // The logits of the question's last token are those of the answer's first.
+        let (false, Some(first)) = (answer.is_empty(), input.len().checked_sub(answer.len())) else { continue };
+        if input.len() > store.rollback() {
+            let (n, most) = (input.len(), store.rollback());
+            return Err(EngineError::Input(format!(
+                "a question of {n} tokens, of which the store takes back {most}: make it with rollback_rows of {n} or more"
+            )));
+        }
         let logits = model.extend(store, &input, Logits::All)?;
         let best = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
         result.questions += 1;
@@ -66,6 +89,9 @@ pub fn recall(model: &Llama, store: &mut dyn KvStore, task: &RecallTask) -> Resu
     }
     Ok(result)
 }
+
+/// Tokens that run at once, where a store takes as many.
+const CHUNK: usize = 64;
 
 /// Sum of −ln p over the second half of `tokens`, and how many those are: the first half is prefilled, the second sees
 /// what the store keeps. The store must be empty.
@@ -80,7 +106,7 @@ pub fn perplexity(model: &Llama, store: &mut dyn KvStore, tokens: &[u32]) -> Res
     let (context, rest) = tokens.split_at(half);
     let mut nll = 0.0;
     let mut logits = model.prefill(store, context, Logits::Last)?;
-    for chunk in rest.chunks(64) {
+    for chunk in rest.chunks(CHUNK.min(most_at_once(store))) {
         // The logits before each token of the chunk.
         let next = model.extend(store, chunk, Logits::All)?;
         let before = Tensor::cat(&[&logits, &next.narrow(0, 0, chunk.len() - 1)?], 0)?;
@@ -118,6 +144,12 @@ impl KvStore for Compared<'_> {
         self.sums.1 += f64::from(a.sqr()?.sum_all()?.to_scalar::<f32>()?);
         Ok(a)
     }
+    fn max_step(&self) -> usize {
+        self.exact.max_step().min(self.other.max_step())
+    }
+    fn rollback(&self) -> usize {
+        self.exact.rollback().min(self.other.rollback())
+    }
     fn finish(&mut self) -> Result<()> {
         self.exact.finish()?;
         self.other.finish()
@@ -144,7 +176,7 @@ pub fn attention_error(model: &Llama, exact: &mut dyn KvStore, other: &mut dyn K
     let (context, rest) = tokens.split_at(tokens.len() / 2);
     let mut both = Compared { exact, other, sums: (0.0, 0.0) };
     model.prefill(&mut both, context, Logits::Last)?;
-    for chunk in rest.chunks(64) {
+    for chunk in rest.chunks(CHUNK.min(most_at_once(&both))) {
         model.extend(&mut both, chunk, Logits::Last)?;
     }
     Ok((both.sums.0 / both.sums.1).sqrt())

@@ -11,7 +11,7 @@ mod generate;
 mod model;
 
 pub use config::{Config, Family};
-pub use evaluate::{Recall, RecallTask, attention_error, perplexity, recall};
+pub use evaluate::{Question, Recall, RecallTask, attention_error, longest_question, perplexity, recall};
 pub use fisher::{Fisher, Gradients};
 pub use generate::{Sampler, Sampling, generate};
 pub use model::{Llama, Logits};

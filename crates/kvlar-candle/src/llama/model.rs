@@ -2,6 +2,7 @@
 
 use super::checkpoint::{Weights, read};
 use super::config::{Config, Family};
+use crate::store::most_at_once;
 use crate::{EngineError, KvShape, KvStore, Result};
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
@@ -195,15 +196,26 @@ impl Llama {
     }
 
     /// Runs further tokens, each of which sees the store's tokens as the store keeps them, and the earlier new ones
-    /// likewise.
+    /// likewise. All are kept or, on an error, none: then the store is as before.
     ///
     /// # Errors
-    /// [`EngineError::Input`] for a bad token; what the store refuses.
+    /// [`EngineError::Input`] for a bad token, or more tokens than could be taken back if one of the steps that the store
+    /// needs for them failed ([`KvStore::max_step`], [`KvStore::rollback`]); what the store refuses.
     pub fn extend(&self, store: &mut dyn KvStore, tokens: &[u32], want: Logits) -> Result<Tensor> {
         let most = store.max_step();
         if tokens.len() <= most {
             return self.step(store, tokens, want, |q, _, _, store, layer| store.attend(layer, q));
         }
+        let at_once = most_at_once(store);
+        if tokens.len() > at_once {
+            return Err(EngineError::Input(format!(
+                "{} tokens at once: the store takes {most} a step and could take back {} if one failed; give up to {at_once}, or \
+                 make it with more rollback_rows",
+                tokens.len(),
+                store.rollback()
+            )));
+        }
+        self.check_tokens(tokens)?;
         let first = store.len();
         let mut parts = Vec::new();
         for part in tokens.chunks(most) {

@@ -20,7 +20,7 @@ pub struct Arguments {
     /// A text to calibrate on, unlike those to evaluate on; the bundled one by default, for the bundled model.
     #[arg(long)]
     pub text: Option<PathBuf>,
-    /// Where the plan goes; a report goes beside it (.report.json).
+    /// Where the plan goes; a report goes beside it (.report.json instead of .safetensors, or behind any other name).
     #[arg(long, default_value = "plan.safetensors")]
     pub out: PathBuf,
     /// Windows of the text at most.
@@ -166,13 +166,14 @@ impl Arguments {
 
     /// The settings for a model of these heads.
     pub fn config(&self, shape: &LayerShape) -> Result<RecalkvConfig> {
-        let mut c = match self.preset {
-            Some(Preset::Speed) => fit::Preset::Speed.config(shape),
-            Some(Preset::Quality) => fit::Preset::Quality.config(shape),
-            Some(Preset::Capacity) => fit::Preset::Capacity.config(shape),
-            None => RecalkvConfig::default(),
-        };
-        c.shards = self.shards.unwrap_or(c.shards);
+        let preset = self.preset.map(|p| match p {
+            Preset::Speed => fit::Preset::Speed,
+            Preset::Quality => fit::Preset::Quality,
+            Preset::Capacity => fit::Preset::Capacity,
+        });
+        let shards = self.shards.unwrap_or(1);
+        let mut c = preset.map_or_else(RecalkvConfig::default, |p| p.config(shape, shards));
+        c.shards = shards;
         if self.preset.is_none() {
             let heads = shape.kv_heads / c.shards.max(1);
             let usual = |size: usize| if heads.is_multiple_of(size) { size } else { 1 };

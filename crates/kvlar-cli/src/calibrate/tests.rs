@@ -83,3 +83,31 @@ fn no_windows_is_an_error() {
     let Err(e) = calibrate(&model, &[]) else { panic!("it ran") };
     assert!(e.to_string().contains("at least one window"));
 }
+
+#[test]
+fn reports_are_named_after_their_plans() {
+    for (plan, report) in [
+        ("plan.safetensors", "plan.report.json"),
+        ("a/b.c/plan.v2.safetensors", "a/b.c/plan.v2.report.json"),
+        ("plan", "plan.report.json"),
+        ("plan.v2", "plan.v2.report.json"),
+        ("plan.v1", "plan.v1.report.json"),
+        (".safetensors", ".safetensors.report.json"),
+    ] {
+        assert_eq!(report_path(Path::new(plan)), Path::new(report));
+    }
+}
+
+/// A file that is open, or has another name, stays as it was: the new one takes its place whole.
+#[test]
+fn a_report_replaces_an_older_one_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, other) = (dir.path().join("report.json"), dir.path().join("other"));
+    std::fs::write(&path, "old").unwrap();
+    std::fs::hard_link(&path, &other).unwrap();
+    write_whole(&path, b"new").unwrap();
+    assert_eq!((std::fs::read(&path).unwrap(), std::fs::read(&other).unwrap()), (b"new".to_vec(), b"old".to_vec()));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+    assert!(write_whole(&dir.path().join("none/report.json"), b"new").is_err());
+    assert!(write_whole(dir.path(), b"new").is_err());
+}

@@ -2,11 +2,24 @@
 
 use super::attend::{Lab, reference_dtype};
 use super::case::{Case, Output, expect, finite};
-use super::encode::codec;
+use super::formats::{Stored, group};
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{AppendArgs, AppendShape, Dtype, EncodeShape, Pool, RopeLayout, Rows, Workspace};
-use kvlar_reference::{AppendInput, Appended, Rope};
+use kvlar_reference::{AppendInput, Appended, Codec, Rope};
+
+/// A codec whose rows can be written one by one, to any slot.
+fn token_wise(case: &mut Case, key: &'static str, default: &str, group: Option<usize>, dim: usize) -> Result<Stored> {
+    let stored = Stored::read(case, key, Some(default), group, dim)?;
+    let format = stored.format;
+    if format.codec.is_channel_wise() {
+        return input(format!("{key}: {format} encodes groups of rows; append writes rows one by one (encode takes it)"));
+    }
+    if format.codec == Codec::Pq {
+        return input(format!("{key}: {format} needs codebooks, which append does not take (encode and scan do)"));
+    }
+    Ok(stored)
+}
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     let (k, v) = (case.floats("k", 4)?, case.floats("v", 4)?);
@@ -31,12 +44,9 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     }
     let dtype = case.dtype()?;
     let default = if dtype == Dtype::F16 { "f16" } else { "bf16" };
-    let (key_codec, value_codec) = (codec(case, "key_codec", Some(default))?, codec(case, "value_codec", Some(default))?);
-    let group: usize = case.scalar("group", 0)?;
-    let groups = if group == 0 { (d, dv) } else { (group, group) };
-    if !d.is_multiple_of(groups.0) || !dv.is_multiple_of(groups.1) {
-        return input(format!("group: {group} does not divide {d} and {dv}"));
-    }
+    let group = group(case)?;
+    let keys = token_wise(case, "key_codec", default, group, d)?.with_scales(case, "k_scale", h)?;
+    let values = token_wise(case, "value_codec", default, group, dv)?.with_scales(case, "v_scale", h)?;
     let layout = case.choice("rope", &[("half", RopeLayout::Half), ("interleaved", RopeLayout::Interleaved)])?;
     let attention_factor = finite("attention_factor", case.scalar("attention_factor", 1.0)?)? as f32;
     case.finish()?;
@@ -54,14 +64,14 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
             positions: &positions,
             slots: &slots,
             rope: &rope,
-            key_codec: (key_codec.reference(), groups.0),
-            value_codec: (value_codec.reference(), groups.1),
+            keys: keys.storage(),
+            values: values.storage(),
         })?
     } else {
         let shape = AppendShape {
             dtype,
-            key_codec: (key_codec, groups.0),
-            value_codec: (value_codec, groups.1),
+            key_codec: keys.launched(d)?,
+            value_codec: values.launched(dv)?,
             seqs: b,
             kv_heads: h,
             new_rows: s,

@@ -145,7 +145,7 @@ impl Inputs {
     /// The key basis in 8 bits, of all sequences that have one.
     fn int8_basis(&self) -> Result<Int8Basis> {
         let Dims { d, key_rank, .. } = self.dims;
-        Ok(Int8Basis::quantize(&self.uk, self.uk.len() / (d * key_rank), d, key_rank, self.pairs())?)
+        Ok(Int8Basis::quantize(&self.uk, self.mean.as_deref(), self.uk.len() / (d * key_rank), d, key_rank, self.pairs())?)
     }
 
     fn reference(&self) -> Result<Attended> {
@@ -282,7 +282,7 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
         [Segment { rows, keys: key_rows.pool(&keys, key_groups, t), values: value_rows.pool(&values, value_heads, t) }];
     let wide_basis = padded_basis(&i.uk, key_rank, padded);
     let int8 = if i.latents == Latents::Int8Basis {
-        Some(Int8Basis::quantize(&wide_basis, wide_basis.len() / (d * padded), d, padded, i.pairs())?)
+        Some(Int8Basis::quantize(&wide_basis, i.mean.as_deref(), wide_basis.len() / (d * padded), d, padded, i.pairs())?)
     } else {
         None
     };

@@ -2,29 +2,11 @@
 
 use super::attend::{Lab, reference_dtype};
 use super::case::{Case, Output};
-use super::{OpError, Result, input};
+use super::formats::{Stored, group};
+use super::{Result, input};
 use crate::backend::Backend;
-use kvlar::{Codec, Dtype, EncodeShape, Pool, Rows};
-
-/// Codecs that `OPS.md` names and no backend has yet.
-const PLANNED: &[&str] = &["fp8", "int4", "int2", "pq"];
-
-/// The codec that a key names.
-pub fn codec(case: &mut Case, key: &str, default: Option<&str>) -> Result<Codec> {
-    let Some(text) = case.text(key).or(default.map(String::from)) else { return input(format!("no key {key}")) };
-    match text.as_str() {
-        "bf16" => Ok(Codec::Bf16),
-        "f16" => Ok(Codec::F16),
-        "int8" => Ok(Codec::Int8),
-        other => {
-            let (base, suffixed) = other.split_once(['-', '+']).map_or((other, false), |(b, _)| (b, true));
-            if PLANNED.contains(&base) || (suffixed && base == "int8") {
-                return Err(OpError::Unsupported(format!("{key} {other}")));
-            }
-            input(format!("{key}: {other:?} is not a codec"))
-        }
-    }
-}
+use kvlar::{Dtype, EncodeShape, Pool, Rows};
+use kvlar_reference::{Tiers, quantize_rows};
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     let x = case.floats("x", 2)?;
@@ -32,42 +14,38 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     if d == 0 {
         return input("x has rows of no values");
     }
-    let codec = codec(case, "codec", None)?;
-    let group: usize = case.scalar("group", d)?;
-    if group == 0 || !d.is_multiple_of(group) {
-        return input(format!("group: {group} does not divide {d}"));
-    }
+    let group = group(case)?;
+    let stored = Stored::read(case, "codec", None, group, d)?.with_codebooks(case, None, d)?;
     let dtype = case.choice("dtype", &[("f32", Dtype::F32), ("bf16", Dtype::Bf16), ("f16", Dtype::F16)])?;
     case.finish()?;
-    let values = reference_dtype(dtype).round_all(&x.values);
-    let decoded = if backend == Backend::Reference {
-        let mut all = Vec::with_capacity(values.len());
-        for row in values.chunks_exact(d) {
-            let r = kvlar_reference::encode_row(row, codec.reference(), group)?;
-            all.extend(kvlar_reference::decode_row(&r.codes, &r.params, d, codec.reference(), group)?);
-        }
-        all
+    let dtype = reference_dtype(dtype);
+    let values = dtype.round_all(&x.values);
+    let (decoded, bytes) = if backend == Backend::Reference {
+        let head = stored.storage().heads(1, d)?;
+        let rows = quantize_rows(&values, d, &head[0], Tiers::none(dtype))?;
+        (rows.decoded, rows.bytes)
     } else {
-        on_device(&values, codec, group, n, d, backend)?
+        on_device(&values, &stored, n, d, backend)?
     };
-    let bytes = codec.reference().stored_bytes(n, d, group);
     Ok(Output::default().floats("decoded", &[n, d], &decoded).integer("bytes", bytes as i64))
 }
 
-fn on_device(values: &[f32], codec: Codec, group: usize, n: usize, d: usize, backend: Backend) -> Result<Vec<f32>> {
+/// Decoded rows, and the bytes that they took.
+fn on_device(values: &[f32], stored: &Stored, n: usize, d: usize, backend: Backend) -> Result<(Vec<f32>, usize)> {
+    let (codec, group) = stored.launched(d)?;
     let lab = Lab::open(backend, Dtype::Bf16)?;
     let plan = EncodeShape { codec, group, dtype: Dtype::F32, seqs: 1, heads: 1, rows: n, dim: d }.plan(&lab.device)?;
     if n == 0 {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), 0));
     }
     let x = lab.upload(values)?;
     let (row, params) = (codec.row_bytes(d), codec.params_bytes(d, group));
-    let mut stored = lab.device.alloc(n * (row + params))?;
+    let mut held = lab.device.alloc(n * (row + params))?;
     let mut out = lab.device.alloc(4 * n * d)?;
     let rows = Rows::contiguous(None, n);
-    plan.encode(&lab.stream, x.view(), &rows, &pool(stored.view_mut(), n, row, params))?;
-    plan.decode(&lab.stream, &rows, &pool(stored.view(), n, row, params), &mut out.view_mut())?;
-    lab.download(&out)
+    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n, row, params))?;
+    plan.decode(&lab.stream, &rows, &pool(held.view(), n, row, params), &mut out.view_mut())?;
+    Ok((lab.download(&out)?, n * (row + params)))
 }
 
 /// `n` rows, then their scales and zeros.

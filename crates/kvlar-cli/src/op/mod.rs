@@ -6,11 +6,16 @@
 mod append;
 mod attend;
 mod attend_lowrank;
+mod attend_quantized;
 mod case;
+mod codebooks;
 mod encode;
 mod fit;
+mod formats;
 mod merge;
 mod project;
+mod reduce;
+mod scan;
 
 use crate::backend::Backend;
 use case::{Case, Output};
@@ -19,7 +24,8 @@ use std::process::ExitCode;
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// The op: attend, attend_lowrank, append, encode, decode, merge, project, group_heads, fit_lowrank, fit_values, budget_ranks.
+    /// The op: attend, attend_lowrank, attend_quantized, append, encode, decode, merge, project, scan, reduce, group_heads,
+    /// fit_lowrank, fit_values, fit_codebooks, budget_ranks.
     name: String,
     /// What executes it.
     #[arg(long, value_enum, default_value = "reference")]
@@ -75,13 +81,17 @@ fn execute(a: &Arguments) -> Result<()> {
     let op: fn(&mut Case, Backend) -> Result<Output> = match a.name.as_str() {
         "attend" => attend::run,
         "attend_lowrank" => attend_lowrank::run,
+        "attend_quantized" => attend_quantized::run,
         "append" => append::run,
         "encode" | "decode" => encode::run,
         "merge" => merge::run,
         "project" => project::run,
+        "scan" => scan::run,
+        "reduce" => reduce::run,
         "group_heads" => fit::group_heads,
         "fit_lowrank" => fit::fit_lowrank,
         "fit_values" => fit::fit_values,
+        "fit_codebooks" => codebooks::fit_codebooks,
         "budget_ranks" => fit::budget_ranks,
         other => return input(format!("no op {other:?} (see `kvlar op --help`)")),
     };

@@ -1,7 +1,7 @@
 //! Plans and launches of attention.
 
 use super::tiling::Tiling;
-use super::work::BuiltFor;
+use super::work::{BuiltFor, PositionSources};
 use super::{AttendShape, WorkList};
 use crate::device::Launch;
 use crate::error::invalid;
@@ -21,6 +21,8 @@ pub struct AttendPlan {
     /// Partial results that may be in flight.
     pub(super) slots: usize,
     pub(super) own_cell_tiles: usize,
+    /// Tiles of a warp's ring.
+    pub(super) stages: usize,
 }
 
 /// Rows of one storage format, as [`super::SegmentShape`] says.
@@ -53,6 +55,14 @@ pub struct AttendArgs<'a> {
     pub q_positions: Option<View<'a>>,
     /// f32 `[Hq]`: an extra logit in the denominator.
     pub sink_logits: Option<View<'a>>,
+}
+
+impl AttendArgs<'_> {
+    /// What says where rows and queries are: tiles that no query can see were left out accordingly.
+    pub(crate) fn position_sources(&self) -> PositionSources {
+        let stored = self.segments.iter().enumerate().filter(|(_, s)| s.rows.positions.is_some());
+        PositionSources { stored: stored.fold(0, |bits, (i, _)| bits | 1 << i), queries: self.q_positions.is_some() }
+    }
 }
 
 const SCHEDULE: Launch = Launch { entry: "kvlar_attend_schedule", grid: 1, block: 1024, shared_bytes: 0 };
@@ -98,17 +108,17 @@ impl AttendPlan {
             // SAFETY: every address was checked against the shape.
             unsafe { stream.enqueue(SCHEDULE, &params)? };
         }
-        work.built_for = Some(BuiltFor::Attend(*self));
+        work.built_for = Some(BuiltFor::Attend(*self, args.position_sources()));
         Ok(())
     }
 
-    /// Enqueues one launch. The lengths must be those that the work list was built from.
+    /// Enqueues one launch. Lengths, stored positions and query positions must be those that the work list was built from.
     ///
     /// # Errors
     /// [`Error::Bounds`], [`Error::Alignment`], [`Error::Invalid`] for arguments that do not fit the plan;
     /// [`Error::Mismatch`] for a work list that was not built for it.
     pub fn launch(&self, stream: &Stream, args: &mut AttendArgs<'_>, work: &WorkList, workspace: &mut Workspace) -> Result<()> {
-        if work.built_for != Some(BuiltFor::Attend(*self)) {
+        if work.built_for != Some(BuiltFor::Attend(*self, args.position_sources())) {
             return Err(Error::Mismatch { arg: "work list", what: "plan (call schedule first)" });
         }
         let params = self.params(args, work, workspace)?;
@@ -125,7 +135,7 @@ impl AttendPlan {
     /// Those of the launch.
     ///
     /// # Safety
-    /// `params` agrees with the plan ([`AttendPlan::params`] fills in all that is not an address or a stride), and its
+    /// `params` agrees with the plan ([`AttendPlan::bare_params`] fills in all that is not an address or a stride), and its
     /// addresses are valid on the stream's device until the launch has run.
     pub unsafe fn schedule_raw(&self, stream: &Stream, params: &abi::KvlarAttend) -> Result<()> {
         // SAFETY: the caller's promise.
@@ -173,6 +183,7 @@ impl AttendPlan {
         params.ctas = self.launch.grid;
         params.columns = self.tiling.columns as u32;
         params.units = self.units as u32;
+        params.stages = self.stages as u32;
         for (segment, to) in self.shape.segments().zip(&mut params.segments) {
             to.tile_rows = self.tiling.tile_rows(segment.codec) as u32;
         }

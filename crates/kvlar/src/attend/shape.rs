@@ -179,6 +179,7 @@ impl AttendShape {
             units,
             slots,
             own_cell_tiles,
+            stages: tiling.stages(info),
         })
     }
 }

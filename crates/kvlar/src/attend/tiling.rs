@@ -70,21 +70,17 @@ impl Tiling {
         let tile = (dense * self.dim * 2).max(if self.int8 { int8 * self.dim } else { 0 });
         let rows = if self.int8 { int8 } else { dense };
         let stage = 2 * tile + if self.int8 { 8 * int8 } else { 0 } + 4 * rows;
-        self.warps() * stages(info) * stage
+        self.warps() * self.stages(info) * stage
+    }
+
+    /// Tiles a warp keeps in its ring: fewer where an SM has about 100 KB of shared memory (sm_86, sm_89, sm_120).
+    pub fn stages(&self, info: &DeviceInfo) -> usize {
+        if info.shared_per_sm < 128 << 10 { 2 } else { 3 }
     }
 
     /// CTAs that fit an SM: two where their shared memory does (CUDA keeps 1 KB of each).
     pub fn ctas_per_sm(&self, info: &DeviceInfo) -> usize {
         if 2 * (self.shared_bytes(info) + 1024 + 512) <= info.shared_per_sm as usize { 2 } else { 1 }
-    }
-}
-
-/// Tiles a warp keeps in its ring. GPUs with 99 KB of shared memory a block take a shorter one.
-fn stages(info: &DeviceInfo) -> usize {
-    match info.compute_capability {
-        Some((8, 6 | 9)) => 2,
-        Some((major, _)) if major >= 12 => 2,
-        _ => 3,
     }
 }
 

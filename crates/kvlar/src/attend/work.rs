@@ -17,8 +17,15 @@ pub struct WorkList {
 /// What a list can be built for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum BuiltFor {
-    Attend(AttendPlan),
-    Lowrank(ScheduleKey),
+    Attend(AttendPlan, PositionSources),
+    Lowrank(ScheduleKey, PositionSources),
+}
+
+/// Which segments (a bit each) have stored positions, and whether queries' positions are given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PositionSources {
+    pub stored: u32,
+    pub queries: bool,
 }
 
 impl WorkList {
@@ -37,11 +44,11 @@ impl WorkList {
         self.buffer.address()
     }
 
-    pub(crate) fn built_for_lowrank(&mut self, key: ScheduleKey) {
-        self.built_for = Some(BuiltFor::Lowrank(key));
+    pub(crate) fn built_for_lowrank(&mut self, key: ScheduleKey, sources: PositionSources) {
+        self.built_for = Some(BuiltFor::Lowrank(key, sources));
     }
 
-    pub(crate) fn is_built_for_lowrank(&self, key: &ScheduleKey) -> bool {
-        matches!(&self.built_for, Some(BuiltFor::Lowrank(k)) if k == key)
+    pub(crate) fn is_built_for_lowrank(&self, key: ScheduleKey, sources: PositionSources) -> bool {
+        self.built_for == Some(BuiltFor::Lowrank(key, sources))
     }
 }

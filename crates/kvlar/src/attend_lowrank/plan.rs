@@ -45,11 +45,12 @@ pub(crate) struct ScheduleKey {
 /// The matrices that make keys and values of latents.
 #[derive(Clone, Copy, Debug)]
 pub struct Bases<'a> {
-    /// `[Hk, d, rk]` (or `[B, Hk, d, rk]`): the type of q; f16 for [`Latents::Int8`]; i8 for [`Latents::Int8Basis`].
+    /// `[Hk, d, rk]` (or `[B, Hk, d, rk]`): the type of q; f16 for [`Latents::Int8`] and [`Latents::Int4`]; i8 for [`Latents::Int8Basis`].
     pub keys: View<'a>,
     /// Whether each sequence has its own.
     pub keys_per_seq: bool,
-    /// f32 `[Hk, padded d / 2]` (or a sequence each): a scale a rotary pair, for [`Latents::Int8Basis`] alone.
+    /// f32 `[Hk, padded d / 2]` (or a sequence each): a scale a rotary pair, for [`Latents::Int8Basis`] alone. Where there is a
+    /// mean, a pair's must be above its largest |mean| / 2^22 (f16 holds keys divided by 128 times it); 0 loses the mean.
     pub key_scales: Option<View<'a>>,
     /// f32 `[Hk, d]`; as the shape says.
     pub key_mean: Option<View<'a>>,
@@ -64,7 +65,9 @@ pub struct Bases<'a> {
 pub struct LowrankArgs<'a> {
     /// As for dense attention. In latent segments, `keys` and `values` are pools of latents whose heads are latent groups
     /// (dense values: kv heads); tables and positions are indexed by key group, lengths by kv head. Heads of a group may
-    /// hold different numbers of latent rows, but the same number in segments before them.
+    /// hold different numbers of latent rows, but the same number in segments before them (unless positions are stored;
+    /// reported as a bad length otherwise). Rows and bases of the heads of a set must be finite: heads share tiles, and a
+    /// NaN or infinity of one reaches the others.
     pub attend: AttendArgs<'a>,
     /// Bases and mean.
     pub bases: Bases<'a>,
@@ -159,17 +162,17 @@ impl LowrankPlan {
         let params = self.params(args, work, workspace)?;
         // SAFETY: every address was checked against the shape.
         unsafe { self.schedule_raw(stream, &params)? };
-        work.built_for_lowrank(self.schedule_key());
+        work.built_for_lowrank(self.schedule_key(), args.attend.position_sources());
         Ok(())
     }
 
-    /// Enqueues one launch. The lengths must be those that the work list was built from.
+    /// Enqueues one launch. Lengths, stored positions and query positions must be those that the work list was built from.
     ///
     /// # Errors
     /// [`Error::Bounds`], [`Error::Alignment`], [`Error::Invalid`] for arguments that do not fit the plan;
     /// [`Error::Mismatch`] for a work list that was not built for it.
     pub fn launch(&self, stream: &Stream, args: &mut LowrankArgs<'_>, work: &WorkList, workspace: &mut Workspace) -> Result<()> {
-        if !work.is_built_for_lowrank(&self.schedule_key()) {
+        if !work.is_built_for_lowrank(self.schedule_key(), args.attend.position_sources()) {
             return Err(Error::Mismatch { arg: "work list", what: "plan (call schedule first)" });
         }
         let params = self.params(args, work, workspace)?;

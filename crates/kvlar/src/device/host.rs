@@ -12,9 +12,10 @@ pub(super) enum Host {
     Emulated(SimtOptions, Emulation),
 }
 
-/// Plans are made as for a Hopper GPU with few SMs.
-pub(super) fn info(name: &str, sm_count: u32) -> DeviceInfo {
-    DeviceInfo { name: name.into(), compute_capability: None, sm_count, shared_per_block: 227 << 10, shared_per_sm: 228 << 10 }
+/// Plans are made as for a GPU with few SMs.
+pub(super) fn info(name: &str, SimtOptions { sm_count, shared_per_sm, .. }: SimtOptions) -> DeviceInfo {
+    let shared_per_block = shared_per_sm.saturating_sub(1 << 10); // CUDA keeps 1 KB
+    DeviceInfo { name: name.into(), compute_capability: None, sm_count, shared_per_block, shared_per_sm }
 }
 
 fn layout(bytes: usize) -> Result<Layout> {

@@ -45,11 +45,13 @@ pub struct SimtOptions {
     pub workers: u32,
     /// SMs to pretend.
     pub sm_count: u32,
+    /// Bytes of shared memory an SM to pretend: 228 KB as of a Hopper GPU, 100 KB as of sm_86, sm_89 and sm_120.
+    pub shared_per_sm: u32,
 }
 
 impl Default for SimtOptions {
     fn default() -> Self {
-        Self { seed: 0, workers: 0, sm_count: 4 }
+        Self { seed: 0, workers: 0, sm_count: 4, shared_per_sm: 228 << 10 }
     }
 }
 
@@ -135,7 +137,7 @@ impl Device {
         if !kvlar_kernels::simt::available() {
             return Err(Error::BuiltWithout("simt"));
         }
-        let info = host::info("CPU emulation", options.sm_count.max(1));
+        let info = host::info("CPU emulation", options);
         let linked: Emulation = Arc::new(|entry, grid, block, shared_bytes, params, seed, workers| {
             // SAFETY: called by `Host::launch` alone, whose caller promises what this needs.
             unsafe { kvlar_kernels::simt::launch(entry, grid, block, shared_bytes, params, seed, workers) }
@@ -149,13 +151,13 @@ impl Device {
     /// `emulation` touches nothing but what the parameter struct names, as [`kvlar_kernels::simt::launch`] does.
     #[doc(hidden)]
     pub unsafe fn simt_through(options: SimtOptions, emulation: Emulation) -> Self {
-        let info = host::info("CPU emulation of other kernels", options.sm_count.max(1));
+        let info = host::info("CPU emulation of other kernels", options);
         Self(Arc::new(Inner { backend: Backend::Simt, info, driver: Box::new(host::Host::Emulated(options, emulation)) }))
     }
 
     /// Plain Rust on the CPU: interprets the same launches, slowly and exactly.
     pub fn reference() -> Self {
-        let info = host::info("CPU reference", 4);
+        let info = host::info("CPU reference", SimtOptions::default());
         Self(Arc::new(Inner { backend: Backend::Reference, info, driver: Box::new(host::Host::Reference) }))
     }
 

@@ -137,7 +137,7 @@ impl ProjectShape {
     /// [`crate::Error::Unsupported`] for a type, head dimension or rank without a kernel, [`crate::Error::Invalid`] for sizes
     /// that contradict each other.
     pub fn plan(&self, _device: &Device) -> Result<ProjectPlan> {
-        let tokens = self.seqs * self.rows;
+        let tokens = self.seqs.saturating_mul(self.rows);
         let entry = variant("project", self.dtype, tokens, ENTRIES)?;
         check_projection("project", self.kv_heads, self.head_dim, self.groups, self.size, self.rank)?;
         if self.out_dtype != Dtype::F32 && self.out_dtype != self.dtype {
