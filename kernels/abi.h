@@ -30,7 +30,9 @@ enum {
   KVLAR_CODEC_BF16 = 0,
   KVLAR_CODEC_F16 = 1,
   KVLAR_CODEC_INT8 = 2,  // token-wise: u8 codes, then (f16 scale, f16 zero) a group in the page's params
-  KVLAR_CODEC_INT4 = 3,  // likewise, two 4-bit codes a byte; of the reference backend alone
+  KVLAR_CODEC_INT4 = 3,  // likewise, two 4-bit codes a byte, the lower first
+  KVLAR_CODEC_INT2 = 4,  // likewise, four 2-bit codes a byte
+  KVLAR_CODEC_FP8 = 5,   // e4m3, times a scale a head
 };
 
 // How a segment's latents are stored, and with what type they meet the basis.
@@ -92,17 +94,31 @@ typedef struct {
 } KvlarRope;
 KVLAR_CHECK_SIZE(KvlarRope, 24);
 
+// How rows are encoded.
+typedef struct {
+  KVLAR_ADDR(const float) scales;  // [head]: of fp8 codes; null = 1
+  uint32_t codec;                  // KVLAR_CODEC_*
+  uint32_t group;                  // integer codes: values that share a scale and zero; divides the row
+  uint32_t hadamard;               // 1: rows are rotated (device/hadamard.cuh) before they are encoded
+  uint32_t reserved;
+} KvlarFormat;
+KVLAR_CHECK_SIZE(KvlarFormat, 24);
+
 // Rows of one storage format. The rows of a sequence are its segments' rows, one after the other.
 typedef struct {
   KvlarRows rows;
   KvlarPool keys;
   KvlarPool values;
-  uint32_t codec;        // KVLAR_CODEC_* of keys and values
-  uint32_t tile_rows;    // rows that a warp takes at a time, from the kernel's tiling
-  uint32_t latent;       // KVLAR_LATENT_*: attend_lowrank only; `codec` is the latents'
-  uint32_t value_codec;  // of a latent segment's values
+  KvlarFormat key_format;    // of keys, or their latents
+  KvlarFormat value_format;
+  uint32_t latent;           // KVLAR_LATENT_*: attend_lowrank only
+  uint32_t tile_rows;        // rows that a warp takes at a time, from the kernel's tiling
+  uint32_t stage_values;     // attend_quantized: bytes into a stage of the ring, as are the others
+  uint32_t stage_key_params;
+  uint32_t stage_value_params;
+  uint32_t stage_positions;
 } KvlarSegment;
-KVLAR_CHECK_SIZE(KvlarSegment, 192);
+KVLAR_CHECK_SIZE(KvlarSegment, 248);
 
 // attend: out = softmax(scale * q k^T, masked) v, and its log-sum-exp.
 typedef struct {
@@ -140,8 +156,16 @@ typedef struct {
   uint32_t columns;          // packed (row, head) columns a query tile: 8 or 16
   uint32_t units;            // what is computed as a whole: here seqs * kv_heads * query_tiles
   uint32_t stages;           // tiles of a warp's ring: 2 or 3
+  // attend_quantized alone, from here on.
+  uint32_t stage_bytes;      // of a tile of the ring
+  uint32_t q_dtype;          // KVLAR_DTYPE_* of q and of rows that are stored as they are
+  uint32_t key_codec;        // of all segments that are not
+  uint32_t value_codec;
+  uint32_t rotated_keys;     // 1: their keys are rotated (KvlarFormat.hadamard), and so are queries
+  uint32_t int8_queries;     // 1: queries are rounded to 8 bits, one scale a head
+  uint32_t reserved[2];
 } KvlarAttend;
-KVLAR_CHECK_SIZE(KvlarAttend, 960);
+KVLAR_CHECK_SIZE(KvlarAttend, 1216);
 
 // How attend_lowrank divides a CTA's dynamic shared memory; bytes from its start, multiples of 16.
 typedef struct {
@@ -187,7 +211,7 @@ typedef struct {
   uint32_t latent;          // KVLAR_LATENT_*
   KvlarLowrankShared shared;
 } KvlarAttendLowrank;
-KVLAR_CHECK_SIZE(KvlarAttendLowrank, 1144);
+KVLAR_CHECK_SIZE(KvlarAttendLowrank, 1400);
 
 // z = encoder x - offset, x being the rows of a group's kv heads, one after the other; and how it is divided.
 typedef struct {
@@ -270,10 +294,8 @@ typedef struct {
   int64_t slot_head_stride;             // 0 = one for all heads
   KvlarRope rope;
   KVLAR_ADDR(uint32_t) status;
-  uint32_t key_codec;
-  uint32_t value_codec;
-  uint32_t key_group;    // values that share a scale and zero; divides head_dim
-  uint32_t value_group;
+  KvlarFormat key_format;
+  KvlarFormat value_format;
   uint32_t seqs;
   uint32_t kv_heads;
   uint32_t new_rows;
@@ -281,7 +303,7 @@ typedef struct {
   uint32_t value_dim;
   uint32_t dtype;        // KVLAR_DTYPE_* of k and v
 } KvlarAppend;
-KVLAR_CHECK_SIZE(KvlarAppend, 344);
+KVLAR_CHECK_SIZE(KvlarAppend, 376);
 
 // encode: dense rows to stored rows; decode: stored rows to dense fp32.
 typedef struct {
@@ -292,8 +314,7 @@ typedef struct {
   int64_t x_head_stride;
   int64_t x_row_stride;
   KVLAR_ADDR(uint32_t) status;
-  uint32_t codec;
-  uint32_t group;
+  KvlarFormat format;
   uint32_t seqs;
   uint32_t heads;
   uint32_t row_count;  // rows beyond the length decode to 0
@@ -301,7 +322,7 @@ typedef struct {
   uint32_t dtype;      // KVLAR_DTYPE_* of x; decode writes fp32
   uint32_t reserved;
 } KvlarTranscode;
-KVLAR_CHECK_SIZE(KvlarTranscode, 200);
+KVLAR_CHECK_SIZE(KvlarTranscode, 216);
 
 // merge: attention results over disjoint sets of rows into the result over their union.
 typedef struct {

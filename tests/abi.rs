@@ -21,6 +21,7 @@ fn sizes() -> BTreeMap<&'static str, usize> {
         KvlarConformance,
         KvlarLatentSide,
         KvlarLowrankShared,
+        KvlarFormat,
         KvlarMerge,
         KvlarPool,
         KvlarProject,

@@ -1,13 +1,14 @@
 //! append against the reference: rotation, encoding, and where rows land.
 
-use kvlar::{Codec, Dtype, RopeLayout};
+use kvlar::{Codec, Dtype, Format, RopeLayout};
 use kvlar_reference::{Rope as Rotation, RopeScaling, Yarn};
 use kvlar_tests::append::AppendCase as Case;
-use kvlar_tests::pages::Layout;
+use kvlar_tests::pages::{Layout, RowFormat};
 use kvlar_tests::{Lab, on_every_device};
 
 on_every_device!(
     codecs_and_dims,
+    rotated_and_scaled_rows,
     rotations,
     long_positions,
     layouts,
@@ -21,21 +22,35 @@ const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
 
 fn codecs_and_dims(lab: &Lab) {
     for dtype in DTYPES {
-        for codec in [Codec::Bf16, Codec::F16, Codec::Int8] {
+        for codec in Codec::ALL {
             for dim in [8, 64, 80, 96, 128, 256] {
                 Case::new(dtype, codec, dim).check(lab);
             }
         }
     }
+    let grouped = |codec: Codec, group| Format { group: Some(group), ..codec.into() }.into();
     let mixed = Case {
-        key_codec: (Codec::Int8, 32),
-        value_codec: (Codec::Bf16, 64),
+        keys: grouped(Codec::Int8, 32),
+        values: Codec::Bf16.into(),
         value_dim: 64,
         ..Case::new(Dtype::Bf16, Codec::Int8, 128)
     };
     mixed.check(lab);
-    Case { key_codec: (Codec::F16, 96), value_codec: (Codec::Int8, 8), value_dim: 40, ..Case::new(Dtype::F16, Codec::Int8, 96) }
-        .check(lab);
+    Case { values: grouped(Codec::Int8, 8), value_dim: 40, ..Case::new(Dtype::F16, Codec::F16, 96) }.check(lab);
+    Case { values: grouped(Codec::Int2, 32), ..Case::new(Dtype::F16, Codec::Int4, 128) }.check(lab);
+}
+
+/// Rotated keys, scales of fp8 a head.
+fn rotated_and_scaled_rows(lab: &Lab) {
+    for codec in [Codec::Int8, Codec::Int4, Codec::Int2, Codec::Fp8] {
+        let rotated = Format { hadamard: true, ..codec.into() };
+        Case { values: codec.into(), ..Case::new(Dtype::Bf16, rotated, 128) }.check(lab);
+        Case::new(Dtype::F16, rotated, 64).check(lab);
+    }
+    let scaled = |scales: [f32; 3]| RowFormat { scales: scales.to_vec(), ..Codec::Fp8.into() };
+    let case =
+        Case { keys: scaled([0.5, 0.01, 2.0]), values: scaled([0.1, 1.0, 0.02]), ..Case::new(Dtype::Bf16, Codec::Fp8, 80) };
+    case.check(lab);
 }
 
 fn rotations(lab: &Lab) {

@@ -39,7 +39,7 @@ fn all(lab: &Lab, cases: impl IntoIterator<Item = AttendCase>) {
 }
 
 fn int8(case: &mut AttendCase) {
-    case.segments.iter_mut().for_each(|s| s.codec = Codec::Int8);
+    case.segments.iter_mut().for_each(|s| s.set_formats(Codec::Int8, Codec::Int8));
 }
 
 fn head_dims(lab: &Lab) {
@@ -100,13 +100,7 @@ fn int8_rows(lab: &Lab) {
 /// Sinks, a quantized body, a dense recent window.
 fn tiers(dtype: Dtype, body: Codec) -> AttendCase {
     let dense = Option::<Codec>::from(dtype).unwrap();
-    let segment = |codec, layout, lengths: &[usize]| SegmentCase {
-        codec,
-        layout,
-        capacity: 96,
-        lengths: lengths.to_vec(),
-        positions: false,
-    };
+    let segment = |codec, layout, lengths: &[usize]| SegmentCase { capacity: 96, ..SegmentCase::new(codec, layout, lengths) };
     AttendCase::new(dtype, (8, 2), 128, &[0, 0, 0]).with(|c| {
         c.segments = vec![
             segment(dense, Layout::Contiguous, &[4, 4, 2]),
@@ -131,7 +125,8 @@ fn ragged_heads(lab: &Lab) {
     let case = |codec: Codec| {
         AttendCase::new(Dtype::Bf16, (6, 3), 64, &[0, 0]).with(|c| {
             let s = &mut c.segments[0];
-            (s.layout, s.capacity, s.codec) = (Layout::PerHead(16), 130, codec);
+            (s.layout, s.capacity) = (Layout::PerHead(16), 130);
+            s.set_formats(codec, codec);
             s.lengths = vec![130, 3, 0, 64, 17, 129];
         })
     };
@@ -250,8 +245,9 @@ fn random_case(seed: u64) -> AttendCase {
         let layout = if codec == Codec::Int8 && matches!(layout, Layout::Nhd(_)) { Layout::Hnd(page) } else { layout };
         let capacity = 1 + rng.below(150);
         let per_head = matches!(layout, Layout::PerHead(_));
-        let lengths = (0..if per_head { seqs * kv_heads } else { seqs }).map(|_| rng.below(capacity + 1)).collect();
-        case.segments.push(SegmentCase { codec, layout, capacity, lengths, positions: rng.below(4) == 0 });
+        let lengths: Vec<usize> = (0..if per_head { seqs * kv_heads } else { seqs }).map(|_| rng.below(capacity + 1)).collect();
+        let segment = SegmentCase::new(codec, layout, &lengths);
+        case.segments.push(SegmentCase { capacity, positions: rng.below(4) == 0, ..segment });
     }
     case.query_rows = pick(&mut rng, &[1, 1, 2, 3, 5]);
     case.softcap = [0.0, 0.0, 4.0][rng.below(3)];

@@ -1,14 +1,14 @@
 //! Every error that a caller can cause is reached, names what is wrong, and leaves memory as it was.
 
 use kvlar::{
-    AppendArgs, AppendShape, AttendShape, Buffer, Codec, Device, Dtype, EncodeShape, Error, MergeShape, Pool, Rope, RopeLayout,
-    Rows, SegmentShape, Strides, View, Workspace, WorkspaceSize,
+    AppendArgs, AppendShape, AttendShape, Buffer, Codec, Device, Dtype, EncodeShape, Error, Format, MergeShape, Pool, Rope,
+    RopeLayout, Rows, SegmentShape, Strides, View, Workspace, WorkspaceSize,
 };
 use kvlar_tests::attend::{AttendCase, AttendData, AttendRun};
 use kvlar_tests::{Lab, says};
 
 fn shape() -> AttendShape {
-    AttendShape::new(Dtype::Bf16, 2, (4, 2), 1, 64, SegmentShape { codec: Codec::Bf16, max_rows: 100 })
+    AttendShape::new(Dtype::Bf16, 2, (4, 2), 1, 64, SegmentShape::new(Codec::Bf16, 100))
 }
 
 fn plan_error(change: impl FnOnce(&mut AttendShape)) -> Error {
@@ -25,7 +25,7 @@ fn attend_refuses_shapes_without_a_kernel() {
         (plan_error(|s| s.value_dim = 12), ["value_dim", "12"]),
         (plan_error(|s| s.dtype = Dtype::F32), ["f32", "bf16"]),
         (plan_error(|s| s.out_dtype = Dtype::F16), ["f16 out", "bf16 q"]),
-        (plan_error(|s| s.segments[0].as_mut().unwrap().codec = Codec::F16), ["F16 rows", "bf16 q"]),
+        (plan_error(|s| s.segments[0] = Some(SegmentShape::new(Codec::F16, 100))), ["F16 rows", "bf16 q"]),
     ] {
         assert!(matches!(e, Error::Unsupported { op: "attend", .. }), "{e:?}");
         says(&e, &words);
@@ -176,25 +176,27 @@ fn int8_pool<M: kvlar::Memory>(data: M) -> Pool<M> {
 fn encode_and_merge_check_theirs() {
     let device = Device::reference();
     let stream = device.stream().unwrap();
-    let shape = EncodeShape { codec: Codec::Int8, group: 64, dtype: Dtype::F32, seqs: 1, heads: 1, rows: 4, dim: 64 };
-    let e = EncodeShape { group: 48, ..shape }.plan(&device).unwrap_err();
+    let shape = EncodeShape { format: Codec::Int8.into(), dtype: Dtype::F32, seqs: 1, heads: 1, rows: 4, dim: 64 };
+    let e = EncodeShape { format: Format { group: Some(48), ..shape.format }, ..shape }.plan(&device).unwrap_err();
     says(&e, &["group", "48", "64"]);
+    let e = EncodeShape { format: Format { hadamard: true, ..shape.format }, dim: 96, ..shape }.plan(&device).unwrap_err();
+    says(&e, &["96", "power of two"]);
     let e = EncodeShape { dim: 20, ..shape }.plan(&device).unwrap_err();
     assert!(matches!(e, Error::Unsupported { .. }), "{e:?}");
     let plan = shape.plan(&device).unwrap();
     let (x, mut rows) = (device.alloc(4 * 64 * 4).unwrap(), device.alloc(4 * 68).unwrap());
-    plan.encode(&stream, x.view(), &Rows::contiguous(None, 4), &int8_pool(rows.view_mut())).expect("a good case");
-    let e = plan.encode(&stream, x.view(), &Rows::contiguous(None, 3), &int8_pool(rows.view_mut())).unwrap_err();
+    plan.encode(&stream, x.view(), &Rows::contiguous(None, 4), &int8_pool(rows.view_mut()), None).expect("a good case");
+    let e = plan.encode(&stream, x.view(), &Rows::contiguous(None, 3), &int8_pool(rows.view_mut()), None).unwrap_err();
     assert!(matches!(e, Error::Invalid { arg: "rows", .. }), "{e:?}");
-    let e = plan.encode(&stream, cut(x.view()), &Rows::contiguous(None, 4), &int8_pool(rows.view_mut())).unwrap_err();
+    let e = plan.encode(&stream, cut(x.view()), &Rows::contiguous(None, 4), &int8_pool(rows.view_mut()), None).unwrap_err();
     assert!(matches!(e, Error::Bounds { arg: "x", .. }), "{e:?}");
     let mut no_params = int8_pool(rows.view_mut());
     no_params.params_stride = 0;
-    let e = plan.encode(&stream, x.view(), &Rows::contiguous(None, 4), &no_params).unwrap_err();
+    let e = plan.encode(&stream, x.view(), &Rows::contiguous(None, 4), &no_params, None).unwrap_err();
     says(&e, &["scales"]);
     let mut out = device.alloc(4 * 64 * 4 - 4).unwrap();
     let pool = int8_pool(rows.view());
-    let e = plan.decode(&stream, &Rows::contiguous(None, 4), &pool, &mut out.view_mut()).unwrap_err();
+    let e = plan.decode(&stream, &Rows::contiguous(None, 4), &pool, None, &mut out.view_mut()).unwrap_err();
     assert!(matches!(e, Error::Bounds { arg: "out", .. }), "{e:?}");
 
     assert!(matches!(MergeShape { parts: 0, rows: 1, dim: 1 }.plan(&device), Err(Error::Invalid { .. })));
@@ -211,11 +213,10 @@ fn encode_and_merge_check_theirs() {
 fn append_checks_its_own() {
     let device = Device::reference();
     let stream = device.stream().unwrap();
-    let codec = (Codec::Bf16, 64);
     let shape = AppendShape {
         dtype: Dtype::Bf16,
-        key_codec: codec,
-        value_codec: codec,
+        key_format: Codec::Bf16.into(),
+        value_format: Codec::Bf16.into(),
         seqs: 1,
         kv_heads: 1,
         new_rows: 2,
@@ -224,7 +225,8 @@ fn append_checks_its_own() {
     };
     assert!(matches!(AppendShape { dtype: Dtype::F32, ..shape }.plan(&device), Err(Error::Unsupported { .. })));
     assert!(matches!(AppendShape { head_dim: 260, ..shape }.plan(&device), Err(Error::Unsupported { .. })));
-    says(&AppendShape { value_codec: (Codec::Int8, 0), ..shape }.plan(&device).unwrap_err(), &["value group", "0"]);
+    let grouped = Format { group: Some(0), ..Codec::Int8.into() };
+    says(&AppendShape { value_format: grouped, ..shape }.plan(&device).unwrap_err(), &["value format", "group of 0"]);
     let plan = shape.plan(&device).unwrap();
     let (k, v, ints) = (device.alloc(256).unwrap(), device.alloc(256).unwrap(), device.alloc(8).unwrap());
     let inv_freq = device.alloc(128).unwrap();
@@ -245,6 +247,7 @@ fn append_checks_its_own() {
             row_positions: None,
             keys: Pool::contiguous(keys.view_mut(), 1, 4, 128),
             values: Pool::contiguous(values.view_mut(), 1, 4, 128),
+            scales: Default::default(),
         };
         change(&mut args);
         plan.launch(&stream, &mut args, &mut workspace)

@@ -42,7 +42,10 @@ fn combinations_without_a_kernel_are_unsupported() {
             plan_error(&lab, |s| s.values = LowrankValues::Latent { rank: 32, codec: Codec::Int8 }),
             ["Int8 value latents", "Dtype"],
         ),
-        (plan_error(&lab, |s| s.attend.segments[0].as_mut().unwrap().codec = Codec::Int8), ["Int8 rows", "segment of latents"]),
+        (
+            plan_error(&lab, |s| s.attend.segments[0].as_mut().unwrap().keys = Codec::Int8.into()),
+            ["Int8 rows", "segment of latents"],
+        ),
     ] {
         assert!(matches!(e, Error::Unsupported { op: "attend_lowrank", .. }), "{e:?}");
         says(&e, &words);

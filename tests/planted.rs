@@ -10,6 +10,8 @@ mod dense;
 mod lowrank;
 #[path = "planted_bugs/project.rs"]
 mod project;
+#[path = "planted_bugs/quantized.rs"]
+mod quantized;
 
 use kvlar::{Device, Emulation, SimtOptions};
 use kvlar_tests::Lab;
@@ -41,7 +43,7 @@ struct Suite {
     run: fn(&Lab),
 }
 
-const SUITES: [&Suite; 3] = [&dense::SUITE, &lowrank::SUITE, &project::SUITE];
+const SUITES: [&Suite; 4] = [&dense::SUITE, &lowrank::SUITE, &project::SUITE, &quantized::SUITE];
 
 fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kernels")

@@ -21,7 +21,8 @@ fn case() -> impl Strategy<Value = AttendCase> {
         |((d, kv_heads, group, rows, lengths), int8, own, window, seed)| {
             AttendCase::new(Dtype::Bf16, (kv_heads * group, kv_heads), d, &lengths).with(|c| {
                 (c.query_rows, c.window, c.seed) = (rows, window, seed);
-                c.segments[0].codec = if int8 { Codec::Int8 } else { Codec::Bf16 };
+                let codec = if int8 { Codec::Int8 } else { Codec::Bf16 };
+                c.segments[0].set_formats(codec, codec);
                 c.schedule = if own { Schedule::Own } else { Schedule::Balanced };
             })
         },
@@ -46,7 +47,7 @@ proptest! {
         let contiguous = with(Layout::Contiguous);
         prop_assert_eq!(&contiguous, &with(Layout::Hnd(16)));
         prop_assert_eq!(&contiguous, &with(Layout::Hnd(64)));
-        if case.segments[0].codec != Codec::Int8 {
+        if case.segments[0].keys.format.codec != Codec::Int8 {
             prop_assert_eq!(&contiguous, &with(Layout::Nhd(32)));
         }
     }

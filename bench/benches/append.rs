@@ -22,8 +22,8 @@ impl Append {
     fn shape(&self) -> AppendShape {
         AppendShape {
             dtype: Dtype::Bf16,
-            key_codec: (self.codec, self.dim),
-            value_codec: (self.codec, self.dim),
+            key_format: self.codec.into(),
+            value_format: self.codec.into(),
             seqs: self.seqs,
             kv_heads: self.heads,
             new_rows: self.new_rows,
@@ -131,6 +131,7 @@ impl Launches for Buffers {
             row_positions: None,
             keys: self.pages.pool(self.keys.view_mut(), heads, codec, dim),
             values: self.pages.pool(self.values.view_mut(), heads, codec, dim),
+            scales: Default::default(),
         };
         self.plan.launch(stream, &mut args, &mut self.workspace)
     }
@@ -146,7 +147,7 @@ impl Launches for Buffers {
 
 fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     let mut all = Vec::new();
-    for codec in [Codec::Bf16, Codec::Int8] {
+    for codec in [Codec::Bf16, Codec::Fp8, Codec::Int8, Codec::Int4, Codec::Int2] {
         if rig.wants_tiny_shapes() {
             all.extend([Append { heads: 2, ..Append::new(codec, 3, 1) }, Append { heads: 2, ..Append::new(codec, 1, 33) }]);
         } else {

@@ -11,7 +11,7 @@ fn ragged(rig: &Rig, batch: usize, longest: usize) -> Vec<usize> {
 }
 
 fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
-    let codecs = [Codec::Bf16, Codec::F16, Codec::Int8];
+    let codecs = [Codec::Bf16, Codec::F16];
     let mut all = Vec::new();
     if rig.wants_tiny_shapes() {
         let tiny = |codec, lengths| Attend { heads: (8, 2), ..Attend::new(codec, lengths) };

@@ -59,7 +59,7 @@ impl Setting {
     }
 
     fn plan(&self, rig: &Rig) -> Result<LowrankPlan> {
-        let none = SegmentShape { codec: NATIVE, max_rows: 0 };
+        let none = SegmentShape::new(NATIVE, 0);
         let attend = AttendShape::new(DTYPE, self.seqs, self.heads, 1, self.dim, none);
         let values = match self.values() {
             _ if self.dense_values => LowrankValues::Dense,
@@ -274,6 +274,7 @@ impl Buffers {
             rows: self.pages.rows(),
             keys: self.pages.pool(layer.keys.view(), s.groups(), s.latents.codec(NATIVE), s.rank),
             values: self.pages.pool(layer.values.view(), value_heads, value_codec, width),
+            scales: Default::default(),
         }];
         let mut args = LowrankArgs {
             attend: AttendArgs {

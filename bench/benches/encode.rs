@@ -20,7 +20,7 @@ impl Transcode {
     /// bf16 rows with one scale each.
     fn new(direction: Direction, codec: Codec, seqs: usize, heads: usize, rows: usize) -> Self {
         let dim = 128;
-        Self { direction, shape: EncodeShape { codec, group: dim, dtype: Dtype::Bf16, seqs, heads, rows, dim } }
+        Self { direction, shape: EncodeShape { format: codec.into(), dtype: Dtype::Bf16, seqs, heads, rows, dim } }
     }
 
     fn rows(&self) -> usize {
@@ -39,8 +39,8 @@ impl Transcode {
     }
 
     fn row_bytes(&self) -> usize {
-        let EncodeShape { codec, dim, group, .. } = self.shape;
-        codec.row_bytes(dim) + codec.params_bytes(dim, group)
+        let EncodeShape { format, dim, .. } = self.shape;
+        format.row_bytes(dim) + format.params_bytes(dim)
     }
 }
 
@@ -48,14 +48,14 @@ impl Case for Transcode {
     fn name(&self) -> String {
         let s = &self.shape;
         let direction = if self.direction == Direction::Encode { "encode" } else { "decode" };
-        format!("{direction}/{}/b{}/t{}", codec_name(s.codec), s.seqs, s.rows)
+        format!("{direction}/{}/b{}/t{}", codec_name(s.format.codec), s.seqs, s.rows)
     }
 
     fn parameters(&self) -> Value {
         let s = &self.shape;
         json!({
-            "codec": codec_name(s.codec),
-            "group": s.group,
+            "codec": codec_name(s.format.codec),
+            "group": s.format.group_of(s.dim),
             "dense": if self.direction == Direction::Encode { s.dtype.to_string() } else { "f32".into() },
             "batch": s.seqs,
             "heads": s.heads,
@@ -75,7 +75,7 @@ impl Case for Transcode {
 
     fn prepare(&self, rig: &Rig, sets: usize) -> Result<Box<dyn Launches>> {
         let s = &self.shape;
-        let block = RowBlock::new(rig, s.codec, s.dim, self.head_pages());
+        let block = RowBlock::new(rig, s.format.codec, s.dim, self.head_pages());
         let set = |_| match self.direction {
             Direction::Encode => {
                 let pool = self.head_pages() * HEAD_PAGE_ROWS * self.row_bytes();
@@ -102,15 +102,16 @@ struct Buffers {
 
 impl Launches for Buffers {
     fn launch(&mut self, stream: &Stream, set: usize) -> Result<()> {
-        let EncodeShape { codec, heads, dim, .. } = self.case.shape;
+        let EncodeShape { format, heads, dim, .. } = self.case.shape;
+        let codec = format.codec;
         let (dense, stored) = &mut self.sets[set];
         let rows = self.pages.rows();
         match self.case.direction {
             Direction::Encode => {
-                self.plan.encode(stream, dense.view(), &rows, &self.pages.pool(stored.view_mut(), heads, codec, dim))
+                self.plan.encode(stream, dense.view(), &rows, &self.pages.pool(stored.view_mut(), heads, codec, dim), None)
             }
             Direction::Decode => {
-                self.plan.decode(stream, &rows, &self.pages.pool(stored.view(), heads, codec, dim), &mut dense.view_mut())
+                self.plan.decode(stream, &rows, &self.pages.pool(stored.view(), heads, codec, dim), None, &mut dense.view_mut())
             }
         }
     }
@@ -129,7 +130,7 @@ impl Launches for Buffers {
 fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     let mut all = Vec::new();
     for direction in [Direction::Encode, Direction::Decode] {
-        for codec in [Codec::Bf16, Codec::F16, Codec::Int8] {
+        for codec in Codec::ALL {
             if rig.wants_tiny_shapes() {
                 all.push(Transcode::new(direction, codec, 2, 2, 80));
             } else {

@@ -1,8 +1,9 @@
-//! Dense attention: one query row a sequence over paged caches. What low-rank attention is measured beside.
+//! Attention over dense or quantized rows: one query row a sequence over paged caches. Dense rows are what the other
+//! kinds are measured beside.
 
 use crate::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock, codec_name};
 use kvlar::{
-    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Result, Segment, SegmentShape, Stream, WorkList, Workspace,
+    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Format, Result, Segment, SegmentShape, Stream, WorkList, Workspace,
 };
 use serde_json::{Value, json};
 
@@ -22,8 +23,10 @@ pub struct Attend {
     pub part: Part,
     /// Type of q.
     pub dtype: Dtype,
-    /// Of the rows.
-    pub codec: Codec,
+    /// Of key rows and of value rows.
+    pub codecs: (Codec, Codec),
+    /// Whether keys (and so queries) are rotated.
+    pub rotated: bool,
     /// Rows of each sequence.
     pub lengths: Vec<usize>,
     /// Rows next to each other, instead of in pages.
@@ -38,7 +41,16 @@ impl Attend {
     /// The decode step of Llama-3.1-8B's heads.
     pub fn new(codec: Codec, lengths: Vec<usize>) -> Self {
         let dtype = if codec == Codec::F16 { Dtype::F16 } else { Dtype::Bf16 };
-        Self { part: Part::Attend, dtype, codec, lengths, contiguous: false, heads: (32, 8), dim: 128 }
+        Self {
+            part: Part::Attend,
+            dtype,
+            codecs: (codec, codec),
+            rotated: false,
+            lengths,
+            contiguous: false,
+            heads: (32, 8),
+            dim: 128,
+        }
     }
 
     fn longest(&self) -> usize {
@@ -50,15 +62,22 @@ impl Attend {
         self.lengths.len() * self.longest().div_ceil(HEAD_PAGE_ROWS) * self.heads.1
     }
 
-    /// Of a head's key or value.
+    /// Of a head's key and value.
     fn row_bytes(&self) -> usize {
-        self.codec.row_bytes(self.dim) + self.codec.params_bytes(self.dim, self.dim)
+        let side = |codec: Codec| codec.row_bytes(self.dim) + codec.params_bytes(self.dim, self.dim);
+        side(self.codecs.0) + side(self.codecs.1)
+    }
+
+    /// `int4+hadamard`, or `int8-int4` where keys and values differ.
+    fn format_name(&self) -> String {
+        let keys = format!("{}{}", codec_name(self.codecs.0), if self.rotated { "+hadamard" } else { "" });
+        if self.codecs.0 == self.codecs.1 { keys } else { format!("{keys}-{}", codec_name(self.codecs.1)) }
     }
 }
 
 impl Case for Attend {
     fn name(&self) -> String {
-        let codec = codec_name(self.codec);
+        let codec = self.format_name();
         let (b, t) = (self.lengths.len(), self.longest());
         let ragged = if self.lengths.iter().any(|&n| n != t) { "/ragged" } else { "" };
         let contiguous = if self.contiguous { "/contiguous" } else { "" };
@@ -69,7 +88,7 @@ impl Case for Attend {
     fn parameters(&self) -> Value {
         json!({
             "dtype": self.dtype.to_string(),
-            "codec": codec_name(self.codec),
+            "codec": self.format_name(),
             "batch": self.lengths.len(),
             "rows": self.lengths.iter().sum::<usize>(),
             "longest": self.longest(),
@@ -89,11 +108,11 @@ impl Case for Attend {
         let pages: usize = self.lengths.iter().map(|n| n.div_ceil(HEAD_PAGE_ROWS)).sum();
         let table = if self.contiguous { 0 } else { 4 * pages };
         let queries = b * self.heads.0 * (self.dim * (self.dtype.bytes() + 4) + 4);
-        2 * rows * self.heads.1 * self.row_bytes() + table + 4 * b + queries
+        rows * self.heads.1 * self.row_bytes() + table + 4 * b + queries
     }
 
     fn set_bytes(&self) -> usize {
-        2 * self.head_pages() * HEAD_PAGE_ROWS * self.row_bytes()
+        self.head_pages() * HEAD_PAGE_ROWS * self.row_bytes()
     }
 
     fn max_sets(&self) -> usize {
@@ -102,10 +121,17 @@ impl Case for Attend {
 
     fn prepare(&self, rig: &Rig, sets: usize) -> Result<Box<dyn Launches>> {
         let (b, device) = (self.lengths.len(), &rig.device);
-        let segment = SegmentShape { codec: self.codec, max_rows: self.longest().next_multiple_of(HEAD_PAGE_ROWS) };
+        let segment = SegmentShape {
+            keys: Format { hadamard: self.rotated, ..self.codecs.0.into() },
+            values: self.codecs.1.into(),
+            max_rows: self.longest().next_multiple_of(HEAD_PAGE_ROWS),
+        };
         let plan = AttendShape::new(self.dtype, b, self.heads, 1, self.dim, segment).plan(device)?;
-        let block = RowBlock::new(rig, self.codec, self.dim, self.head_pages());
-        let cache = |_| Ok((block.fill(rig, self.head_pages())?, block.fill(rig, self.head_pages())?));
+        let (keys, values) = (
+            RowBlock::new(rig, self.codecs.0, self.dim, self.head_pages()),
+            RowBlock::new(rig, self.codecs.1, self.dim, self.head_pages()),
+        );
+        let cache = |_| Ok((keys.fill(rig, self.head_pages())?, values.fill(rig, self.head_pages())?));
         let queries = b * self.heads.0;
         let mut buffers = Buffers {
             case: self.clone(),
@@ -146,12 +172,13 @@ impl Buffers {
         set: usize,
         f: impl FnOnce(&AttendPlan, &mut AttendArgs<'_>, &mut WorkList, &mut Workspace) -> Result<()>,
     ) -> Result<()> {
-        let Attend { codec, dim, heads, .. } = self.case;
+        let Attend { codecs, dim, heads, .. } = self.case;
         let (keys, values) = &self.caches[set];
         let segments = [Segment {
             rows: self.pages.rows(),
-            keys: self.pages.pool(keys.view(), heads.1, codec, dim),
-            values: self.pages.pool(values.view(), heads.1, codec, dim),
+            keys: self.pages.pool(keys.view(), heads.1, codecs.0, dim),
+            values: self.pages.pool(values.view(), heads.1, codecs.1, dim),
+            scales: Default::default(),
         }];
         let mut args = AttendArgs {
             q: self.q.view(),

@@ -10,27 +10,26 @@
 // merged by the CTA that arrives last, in split order, so that results are equal bit for bit from run to run.
 //
 // Floor: bytes of the rows / read bandwidth. Llama-3.1-8B shape (8 kv heads, d = 128, 128K rows, batch 1):
-// bf16 0.54 GB, 125 us at 4.3 TB/s; int8 0.27 GB, 63 us. In flight on Hopper: 2 stages x 8 KB x 4 warps x 2 CTAs =
+// bf16 0.54 GB, 125 us at 4.3 TB/s. In flight on Hopper: 2 stages x 8 KB x 4 warps x 2 CTAs =
 // 128 KB an SM. Main-loop instructions per 16 rows and the issue time they imply: ledger/static.json.
 #pragma once
-#include "attend/warp.cuh"
+#include "attend/columns.cuh"
+#include "attend/state.cuh"
 #include "attend/work_list.cuh"
 
 namespace kvlar::attend {
 
-template <int D, int NT, class T, bool kInt8> struct Cta {
-  using Warp = WarpAttend<D, NT, T, kInt8>;
-  using Tiles = Tiling<D, kInt8>;
-  static constexpr int kColumns = 8 * NT, kWarps = Tiles::kWarps, kThreads = Tiles::kThreads;
+template <class Warp> struct Cta {
+  static constexpr int D = Warp::kDim, NT = Warp::kTiles, kColumns = 8 * NT, kWarps = Warp::kWarps, kThreads = Warp::kThreads;
   static constexpr int kScratchRow = D + 4;  // floats a column in the merge of warps: conflict-free stores
-  static_assert(kWarps * kColumns * (kScratchRow + 2) * 4 <= Tiles::kLeastShared, "the merge reuses the ring");
+  static_assert(kWarps * kColumns * (kScratchRow + 2) * 4 <= Warp::kLeastShared, "the merge reuses the ring");
 
   const KvlarAttend& p;
-  typename Warp::Shared& shared;
+  SharedUnit& shared;
   unsigned char* const raw;
   const int t;
 
-  __device__ Cta(const KvlarAttend& params, typename Warp::Shared& unit, unsigned char* memory)
+  __device__ Cta(const KvlarAttend& params, SharedUnit& unit, unsigned char* memory)
       : p(params), shared(unit), raw(memory), t(int(threadIdx.x)) {}
 
   __device__ float* scratch(int warp, int column) const {
@@ -57,8 +56,8 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
     }
   }
 
-  // Sums of the lane's rows become sums of the warp's; the int8 offset and zeros enter here, once.
-  __device__ void store_warp(typename Warp::State& state, const Lane& at) const {
+  // Sums of the lane's rows become sums of the warp's.
+  __device__ void store_warp(const ColumnState<D, NT>& state, const Lane& at) const {
     const int warp = t / 32;
 #pragma unroll
     for (int n = 0; n < NT; ++n)
@@ -66,13 +65,11 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
       for (int e = 0; e < 2; ++e) {
         const int column = 8 * n + 2 * at.c + e;
         const float sum = column_sum(state.sum[n][e]);
-        float shift = 0.f;
-        if constexpr (kInt8) shift = column_sum(state.zero[n][e]) - 1024.f * state.weight[n][e];
         float* row = scratch(warp, column);
 #pragma unroll
         for (int i = 0; i < D / 16; ++i) {
-          row[Warp::Dims::at(i, at.g, 0)] = state.o[i][n][e] + shift;
-          row[Warp::Dims::at(i, at.g, 1)] = state.o[i][n][e + 2] + shift;
+          row[Warp::Dims::at(i, at.g, 0)] = state.o[i][n][e];
+          row[Warp::Dims::at(i, at.g, 1)] = state.o[i][n][e + 2];
         }
         if (at.g == 0) {
           scratch_state(warp, column)[0] = state.top[n][e];
@@ -106,7 +103,8 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
     const int64_t at = shared.unit.seq * p.out_seq_stride + head * p.out_head_stride + row * p.out_row_stride + dim;
     x.x *= factor; x.y *= factor; x.z *= factor; x.w *= factor;
     if (p.out_dtype == KVLAR_DTYPE_F32) *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = x;
-    else *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + at) = make_uint2(Half16<T>::pack(x.x, x.y), Half16<T>::pack(x.z, x.w));
+    else if (p.out_dtype == KVLAR_DTYPE_F16) *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + at) = make_uint2(ptx::pack_f16(x.x, x.y), ptx::pack_f16(x.z, x.w));
+    else *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + at) = make_uint2(ptx::pack_bf16(x.x, x.y), ptx::pack_bf16(x.z, x.w));
   }
 
   __device__ static void add_scaled(float4& sum, float factor, float4 x) {
@@ -173,9 +171,16 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
       const Share share = share_of(p, cells, ctas, cta, cell, cell_end, start, end, shared.unit.tile_count);
       {
         Warp warp(p, shared, raw);
-        warp.load_queries();
-        warp.clear();
-        warp.take_tiles(shared.unit.first_tile + share.tile, shared.unit.first_tile + share.tile_end);
+        if constexpr (Warp::kPrepares) {  // queries, in what will be the rings
+          warp.prepare(reinterpret_cast<float*>(raw));
+          __syncthreads();
+          warp.start(reinterpret_cast<const float*>(raw));
+          __syncthreads();
+        } else {
+          warp.start();
+        }
+        warp.take(shared.unit.first_tile + share.tile, shared.unit.first_tile + share.tile_end);
+        warp.finish();
         __syncthreads();  // all rings are drained: their memory becomes scratch
         store_warp(warp.state, warp.at);
       }
@@ -191,11 +196,10 @@ template <int D, int NT, class T, bool kInt8> struct Cta {
 
 }  // namespace kvlar::attend
 
-// One entry point; GPU_EXPORT(name) follows it.
-#define KVLAR_ATTEND_ENTRY(name, D, NT, T, kInt8)                                                                    \
-  extern "C" __global__ void __launch_bounds__(kvlar::attend::Tiling<D, kInt8>::kThreads, 2)                           \
-      name(const __grid_constant__ KvlarAttend p) {                                                                   \
-    GPU_DYN_SMEM(raw);                                                                                                \
-    __shared__ kvlar::attend::WarpAttend<D, NT, T, kInt8>::Shared shared;                                             \
-    kvlar::attend::Cta<D, NT, T, kInt8>(p, shared, raw).run();                                                        \
+// One entry point of the warp that follows its name; GPU_EXPORT(name) follows it.
+#define KVLAR_ATTEND_ENTRY(name, ...)                                                                              \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__::kThreads, 2) name(const __grid_constant__ KvlarAttend p) { \
+    GPU_DYN_SMEM(raw);                                                                                             \
+    __shared__ kvlar::attend::SharedUnit shared;                                                                   \
+    kvlar::attend::Cta<__VA_ARGS__>(p, shared, raw).run();                                                         \
   }

@@ -16,7 +16,7 @@ template <int D, bool kStrided> struct OutputDims {
 };
 
 template <int D, int NT, class T> struct DenseTile {
-  static constexpr int kRows = Tiling<D, false>::kDenseRows, kBlocks = kRows / 16, kSteps = D / 16;
+  static constexpr int kRows = Tiling<D>::kRows, kBlocks = kRows / 16, kSteps = D / 16;
   using Layout = DenseLayout<D>;
 
   // s[b] += K[rows 16b..] q^T

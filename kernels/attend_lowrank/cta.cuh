@@ -198,7 +198,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
 
   __device__ bool int8_latent_values() const {
     bool yes = false;
-    FOR_EACH_SEGMENT(p, s) yes = yes || (is_latent(p, s) && p.segments[s].value_codec == KVLAR_CODEC_INT8);
+    FOR_EACH_SEGMENT(p, s) yes = yes || (is_latent(p, s) && p.segments[s].value_format.codec == KVLAR_CODEC_INT8);
     return kInt8 && yes;
   }
 

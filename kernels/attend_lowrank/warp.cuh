@@ -95,7 +95,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     if (!lowrank.value_rank) {
       const uint32_t bytes = uint32_t(kLatentRows * 16 * wide_chunks(width));
       for (int h = 0; h < unit.heads; ++h) issue_wide<kLatentRows>(rows, to + h * bytes, s.values, unit.head[h], 0, width);
-    } else if (kInt8 && s.value_codec == KVLAR_CODEC_INT8) {
+    } else if (kInt8 && s.value_format.codec == KVLAR_CODEC_INT8) {
       const char* values = head_rows(s.values, unit.seq, unit.value_group);
       copy_rows<kLatentRows, 2>(lane, to, values + slice_first(slice), s.values, rows, page_mask, width / 16, width / 16);
       attend::copy_words<kLatentRows>(lane, stage + lowrank.shared.stage_value_params, values + s.values.params_offset,
@@ -136,7 +136,7 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     const ptx::smem values_s = tile_s + lowrank.shared.stage_values;
     Weights<2, NT> weights;
     if constexpr (kInt8) {
-      if (lowrank.value_rank && segment.value_codec == KVLAR_CODEC_INT8) {
+      if (lowrank.value_rank && segment.value_format.codec == KVLAR_CODEC_INT8) {
         ValueAffine<2> value_affine;
         value_affine.load(tile + lowrank.shared.stage_value_params, s, state, at);
         weigh_int8(weights, state, s, value_affine);

@@ -2,7 +2,9 @@
 // 16-bit row is one 16-byte access a lane. Bit-equal to the reference: see its codec module for the rules.
 #pragma once
 #include "abi.h"
-#include "device/gpu.cuh"
+#include "device/affine.cuh"
+#include "device/fp8.cuh"
+#include "device/hadamard.cuh"
 
 namespace kvlar {
 
@@ -52,28 +54,15 @@ __device__ inline void load_dense(float (&x)[kLaneDims], const void* row, uint32
   }
 }
 
-// ---- int8
+// ---- integer codes
 
-struct Affine { float scale, zero; };
-
-__device__ inline float half_of(uint32_t x) { return ptx::unpack_f16(x).x; }
-__device__ inline uint32_t pack_affine(Affine a) { return ptx::pack_f16(a.scale, a.zero); }
-__device__ inline float quiet_nan() { return __uint_as_float(0x7fc00000u); }
-
-// Scale and zero of values between low and high, as fp16 holds them; NaN if they or the values are not finite.
-__device__ inline Affine affine_of(float low, float high, bool finite) {
-  Affine a = {half_of(ptx::pack_f16(__fdiv_rn(__fsub_rn(high, low), 255.f), 0.f)), half_of(ptx::pack_f16(low, 0.f))};
-  finite = finite && fabsf(a.scale) < INFINITY && fabsf(a.zero) < INFINITY;
-  if (!finite) a.scale = a.zero = quiet_nan();
-  return a;
-}
-__device__ inline uint32_t code_of(float x, Affine a) {
-  if (!(a.scale > 0.f)) return 0;
-  return uint32_t(fminf(fmaxf(rintf(__fdiv_rn(__fsub_rn(x, a.zero), a.scale)), 0.f), 255.f));
+// Bits of an integer code; 0 for other codecs.
+__device__ inline int code_bits(uint32_t codec) {
+  return codec == KVLAR_CODEC_INT8 ? 8 : codec == KVLAR_CODEC_INT4 ? 4 : codec == KVLAR_CODEC_INT2 ? 2 : 0;
 }
 
 // The group of each of a lane's values, for a group that lanes share (a power of two of them, or the whole row).
-__device__ inline Affine lane_affine(const float (&x)[kLaneDims], int dim, int group, int lane) {
+__device__ inline Affine lane_affine(const float (&x)[kLaneDims], int dim, int group, int lane, float levels) {
   float low = INFINITY, high = -INFINITY;
   bool finite = true;
   if (kLaneDims * lane < dim) {
@@ -90,18 +79,32 @@ __device__ inline Affine lane_affine(const float (&x)[kLaneDims], int dim, int g
     high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
     finite = __shfl_xor_sync(0xffffffffu, int(finite), step) && finite;
   }
-  return affine_of(low, high, finite);
+  return affine_of(low, high, finite, levels);
 }
 
-__device__ inline void store_int8(RowPlace to, const float (&x)[kLaneDims], float* scratch, int dim, int group, int lane) {
+// A lane's eight codes, a byte each, as `bits` bytes of the row; padding up to 16 bytes is 0.
+__device__ inline void store_codes(char* codes, const uint32_t (&code)[kLaneDims], int bits, int dim, int lane) {
+  if (bits * lane >= ((dim * bits + 7) / 8 + 15) / 16 * 16) return;
+  uint32_t low = 0, high = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneDims; ++i) {
+    if (bits * i < 32) low |= code[i] << (bits * i); else high |= code[i] << (bits * i - 32);
+  }
+  if (bits == 8) *reinterpret_cast<uint2*>(codes + 8 * lane) = make_uint2(low, high);
+  else if (bits == 4) *reinterpret_cast<uint32_t*>(codes + 4 * lane) = low;
+  else *reinterpret_cast<uint16_t*>(codes + 2 * lane) = uint16_t(low);
+}
+
+__device__ inline void store_integers(RowPlace to, const float (&x)[kLaneDims], float* scratch, int bits, int dim, int group, int lane) {
   const int first = kLaneDims * lane, lanes = group / kLaneDims;
+  const float levels = float((1 << bits) - 1);
   uint32_t codes[kLaneDims] = {};
   if (group == dim || (group % kLaneDims == 0 && (lanes & (lanes - 1)) == 0)) {
-    const Affine a = lane_affine(x, dim, group, lane);
+    const Affine a = lane_affine(x, dim, group, lane, levels);
     if (first < dim) {
       if (first % group == 0) reinterpret_cast<uint32_t*>(to.params)[first / group] = pack_affine(a);
 #pragma unroll
-      for (int i = 0; i < kLaneDims; ++i) codes[i] = code_of(x[i], a);
+      for (int i = 0; i < kLaneDims; ++i) codes[i] = code_of(x[i], a, levels);
     }
   } else {  // any other divisor: each lane works out the groups it stands in, from the row in shared memory
     if (first < dim)
@@ -118,46 +121,63 @@ __device__ inline void store_int8(RowPlace to, const float (&x)[kLaneDims], floa
           high = fmaxf(high, scratch[j]);
           finite = finite && fabsf(scratch[j]) < INFINITY;
         }
-        const Affine a = affine_of(low, high, finite);
+        const Affine a = affine_of(low, high, finite, levels);
         if (start == first + i) reinterpret_cast<uint32_t*>(to.params)[start / group] = pack_affine(a);
-        codes[i] = code_of(x[i], a);
+        codes[i] = code_of(x[i], a, levels);
       }
     __syncwarp();
   }
-  if (first < (dim + 15) / 16 * 16)  // padding bytes are 0
-    *reinterpret_cast<uint2*>(to.codes + first) = make_uint2(codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24,
-                                                             codes[4] | codes[5] << 8 | codes[6] << 16 | codes[7] << 24);
+  store_codes(to.codes, codes, bits, dim, lane);
 }
 
 // ---- rows of any codec
 
-// `scratch` is shared memory of the warp for kMaxDim floats.
-__device__ inline void store_row(RowPlace to, uint32_t codec, const float (&x)[kLaneDims], float* scratch, int dim, int group, int lane) {
-  if (codec == KVLAR_CODEC_INT8) {
-    store_int8(to, x, scratch, dim, group, lane);
+__device__ inline float fp8_scale(const KvlarFormat& format, int head) { return format.scales ? __ldg(format.scales + head) : 1.f; }
+
+// `scratch` is shared memory of the warp for kMaxDim floats; `x` is rotated where the format says so.
+__device__ inline void store_row(RowPlace to, const KvlarFormat& format, int head, float (&x)[kLaneDims], float* scratch, int dim, int lane) {
+  if (format.hadamard) hadamard(x, dim, lane);
+  const int bits = code_bits(format.codec);
+  if (bits) {
+    store_integers(to, x, scratch, bits, dim, int(format.group), lane);
+  } else if (format.codec == KVLAR_CODEC_FP8) {
+    const float scale = fp8_scale(format, head);
+    uint32_t codes[kLaneDims];
+#pragma unroll
+    for (int i = 0; i < kLaneDims; ++i) codes[i] = kLaneDims * lane < dim ? to_e4m3(__fdiv_rn(x[i], scale)) : 0u;
+    store_codes(to.codes, codes, 8, dim, lane);
   } else if (kLaneDims * lane < dim) {
     uint32_t w[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      w[i] = codec == KVLAR_CODEC_F16 ? ptx::pack_f16(x[2 * i], x[2 * i + 1]) : ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
+      w[i] = format.codec == KVLAR_CODEC_F16 ? ptx::pack_f16(x[2 * i], x[2 * i + 1]) : ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
     *reinterpret_cast<uint4*>(to.codes + 2 * kLaneDims * lane) = make_uint4(w[0], w[1], w[2], w[3]);
   }
 }
 
-__device__ inline void load_row(float (&x)[kLaneDims], RowPlace from, uint32_t codec, int dim, int group, int lane) {
-  if (codec != KVLAR_CODEC_INT8) {
-    load_dense(x, from.codes, codec == KVLAR_CODEC_F16 ? KVLAR_DTYPE_F16 : KVLAR_DTYPE_BF16, dim, lane);
-    return;
-  }
-  const int first = kLaneDims * lane;
+// All lanes of the warp call it.
+__device__ inline void load_row(float (&x)[kLaneDims], RowPlace from, const KvlarFormat& format, int head, int dim, int lane) {
+  const int bits = code_bits(format.codec), first = kLaneDims * lane;
+  if (!bits && format.codec != KVLAR_CODEC_FP8) {
+    load_dense(x, from.codes, format.codec == KVLAR_CODEC_F16 ? KVLAR_DTYPE_F16 : KVLAR_DTYPE_BF16, dim, lane);
+  } else {
+    const float scale = bits ? 0.f : fp8_scale(format, head);
+    const int width = bits ? bits : 8;
 #pragma unroll
-  for (int i = 0; i < kLaneDims; ++i) {
-    x[i] = 0.f;
-    if (first < dim) {
-      const float2 a = ptx::unpack_f16(__ldg(reinterpret_cast<const uint32_t*>(from.params) + (first + i) / group));
-      x[i] = __fmaf_rn(float(__ldg(reinterpret_cast<const uint8_t*>(from.codes) + first + i)), a.x, a.y);
+    for (int i = 0; i < kLaneDims; ++i) {
+      x[i] = 0.f;
+      if (first >= dim) continue;
+      const uint32_t byte = __ldg(reinterpret_cast<const uint8_t*>(from.codes) + (first + i) * width / 8);
+      const uint32_t code = byte >> ((first + i) * width % 8) & ((1u << width) - 1);
+      if (bits) {
+        const float2 a = ptx::unpack_f16(__ldg(reinterpret_cast<const uint32_t*>(from.params) + (first + i) / int(format.group)));
+        x[i] = __fmaf_rn(float(code), a.x, a.y);
+      } else {
+        x[i] = __fmul_rn(scale, from_e4m3(code));
+      }
     }
   }
+  if (format.hadamard) hadamard(x, dim, lane);
 }
 
 }  // namespace kvlar

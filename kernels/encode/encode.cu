@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_encode(const __grid_cons
   const int64_t offset = at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride;
   load_dense(x, static_cast<const char*>(p.x) + offset * (p.dtype == KVLAR_DTYPE_F32 ? 4 : 2), p.dtype, int(p.dim), lane);
   const int in_page = at.row & ((1 << p.rows.page_rows_log2) - 1);
-  store_row(place_row(p.pool, at.seq, at.head, page, in_page), p.codec, x, scratch[threadIdx.x / 32], int(p.dim), int(p.group), lane);
+  store_row(place_row(p.pool, at.seq, at.head, page, in_page), p.format, at.head, x, scratch[threadIdx.x / 32], int(p.dim), lane);
 }
 GPU_EXPORT(kvlar_encode)
 
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_decode(const __grid_cons
   if (at.row < length) {
     const int page = checked_page(p.rows, p.pool.page_count, at.seq, at.head, at.row, p.status);
     const int in_page = at.row & ((1 << p.rows.page_rows_log2) - 1);
-    if (page >= 0) load_row(x, place_row(p.pool, at.seq, at.head, page, in_page), p.codec, int(p.dim), int(p.group), lane);
+    if (page >= 0) load_row(x, place_row(p.pool, at.seq, at.head, page, in_page), p.format, at.head, int(p.dim), lane);
   }
   if (kLaneDims * lane >= int(p.dim)) return;
   float* out = static_cast<float*>(p.x) + at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride + kLaneDims * lane;

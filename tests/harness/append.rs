@@ -1,8 +1,8 @@
 //! Cases of append: random rows into random pages, checked byte for byte.
 
-use crate::pages::{DevicePages, Layout, Pages};
+use crate::pages::{DevicePages, Layout, Pages, RowFormat};
 use crate::{Lab, reference_dtype};
-use kvlar::{AppendArgs, AppendShape, Codec, Dtype, Rope, RopeLayout, Strides, Workspace};
+use kvlar::{AppendArgs, AppendShape, Buffer, Dtype, Format, Rope, RopeLayout, Scales, Strides, Workspace};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
 use kvlar_reference::{Rope as Rotation, RopeScaling};
@@ -11,8 +11,8 @@ use kvlar_reference::{Rope as Rotation, RopeScaling};
 #[derive(Clone, Debug)]
 pub struct AppendCase {
     pub dtype: Dtype,
-    pub key_codec: (Codec, usize),
-    pub value_codec: (Codec, usize),
+    pub keys: RowFormat,
+    pub values: RowFormat,
     pub layout: Layout,
     pub seqs: usize,
     pub heads: usize,
@@ -34,11 +34,12 @@ fn half_split(dim: usize) -> Rotation {
 
 impl AppendCase {
     /// Two sequences of three heads, five new rows in pages of 16.
-    pub fn new(dtype: Dtype, codec: Codec, dim: usize) -> Self {
+    pub fn new(dtype: Dtype, format: impl Into<Format>, dim: usize) -> Self {
+        let rows = RowFormat::from(format);
         Self {
             dtype,
-            key_codec: (codec, dim),
-            value_codec: (codec, dim),
+            keys: rows.clone(),
+            values: rows,
             layout: Layout::Hnd(16),
             seqs: 2,
             heads: 3,
@@ -73,9 +74,9 @@ impl AppendCase {
         let slots = self.slots.clone().unwrap_or_else(|| (0..b).flat_map(|_| 0..s as i32).collect());
         let pages = Pages::new(&mut rng, self.layout, b, h, self.capacity, &vec![0; b]).with_full_table(&mut rng);
         let on_device = DevicePages::upload(lab, &pages);
-        let (kc, vc) = (self.key_codec, self.value_codec);
-        let mut keys = lab.poisoned(pages.pool_bytes(kc.0, d, kc.1));
-        let mut values = lab.poisoned(pages.pool_bytes(vc.0, dv, vc.1));
+        let (kc, vc) = (&self.keys, &self.values);
+        let mut keys = lab.poisoned(pages.pool_bytes(kc, d));
+        let mut values = lab.poisoned(pages.pool_bytes(vc, dv));
         let mut row_positions = lab.poisoned(4 * pages.position_count());
         let order = |x: &[f32], dim: usize| -> Vec<f32> {
             let from = |seq: usize, row: usize, head: usize| &x[((seq * h + head) * s + row) * dim..][..dim];
@@ -90,8 +91,8 @@ impl AppendCase {
         let inv_freq = lab.upload(&self.rope.inv_freq);
         let shape = AppendShape {
             dtype: self.dtype,
-            key_codec: kc,
-            value_codec: vc,
+            key_format: kc.format,
+            value_format: vc.format,
             seqs: b,
             kv_heads: h,
             new_rows: s,
@@ -99,6 +100,7 @@ impl AppendCase {
             value_dim: dv,
         };
         let plan = shape.plan(&lab.device).expect("a plan");
+        let (key_scales, value_scales) = (kc.upload(lab), vc.upload(lab));
         let mut workspace = Workspace::new(&lab.device, Default::default()).expect("a workspace");
         let mut args = AppendArgs {
             k: k_in.view(),
@@ -116,8 +118,9 @@ impl AppendCase {
             }),
             rows: on_device.rows(),
             row_positions: Some(row_positions.view_mut()),
-            keys: pages.pool(keys.view_mut(), kc.0, d, kc.1),
-            values: pages.pool(values.view_mut(), vc.0, dv, vc.1),
+            keys: pages.pool(keys.view_mut(), kc, d),
+            values: pages.pool(values.view_mut(), vc, dv),
+            scales: Scales { keys: key_scales.as_ref().map(Buffer::view), values: value_scales.as_ref().map(Buffer::view) },
         };
         if matches!(self.layout, Layout::PerHead(_)) {
             args.rows.positions = None;
@@ -130,7 +133,7 @@ impl AppendCase {
         let mut expected_positions = vec![-1; stored.len()];
         let mut bad_slot = false;
         let (key_tolerance, value_tolerance) =
-            (Tolerance::append(kc.0.reference(), f64::from(self.rope.attention_factor) * 5.0), Tolerance::EXACT);
+            (Tolerance::append(kc.format.codec.reference(), f64::from(self.rope.attention_factor) * 5.0), Tolerance::EXACT);
         for (seq, head, row) in (0..b).flat_map(|q| (0..h).flat_map(move |g| (0..s).map(move |r| (q, g, r)))) {
             let slot = self.slot(&slots, seq, head, row);
             bad_slot |= slot >= self.capacity as i32;
@@ -143,17 +146,17 @@ impl AppendCase {
             expected_positions[pages.position_index(seq, head, slot as usize)] = position;
             let rotated = self.rope.rotate(&k[from * d..][..d], i64::from(position));
             let mut scratch = vec![0u8; keys.len().max(values.len())];
-            let key = pages.store(&mut scratch, at, &rotated, kc.0, kc.1);
-            let value = pages.store(&mut scratch, at, &v[from * dv..][..dv], vc.0, vc.1);
-            let compare = |pool: &[u8], expected: &[f32], (codec, group): (Codec, usize), tolerance, what: &str| {
-                let actual = pages.load(pool, at, expected.len(), codec, group);
+            let key = pages.store(&mut scratch, at, &rotated, kc);
+            let value = pages.store(&mut scratch, at, &v[from * dv..][..dv], vc);
+            let compare = |pool: &[u8], expected: &[f32], rows: &RowFormat, tolerance, what: &str| {
+                let actual = pages.load(pool, at, expected.len(), rows);
                 kvlar_reference::compare::compare(&actual, expected, tolerance)
                     .unwrap_or_else(|e| panic!("{what} row {row} of sequence {seq} head {head} at {slot}: {e}"));
             };
             compare(&keys, &key, kc, key_tolerance, "key");
             compare(&values, &value, vc, value_tolerance, "value");
-            pages.poison(&mut keys, at, d, kc.0, kc.1);
-            pages.poison(&mut values, at, dv, vc.0, vc.1);
+            pages.poison(&mut keys, at, d, kc);
+            pages.poison(&mut values, at, dv, vc);
         }
         assert!(keys.iter().chain(&values).all(|&x| x == 0xff), "bytes of other rows were written");
         assert_eq!(stored, expected_positions);

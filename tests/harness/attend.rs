@@ -1,26 +1,41 @@
 //! Cases of attention: random data in random pages, run on a device and by the reference.
 
 use crate::heads::{self, HeadRows};
-use crate::pages::{DevicePages, Layout, Pages};
+use crate::pages::{DevicePages, Layout, Pages, RowFormat};
 use crate::{Lab, once_a_case, reference_dtype};
 use kvlar::{
-    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Schedule, Segment, SegmentShape, Status, Strides, WorkList,
-    Workspace,
+    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Format, Scales, Schedule, Segment, SegmentShape, Status, Strides,
+    WorkList, Workspace,
 };
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
-use kvlar_reference::{AttendInput, Attended};
+use kvlar_reference::{AttendInput, Attended, hadamard};
 
 /// A segment of a case.
 #[derive(Clone, Debug)]
 pub struct SegmentCase {
-    pub codec: Codec,
+    pub keys: RowFormat,
+    pub values: RowFormat,
     pub layout: Layout,
     pub capacity: usize,
     /// `[B]` or `[B, Hk]`.
     pub lengths: Vec<usize>,
     /// Store positions, with gaps.
     pub positions: bool,
+}
+
+impl SegmentCase {
+    /// Keys and values of one format, in as many rows as the longest sequence has.
+    pub fn new(format: impl Into<Format>, layout: Layout, lengths: &[usize]) -> Self {
+        let rows = RowFormat::from(format);
+        let capacity = lengths.iter().copied().max().unwrap_or(0).max(1);
+        Self { keys: rows.clone(), values: rows, layout, capacity, lengths: lengths.to_vec(), positions: false }
+    }
+
+    /// Stores both so.
+    pub fn set_formats(&mut self, keys: impl Into<Format>, values: impl Into<Format>) {
+        (self.keys, self.values) = (keys.into().into(), values.into().into());
+    }
 }
 
 /// A case: all that decides the input is here.
@@ -42,8 +57,15 @@ pub struct AttendCase {
     /// q and out as `[B, S, Hq, d]`.
     pub rows_first: bool,
     pub schedule: Schedule,
+    /// Queries are rounded to 8 bits first.
+    pub int8_queries: bool,
     /// The values of each head's last row hold an infinity.
     pub broken: bool,
+    /// Keys (values) of each head's third row hold a NaN.
+    pub nan_key: bool,
+    pub nan_value: bool,
+    /// Each key and value row holds one number.
+    pub constant: bool,
     /// Size of the queries: logits are about as large.
     pub q_size: f32,
     pub seed: u64,
@@ -53,7 +75,6 @@ impl AttendCase {
     /// One dense segment in pages of 16, one query row.
     pub fn new(dtype: Dtype, heads: (usize, usize), head_dim: usize, lengths: &[usize]) -> Self {
         let codec = Option::<Codec>::from(dtype).expect("a 16-bit type");
-        let capacity = lengths.iter().copied().max().unwrap_or(0).max(1);
         Self {
             dtype,
             out_dtype: Dtype::F32,
@@ -63,14 +84,18 @@ impl AttendCase {
             query_rows: 1,
             head_dim,
             value_dim: head_dim,
-            segments: vec![SegmentCase { codec, layout: Layout::Hnd(16), capacity, lengths: lengths.to_vec(), positions: false }],
+            segments: vec![SegmentCase::new(codec, Layout::Hnd(16), lengths)],
             softcap: 0.0,
             window: 0,
             sinks: false,
             q_positions: false,
             rows_first: false,
             schedule: Schedule::Balanced,
+            int8_queries: false,
             broken: false,
+            nan_key: false,
+            nan_value: false,
+            constant: false,
             q_size: 1.0,
             seed: 1,
         }
@@ -84,7 +109,7 @@ impl AttendCase {
     pub fn shape(&self) -> AttendShape {
         let mut segments = [None; kvlar::MAX_SEGMENTS];
         for (to, s) in segments.iter_mut().zip(&self.segments) {
-            *to = Some(SegmentShape { codec: s.codec, max_rows: s.capacity });
+            *to = Some(SegmentShape { keys: s.keys.format, values: s.values.format, max_rows: s.capacity });
         }
         AttendShape {
             out_dtype: self.out_dtype,
@@ -93,13 +118,14 @@ impl AttendCase {
             softcap: self.softcap,
             window: self.window,
             schedule: self.schedule,
+            int8_queries: self.int8_queries,
             ..AttendShape::new(
                 self.dtype,
                 self.seqs,
                 (self.q_heads, self.kv_heads),
                 self.query_rows,
                 self.head_dim,
-                SegmentShape { codec: Codec::Bf16, max_rows: 0 },
+                SegmentShape::new(Codec::Bf16, 0),
             )
         }
     }
@@ -154,18 +180,28 @@ impl AttendData {
                 pages = pages.with_positions(|seq, head, row| (row * 2 + row / 5 + seq + if per_head { head } else { 0 }) as i32);
             }
             let (d, dv) = (case.head_dim, case.value_dim);
-            let mut keys = vec![0xffu8; pages.pool_bytes(s.codec, d, d)];
-            let mut values = vec![0xffu8; pages.pool_bytes(s.codec, dv, dv)];
+            let mut keys = vec![0xffu8; pages.pool_bytes(&s.keys, d)];
+            let mut values = vec![0xffu8; pages.pool_bytes(&s.values, dv)];
             let mut rows = Vec::new();
             for (seq, head) in (0..b).flat_map(|s| (0..hk).map(move |h| (s, h))) {
                 let mut all = HeadData::default();
                 for row in 0..pages.length(seq, head) {
-                    let (k, mut v) = (rng.normals(d, 1.0), rng.normals(dv, 1.0));
+                    let (mut k, mut v) = (rng.normals(d, 1.0), rng.normals(dv, 1.0));
+                    if case.constant {
+                        k = vec![k[0]; d];
+                        v = vec![v[0]; dv];
+                    }
+                    if row == 2 && case.nan_key {
+                        k[d / 3] = f32::NAN;
+                    }
+                    if row == 2 && case.nan_value {
+                        v[dv / 3] = f32::NAN;
+                    }
                     if case.broken && row + 1 == pages.length(seq, head) {
                         v[dv / 2] = f32::INFINITY;
                     }
-                    all.keys.extend(pages.store(&mut keys, (seq, head, row), &k, s.codec, d));
-                    all.values.extend(pages.store(&mut values, (seq, head, row), &v, s.codec, dv));
+                    all.keys.extend(pages.store(&mut keys, (seq, head, row), &k, &s.keys));
+                    all.values.extend(pages.store(&mut values, (seq, head, row), &v, &s.values));
                 }
                 rows.push(all);
             }
@@ -203,6 +239,8 @@ impl AttendData {
     /// By the reference, from dense tensors.
     pub fn expected(&self) -> Attended {
         let c = &self.case;
+        let rotated = c.segments.iter().any(|s| s.keys.format.hadamard);
+        let rounded = c.int8_queries.then(|| int8_queries(&self.q, c, rotated));
         let input = AttendInput {
             seqs: c.seqs,
             q_heads: c.q_heads,
@@ -210,7 +248,7 @@ impl AttendData {
             query_rows: c.query_rows,
             head_dim: c.head_dim,
             value_dim: c.value_dim,
-            q: &self.q,
+            q: rounded.as_ref().unwrap_or(&self.q),
             q_positions: self.q_positions.as_deref(),
             sink_logits: self.sinks.as_deref(),
             softcap: f64::from(c.softcap),
@@ -250,22 +288,18 @@ impl AttendData {
         self
     }
 
-    /// Bounds for the result: the loosest codec's.
+    /// Bounds for the result: the loosest segment's.
     pub fn tolerances(&self) -> (Tolerance, Tolerance) {
         let c = &self.case;
-        let int8 = c.segments.iter().any(|s| s.codec == Codec::Int8);
-        let codec = if int8 { kvlar_reference::Codec::Int8 } else { kvlar_reference::Codec::Bf16 };
         let rows = c.segments.iter().map(|s| s.capacity).sum();
         let dtype = reference_dtype(c.dtype);
-        // Dense rows beside integer rows still round their weights to q's type.
-        let weights = Tolerance::attend(dtype, kvlar_reference::Codec::Bf16, rows, 4.0);
-        let mut out = Tolerance::attend(dtype, codec, rows, 4.0);
-        if int8 && c.segments.iter().any(|s| s.codec != Codec::Int8) {
-            out.absolute = out.absolute.max(weights.absolute);
-            out.relative = out.relative.max(weights.relative);
-            out.cosine = out.cosine.max(weights.cosine);
-        }
-        (heads::rounded_to(c.out_dtype, out), Tolerance::lse(codec))
+        let loosest = |all: Vec<Tolerance>| {
+            let most = |of: fn(&Tolerance) -> f64| all.iter().map(of).fold(0.0, f64::max);
+            Tolerance { absolute: most(|t| t.absolute), relative: most(|t| t.relative), cosine: most(|t| t.cosine) }
+        };
+        let of = |f: &dyn Fn(&SegmentCase) -> Tolerance| loosest(c.segments.iter().map(f).collect());
+        let out = of(&|s| Tolerance::attend(dtype, s.values.format.codec.reference(), rows, 4.0));
+        (heads::rounded_to(c.out_dtype, out), of(&|s| Tolerance::lse(s.keys.format.codec.reference())))
     }
 }
 
@@ -278,7 +312,7 @@ pub struct AttendRun<'a> {
     q: Buffer,
     sinks: Option<Buffer>,
     q_positions: Option<Buffer>,
-    segments: Vec<(DevicePages, Buffer, Buffer)>,
+    segments: Vec<(DevicePages, Buffer, Buffer, [Option<Buffer>; 2])>,
     pub out: Buffer,
     pub lse: Buffer,
     pub work: WorkList,
@@ -300,7 +334,11 @@ impl<'a> AttendRun<'a> {
             segments: data
                 .segments
                 .iter()
-                .map(|s| (DevicePages::upload(lab, &s.pages), lab.upload(&s.keys), lab.upload(&s.values)))
+                .zip(&c.segments)
+                .map(|(s, case)| {
+                    let scales = [case.keys.upload(lab), case.values.upload(lab)];
+                    (DevicePages::upload(lab, &s.pages), lab.upload(&s.keys), lab.upload(&s.values), scales)
+                })
                 .collect(),
             out: lab.poisoned(rows * c.value_dim * c.out_dtype.bytes()),
             lse: lab.poisoned(rows * 4),
@@ -318,10 +356,11 @@ impl<'a> AttendRun<'a> {
             .iter()
             .zip(&self.data.segments)
             .zip(&c.segments)
-            .map(|(((rows, keys, values), host), s)| Segment {
+            .map(|(((rows, keys, values, scales), host), s)| Segment {
                 rows: rows.rows(),
-                keys: host.pages.pool(keys.view(), s.codec, c.head_dim, c.head_dim),
-                values: host.pages.pool(values.view(), s.codec, c.value_dim, c.value_dim),
+                keys: host.pages.pool(keys.view(), &s.keys, c.head_dim),
+                values: host.pages.pool(values.view(), &s.values, c.value_dim),
+                scales: Scales { keys: scales[0].as_ref().map(Buffer::view), values: scales[1].as_ref().map(Buffer::view) },
             })
             .collect();
         let mut args = AttendArgs {
@@ -378,6 +417,19 @@ impl<'a> AttendRun<'a> {
         let bytes = bytemuck::cast_slice(lengths);
         self.lab.stream.upload(&mut self.segments[segment].0.lengths, 0, bytes).expect("upload");
     }
+}
+
+/// Queries in 8 bits, one scale a (sequence, head), rotated first (and back) where keys are.
+fn int8_queries(q: &[f32], c: &AttendCase, rotated: bool) -> Vec<f32> {
+    let turn = |x: &[f32]| if rotated { hadamard(x).expect("a power of two") } else { x.to_vec() };
+    q.chunks(c.query_rows * c.head_dim)
+        .flat_map(|head| {
+            let rows: Vec<f32> = head.chunks(c.head_dim).flat_map(turn).collect();
+            let scale = rows.iter().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
+            let code = |x: &f32| if scale > 0.0 { (x / scale).round_ties_even() * scale } else { 0.0 };
+            rows.iter().map(code).collect::<Vec<_>>().chunks(c.head_dim).flat_map(turn).collect::<Vec<_>>()
+        })
+        .collect()
 }
 
 /// `[B, H, S, d]` to `[B, S, H, d]`.

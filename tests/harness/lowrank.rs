@@ -164,11 +164,10 @@ impl LowrankCase {
         let mut segments = [None; MAX_SEGMENTS];
         let mut latent_segments = [false; MAX_SEGMENTS];
         for (i, s) in self.segments.iter().enumerate() {
-            segments[i] =
-                Some(SegmentShape { codec: if s.latent { self.key_codec() } else { self.native() }, max_rows: s.capacity });
+            segments[i] = Some(SegmentShape::new(if s.latent { self.key_codec() } else { self.native() }, s.capacity));
             latent_segments[i] = s.latent;
         }
-        let rows = SegmentShape { codec: self.native(), max_rows: 0 };
+        let rows = SegmentShape::new(self.native(), 0);
         let heads = (self.q_heads, self.kv_heads);
         let attend = AttendShape {
             out_dtype: self.out_dtype,
@@ -287,8 +286,8 @@ impl LowrankData {
             let values =
                 if value_heads == key_heads { keys.clone() } else { Pages { heads: value_heads, lengths: most, ..keys.clone() } };
             let mut data = SegmentData {
-                key_bytes: vec![0xffu8; keys.pool_bytes(kc, kd, kd)],
-                value_bytes: vec![0xffu8; values.pool_bytes(vc, vd, vd)],
+                key_bytes: vec![0xffu8; keys.pool_bytes(&kc.into(), kd)],
+                value_bytes: vec![0xffu8; values.pool_bytes(&vc.into(), vd)],
                 lengths: (0..c.seqs)
                     .flat_map(|b| (0..c.kv_heads).map(move |h| (b, h)))
                     .map(|(b, h)| length(b, h) as i32)
@@ -300,7 +299,7 @@ impl LowrankData {
             };
             for (b, g) in (0..c.seqs).flat_map(|b| (0..key_heads).map(move |g| (b, g))) {
                 let rows = (0..data.keys.length(b, g))
-                    .flat_map(|row| data.keys.store(&mut data.key_bytes, (b, g, row), &rng.normals(kd, 1.0), kc, kd));
+                    .flat_map(|row| data.keys.store(&mut data.key_bytes, (b, g, row), &rng.normals(kd, 1.0), &kc.into()));
                 data.key_rows.push(rows.collect());
             }
             for (b, g) in (0..c.seqs).flat_map(|b| (0..value_heads).map(move |g| (b, g))) {
@@ -310,7 +309,7 @@ impl LowrankData {
                     if c.broken && s.latent && row + 1 == data.values.length(b, g) {
                         v[vd / 2] = f32::INFINITY;
                     }
-                    rows.extend(data.values.store(&mut data.value_bytes, (b, g, row), &v, vc, vd));
+                    rows.extend(data.values.store(&mut data.value_bytes, (b, g, row), &v, &vc.into()));
                 }
                 data.value_rows.push(rows);
             }

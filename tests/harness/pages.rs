@@ -1,9 +1,9 @@
 //! Rows in pages: random block tables over poisoned pools, and where each row lies in them.
 
 use crate::Lab;
-use kvlar::{Buffer, Codec, Pool, Rows, View};
+use kvlar::{Buffer, Codec, Format, Pool, Rows, View};
 use kvlar_reference::testing::Rng;
-use kvlar_reference::{decode_row, encode_row};
+use kvlar_reference::{EncodedRow, decode_fp8, decode_row, encode_fp8, encode_row, hadamard};
 
 /// How rows are laid out; the number is the page size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,18 +118,14 @@ impl Pages {
         self.page_rows().map_or(self.seqs * self.capacity, |rows| self.page_count * rows)
     }
 
-    fn row_sizes(&self, codec: Codec, dim: usize, group: usize) -> (usize, usize) {
-        (codec.row_bytes(dim), codec.params_bytes(dim, group))
-    }
-
     /// Of contiguous rows, with their scales: a multiple of 16.
     fn head_bytes(&self, row: usize) -> usize {
         (self.capacity * row).next_multiple_of(16)
     }
 
     /// Bytes of a pool for such rows.
-    pub fn pool_bytes(&self, codec: Codec, dim: usize, group: usize) -> usize {
-        let (row, params) = self.row_sizes(codec, dim, group);
+    pub fn pool_bytes(&self, rows: &RowFormat, dim: usize) -> usize {
+        let (row, params) = rows.sizes(dim);
         match self.layout {
             Layout::Contiguous => self.seqs * self.heads * self.head_bytes(row + params),
             Layout::PerHead(n) => self.page_count * n * (row + params),
@@ -138,8 +134,8 @@ impl Pages {
     }
 
     /// The pool over `data`.
-    pub fn pool<M: kvlar::Memory>(&self, data: M, codec: Codec, dim: usize, group: usize) -> Pool<M> {
-        let (row, params) = self.row_sizes(codec, dim, group);
+    pub fn pool<M: kvlar::Memory>(&self, data: M, rows: &RowFormat, dim: usize) -> Pool<M> {
+        let (row, params) = rows.sizes(dim);
         match self.layout {
             Layout::Contiguous => {
                 let mut pool = Pool::contiguous(data, self.heads, self.capacity, row);
@@ -155,8 +151,8 @@ impl Pages {
     }
 
     /// Bytes from the pool's start: of a row's codes, and of its scales and zeros.
-    fn offsets(&self, seq: usize, head: usize, row: usize, codec: Codec, dim: usize, group: usize) -> (usize, usize) {
-        let (bytes, params) = self.row_sizes(codec, dim, group);
+    fn offsets(&self, (seq, head, row): (usize, usize, usize), rows: &RowFormat, dim: usize) -> (usize, usize) {
+        let (bytes, params) = rows.sizes(dim);
         let (page, in_page) = self.place(seq, head, row);
         match self.layout {
             Layout::Contiguous => {
@@ -176,25 +172,77 @@ impl Pages {
     }
 
     /// Writes a row into a pool's bytes, by the reference's codec; gives what it decodes to.
-    pub fn store(&self, pool: &mut [u8], at: (usize, usize, usize), x: &[f32], codec: Codec, group: usize) -> Vec<f32> {
-        let (codes, params) = self.offsets(at.0, at.1, at.2, codec, x.len(), group);
-        let row = encode_row(x, codec.reference(), group).expect("a row");
+    pub fn store(&self, pool: &mut [u8], at: (usize, usize, usize), x: &[f32], rows: &RowFormat) -> Vec<f32> {
+        let (codes, params) = self.offsets(at, rows, x.len());
+        let row = rows.encode(at.1, x);
         pool[codes..codes + row.codes.len()].copy_from_slice(&row.codes);
         pool[params..params + row.params.len()].copy_from_slice(&row.params);
-        decode_row(&row.codes, &row.params, x.len(), codec.reference(), group).expect("a row")
+        rows.decode(at.1, &row.codes, &row.params, x.len())
     }
 
     /// Reads a row from a pool's bytes.
-    pub fn load(&self, pool: &[u8], at: (usize, usize, usize), dim: usize, codec: Codec, group: usize) -> Vec<f32> {
-        let (codes, params) = self.offsets(at.0, at.1, at.2, codec, dim, group);
-        decode_row(&pool[codes..codes + codec.row_bytes(dim)], &pool[params..], dim, codec.reference(), group).expect("a row")
+    pub fn load(&self, pool: &[u8], at: (usize, usize, usize), dim: usize, rows: &RowFormat) -> Vec<f32> {
+        let (codes, params) = self.offsets(at, rows, dim);
+        rows.decode(at.1, &pool[codes..codes + rows.sizes(dim).0], &pool[params..], dim)
     }
 
     /// Overwrites a row with the poison, as if it had not been written.
-    pub fn poison(&self, pool: &mut [u8], at: (usize, usize, usize), dim: usize, codec: Codec, group: usize) {
-        let (codes, params) = self.offsets(at.0, at.1, at.2, codec, dim, group);
-        pool[codes..codes + codec.row_bytes(dim)].fill(0xff);
-        pool[params..params + codec.params_bytes(dim, group)].fill(0xff);
+    pub fn poison(&self, pool: &mut [u8], at: (usize, usize, usize), dim: usize, rows: &RowFormat) {
+        let (codes, params) = self.offsets(at, rows, dim);
+        let sizes = rows.sizes(dim);
+        pool[codes..codes + sizes.0].fill(0xff);
+        pool[params..params + sizes.1].fill(0xff);
+    }
+}
+
+/// How rows are encoded, with what all rows of a head share.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RowFormat {
+    pub format: Format,
+    /// Of fp8 rows, a head each; 1 where there are none.
+    pub scales: Vec<f32>,
+}
+
+impl<F: Into<Format>> From<F> for RowFormat {
+    fn from(format: F) -> Self {
+        Self { format: format.into(), scales: Vec::new() }
+    }
+}
+
+impl RowFormat {
+    /// Bytes of a row's codes, and of its scales and zeros.
+    pub fn sizes(&self, dim: usize) -> (usize, usize) {
+        (self.format.row_bytes(dim), self.format.params_bytes(dim))
+    }
+
+    fn scale(&self, head: usize) -> f32 {
+        self.scales.get(head).copied().unwrap_or(1.0)
+    }
+
+    pub fn encode(&self, head: usize, x: &[f32]) -> EncodedRow {
+        let f = &self.format;
+        let x = if f.hadamard { hadamard(x).expect("a power of two") } else { x.to_vec() };
+        if f.codec == Codec::Fp8 {
+            let mut codes: Vec<u8> = x.iter().map(|&x| encode_fp8(x, self.scale(head))).collect();
+            codes.resize(f.row_bytes(x.len()), 0);
+            return EncodedRow { codes, params: Vec::new() };
+        }
+        encode_row(&x, f.codec.reference(), f.group_of(x.len())).expect("a row")
+    }
+
+    fn decode(&self, head: usize, codes: &[u8], params: &[u8], dim: usize) -> Vec<f32> {
+        let f = &self.format;
+        let x = if f.codec == Codec::Fp8 {
+            codes[..dim].iter().map(|&c| decode_fp8(c, self.scale(head))).collect()
+        } else {
+            decode_row(codes, params, dim, f.codec.reference(), f.group_of(dim)).expect("a row")
+        };
+        if f.hadamard { hadamard(&x).expect("a power of two") } else { x }
+    }
+
+    /// Its scales on a device, if it has any.
+    pub fn upload(&self, lab: &Lab) -> Option<Buffer> {
+        (!self.scales.is_empty()).then(|| lab.upload(&self.scales))
     }
 }
 

@@ -27,7 +27,7 @@ const BUGS: &[Bug] = &[
     ),
     bug(
         "wrong GQA map",
-        "attend/warp.cuh",
+        "attend/columns.cuh",
         "head = shared.unit.head * int(p.group) + i % int(p.group);",
         "head = i % int(p.group) * int(p.kv_heads) + shared.unit.head;",
     ),
@@ -38,15 +38,15 @@ const BUGS: &[Bug] = &[
         "second ? -__fmul_rn(partner, sin) : __fmul_rn(partner, sin)",
     ),
     bug("interleaved pairs taken as halves", "device/rope.cuh", ": i ^ 1];", ": (i < half ? i + half : i - half)];"),
-    bug("off-by-one page", "attend/warp.cuh", "table, rows.row + 16 * b) : 0;", "table, max(0, rows.row + 16 * b - 1)) : 0;"),
+    bug("off-by-one page", "attend/columns.cuh", "table, rows.row + 16 * b) : 0;", "table, max(0, rows.row + 16 * b - 1)) : 0;"),
     bug(
         "rows of a page not wrapped",
         "append/append.cu",
         "slot & ((1 << p.rows.page_rows_log2) - 1)",
         "slot & ((2 << p.rows.page_rows_log2) - 1)",
     ),
-    bug("missing rescale of the output", "attend/warp.cuh", "state.o[i][n][e] *= factor;", ""),
-    bug("missing rescale of the sum", "attend/warp.cuh", "state.sum[n][e] *= factor;", ""),
+    bug("missing rescale of the output", "attend/state.cuh", "o[i][n][e] *= factor;", ""),
+    bug("missing rescale of the sum", "attend/state.cuh", "sum[n][e] *= factor;", ""),
     bug(
         "splits merged with another split's state",
         "attend/attend.cuh",
@@ -56,26 +56,19 @@ const BUGS: &[Bug] = &[
     bug("partial results share a slot", "attend/work_list.cuh", "(first_cell(cells, ctas, first) < unit_start ? 1 : 0)", "0"),
     bug("counter not left at zero", "device/ptx.cuh", "if (last) st_release(counter, 0);", ""),
     bug("lse in the wrong base", "attend/attend.cuh", "(top + __log2f(sum)) * kLn2", "top * kLn2 + __log2f(sum)"),
-    bug("window off by one", "attend/warp.cuh", "query - position >= p.window)", "query - position > p.window)"),
-    bug("causal mask off by one", "attend/warp.cuh", "position > query ||", "position >= query ||"),
-    bug("one row too many", "attend/warp.cuh", "return r >= valid ||", "return r > valid ||"),
+    bug("window off by one", "attend/columns.cuh", "query - position >= p.window)", "query - position > p.window)"),
+    bug("causal mask off by one", "attend/columns.cuh", "position > query ||", "position >= query ||"),
+    bug("one row too many", "attend/columns.cuh", "return r >= valid ||", "return r > valid ||"),
     bug(
         "a stage is read before it landed",
-        "attend/warp.cuh",
+        "attend/columns.cuh",
         "if (stages == 3) ptx::cp_async_wait<1>(); else",
         "if (stages == 3) ptx::cp_async_wait<2>(); else",
     ),
-    bug("a stage is overwritten while it is read", "attend/warp.cuh", "stage == 0 ? stages - 1 : stage - 1", "stage"),
-    bug("int8 zeros of keys forgotten", "attend/warp.cuh", "fmaf(k.x, x, k.y * q8_sum[n][e])", "(k.x * x)"),
+    bug("a stage is overwritten while it is read", "attend/columns.cuh", "to = to + 1 == stages ? 0 : to + 1;", "to = stage;"),
     bug(
-        "int8 zeros of values forgotten",
-        "attend/warp.cuh",
-        "state.zero[n][e] = fmaf(w[e], value_zero[b][h], state.zero[n][e]);",
-        "",
-    ),
-    bug(
-        "int8 codes truncated",
-        "device/row_codec.cuh",
+        "codes truncated",
+        "device/affine.cuh",
         "rintf(__fdiv_rn(__fsub_rn(x, a.zero), a.scale))",
         "truncf(__fdiv_rn(__fsub_rn(x, a.zero), a.scale))",
     ),
@@ -87,7 +80,7 @@ const BUGS: &[Bug] = &[
     ),
     bug(
         "soft-cap not returned to base 2",
-        "attend/warp.cuh",
+        "attend/state.cuh",
         "soft_cap(s[b][n][e], p.softcap) * kLog2E",
         "soft_cap(s[b][n][e], p.softcap)",
     ),
@@ -110,10 +103,9 @@ const BUGS: &[Bug] = &[
 /// What the short suites need, in one translation unit.
 const SOURCE: &str = r#"
 #include "attend/attend.cuh"
-KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_d64_n8, 64, 1, __nv_bfloat16, false)
+#include "attend/warp.cuh"
+KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_d64_n8, kvlar::attend::WarpAttend<64, 1, __nv_bfloat16>)
 GPU_EXPORT(kvlar_attend_bf16_d64_n8)
-KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_int8_d64_n8, 64, 1, __nv_bfloat16, true)
-GPU_EXPORT(kvlar_attend_bf16_int8_d64_n8)
 #include "attend/schedule.cu"
 #include "append/append.cu"
 #include "encode/encode.cu"
@@ -134,19 +126,13 @@ fn short_suites(lab: &Lab) {
         base(&[500, 20, 0]).with(|c| c.sinks = true),
         base(&[3000]).with(|c| (c.q_size, c.query_rows) = (40.0, 3)),
         base(&[50, 30]).with(|c| c.softcap = 5.0),
-        base(&[300, 120]).with(|c| c.segments[0].codec = Codec::Int8),
         base(&[400, 90]).with(|c| c.schedule = Schedule::Own).with(|c| c.segments[0].capacity = 700),
         base(&[0, 0]).with(|c| {
-            let segment = |codec, layout, lengths: [usize; 2]| SegmentCase {
-                codec,
-                layout,
-                capacity: 96,
-                lengths: lengths.to_vec(),
-                positions: false,
-            };
+            let segment =
+                |codec, layout, lengths: [usize; 2]| SegmentCase { capacity: 96, ..SegmentCase::new(codec, layout, &lengths) };
             c.segments = vec![
                 segment(Codec::Bf16, Layout::Contiguous, [4, 4]),
-                segment(Codec::Int8, Layout::Hnd(32), [90, 33]),
+                segment(Codec::Bf16, Layout::Hnd(32), [90, 33]),
                 segment(Codec::Bf16, Layout::Nhd(16), [17, 1]),
             ];
         }),

@@ -95,8 +95,8 @@ impl Batch {
         }
         let append = AppendShape {
             dtype: config.dtype,
-            key_codec: (config.codec, config.head_dim),
-            value_codec: (config.codec, config.value_dim),
+            key_format: config.keys,
+            value_format: config.values,
             seqs,
             kv_heads: config.kv_heads,
             new_rows,
@@ -104,8 +104,8 @@ impl Batch {
             value_dim: config.value_dim,
         };
         let own = native(config.dtype);
-        let append_exact = AppendShape { key_codec: (own, config.head_dim), value_codec: (own, config.value_dim), ..append };
-        let rows = SegmentShape { codec: config.codec, max_rows: config.max_rows };
+        let append_exact = AppendShape { key_format: own.into(), value_format: own.into(), ..append };
+        let rows = SegmentShape { keys: config.keys, values: config.values, max_rows: config.max_rows };
         let attend = AttendShape::new(config.dtype, seqs, (q_heads, config.kv_heads), new_rows, config.head_dim, rows);
         let attend_shape = AttendShape {
             out_dtype: shape.out_dtype,

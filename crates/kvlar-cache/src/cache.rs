@@ -69,15 +69,16 @@ impl Cache {
         Ok(Self::of(device, config, ExactShape::default(), layers))
     }
 
-    /// Allocates a pool for rows as a plan says, and uploads its matrices. `config.codec` is not used: dense layers keep
-    /// the type of the model. Sink and recent rows of the plan stay exact beside latents, for `config.max_seqs` sequences
+    /// Allocates a pool for rows as a plan says, and uploads its matrices. `config.keys` and
+    /// `config.values` are not used: dense layers keep the type of the model. Sink and recent rows of the plan stay exact beside latents, for `config.max_seqs` sequences
     /// ([`Cache::exact_rows`]). Whether the plan was fitted to the model is for [`Plan::check_model`] to say.
     ///
     /// # Errors
     /// [`CacheError::Invalid`] also for a plan of another number of layers, kv heads or dimensions, whatever its layers keep.
     pub fn planned(device: &Device, stream: &Stream, config: CacheConfig, plan: &Plan) -> Result<Self> {
         config.check()?;
-        let config = CacheConfig { codec: native(config.dtype), ..config };
+        let own = native(config.dtype).into();
+        let config = CacheConfig { keys: own, values: own, ..config };
         check_shape(&config, plan)?;
         let most = config.max_rows;
         let exact = ExactShape {

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::error::invalid;
-use kvlar::{Codec, Dtype};
+use kvlar::{Dtype, Format};
 
 /// What a [`crate::Cache`] is made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,8 +17,10 @@ pub struct CacheConfig {
     pub value_dim: usize,
     /// Type of q, k and v: bf16 or f16.
     pub dtype: Dtype,
-    /// Format of token-wise rows: that of `dtype`, or int8 (one scale and zero a row and head).
-    pub codec: Codec,
+    /// Of token-wise key rows: the type of `dtype`, or quantized.
+    pub keys: Format,
+    /// Of token-wise value rows: quantized where keys are.
+    pub values: Format,
     /// Tokens a page: a power of two, at least 16. 64 is good.
     pub page_rows: usize,
     /// Pages of the pool.
@@ -37,8 +39,8 @@ pub struct CacheConfig {
 impl CacheConfig {
     /// Bytes of a key row and of a value row of one head, with scales and padding.
     fn row_bytes(&self) -> (usize, usize) {
-        let bytes = |dim| self.codec.row_bytes(dim) + self.codec.params_bytes(dim, dim);
-        (bytes(self.head_dim), bytes(self.value_dim))
+        let bytes = |format: &Format, dim| format.row_bytes(dim) + format.params_bytes(dim);
+        (bytes(&self.keys, self.head_dim), bytes(&self.values, self.value_dim))
     }
 
     /// Bytes that one token takes in all layers of a cache of token-wise rows.

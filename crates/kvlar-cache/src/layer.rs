@@ -6,9 +6,9 @@ use crate::sequence::Kind;
 use crate::{CacheConfig, CacheError, Result};
 use half::{bf16, f16};
 use kvlar::{
-    AppendLowrankArgs, AppendLowrankShape, AttendShape, Bases, Buffer, Codec, Device, Dtype, HeadGroups, HeadSets, Latents,
-    LowrankShape, LowrankValues, MAX_SEGMENTS, Memory, Pool, Projection, SegmentShape, SideArgs, SideShape, Stream, View,
-    ViewMut,
+    AppendLowrankArgs, AppendLowrankShape, AttendShape, Bases, Buffer, Codec, Device, Dtype, Format, HeadGroups, HeadSets,
+    Latents, LowrankShape, LowrankValues, MAX_SEGMENTS, Memory, Pool, Projection, SegmentShape, SideArgs, SideShape, Stream,
+    View, ViewMut,
 };
 use kvlar_calibrate::{Factors, KeyBasis, Latent, PairLayout, Plan, Side};
 use kvlar_reference::{Int8Basis, RotaryPairs};
@@ -17,7 +17,7 @@ use std::borrow::Cow;
 /// Rows of one side: keys or values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RowFormat {
-    pub codec: Codec,
+    pub format: Format,
     /// Latent groups, or kv heads.
     pub heads: usize,
     /// Values a row.
@@ -27,12 +27,12 @@ pub(crate) struct RowFormat {
 impl RowFormat {
     /// Bytes of a token's rows, with scales, zeros and padding.
     pub fn token_bytes(&self) -> usize {
-        self.heads * (self.codec.row_bytes(self.dim) + self.codec.params_bytes(self.dim, self.dim))
+        self.heads * (self.format.row_bytes(self.dim) + self.format.params_bytes(self.dim))
     }
 
     /// Pages: `[page][head][row]`, scales and zeros of a head behind its rows.
     pub fn pool<M: Memory>(&self, pages: usize, page_rows: usize, data: M) -> Pool<M> {
-        let (row, params) = (self.codec.row_bytes(self.dim), self.codec.params_bytes(self.dim, self.dim));
+        let (row, params) = (self.format.row_bytes(self.dim), self.format.params_bytes(self.dim));
         Pool::hnd(data, pages, page_rows, self.heads, row, params)
     }
 }
@@ -121,10 +121,11 @@ struct DeviceFactors {
 }
 
 impl Layer {
-    /// Rows as `config.codec` says.
+    /// Rows as `config` says.
     pub fn token_wise(device: &Device, config: &CacheConfig) -> Result<Self> {
-        let rows = |dim| RowFormat { codec: config.codec, heads: config.kv_heads, dim };
-        let rows = Store::new(device, config.pages, config.page_rows, rows(config.head_dim), rows(config.value_dim))?;
+        let rows = |format, dim| RowFormat { format, heads: config.kv_heads, dim };
+        let (keys, values) = (rows(config.keys, config.head_dim), rows(config.values, config.value_dim));
+        let rows = Store::new(device, config.pages, config.page_rows, keys, values)?;
         Ok(Self { rows, lowrank: None })
     }
 
@@ -201,10 +202,10 @@ impl Layer {
         let mean = keys.mean.as_ref().map(|m| upload(device, stream, bytemuck::cast_slice(m))).transpose()?;
         let all = [Some(&key_factors), value_factors.as_ref()];
         let matrices: usize = all.into_iter().flatten().map(|f| f.encoder.len() + f.basis.len()).sum();
-        let own = |dim| RowFormat { codec: native(config.dtype), heads: config.kv_heads, dim };
-        let key_rows = RowFormat { codec: key_factors.codec, heads: key_factors.count, dim: key_factors.rank };
+        let own = |dim| RowFormat { format: native(config.dtype).into(), heads: config.kv_heads, dim };
+        let key_rows = RowFormat { format: key_factors.codec.into(), heads: key_factors.count, dim: key_factors.rank };
         let value_rows = match &value_factors {
-            Some(f) => RowFormat { codec: f.codec, heads: f.count, dim: f.rank },
+            Some(f) => RowFormat { format: f.codec.into(), heads: f.count, dim: f.rank },
             None => own(config.value_dim),
         };
         let exact_pages = config.max_seqs * exact.pages_per_seq();
@@ -390,8 +391,8 @@ impl LowrankLayer {
     /// How sinks, latents and recent rows are attended over.
     pub fn attend_shape(&self, config: &CacheConfig, exact: &ExactShape, attend: AttendShape) -> LowrankShape {
         let own = native(config.dtype);
-        let pages = |n: usize| (n > 0).then_some(SegmentShape { codec: own, max_rows: n * EXACT_PAGE_ROWS });
-        let latents = SegmentShape { codec: self.latents.codec(own), max_rows: config.max_rows };
+        let pages = |n: usize| (n > 0).then_some(SegmentShape::new(own, n * EXACT_PAGE_ROWS));
+        let latents = SegmentShape::new(self.latents.codec(own), config.max_rows);
         let mut segments = [None; MAX_SEGMENTS];
         let mut latent_segments = [false; MAX_SEGMENTS];
         let all = [pages(exact.sink_pages()), Some(latents), pages(exact.recent_pages())];

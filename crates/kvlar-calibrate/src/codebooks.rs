@@ -165,8 +165,7 @@ fn plus_plus(points: &[f32], width: usize, c: usize, rng: &mut StdRng) -> Vec<f3
         let centroid = &points[taken * width..][..width];
         centroids.extend_from_slice(centroid);
         for (x, away) in points.chunks_exact(width).zip(&mut away) {
-            // An overflow to infinity would leave no finite sum to draw from.
-            *away = away.min(f64::from(squared_distance(x, centroid).min(f32::MAX)));
+            *away = away.min(f64::from(squared_distance(x, centroid)));
         }
         let aim = rng.random::<f64>() * away.iter().sum::<f64>();
         let mut passed = 0.0;
@@ -174,7 +173,7 @@ fn plus_plus(points: &[f32], width: usize, c: usize, rng: &mut StdRng) -> Vec<f3
             passed += away;
             *away > 0.0 && passed > aim
         });
-        // Rounding may leave the aim beyond the sum: then the last point that is not taken.
+        // Rounding, or an overflow, may leave the aim beyond the sum: then the last point that is not taken.
         taken = drawn.or_else(|| away.iter().rposition(|away| *away > 0.0)).unwrap_or(taken);
     }
     centroids

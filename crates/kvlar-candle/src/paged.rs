@@ -3,7 +3,7 @@
 use crate::{KvShape, KvStore, Result};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
-use kvlar::{Backend, Buffer, Codec, Device, Dtype, Rope, Stream, Strides};
+use kvlar::{Backend, Buffer, Codec, Device, Dtype, Format, Rope, Stream, Strides};
 use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, NewRows, Queries, SeqId};
 use kvlar_calibrate::Plan;
 use std::collections::BTreeMap;
@@ -13,8 +13,10 @@ use std::collections::BTreeMap;
 pub struct StoreConfig {
     /// Type of queries, keys and values on the device.
     pub dtype: Dtype,
-    /// Format of stored rows.
-    pub codec: Codec,
+    /// Of stored keys.
+    pub keys: Format,
+    /// Of stored values: quantized where keys are.
+    pub values: Format,
     /// Most tokens.
     pub max_rows: usize,
     /// Tokens a page.
@@ -27,12 +29,13 @@ pub struct StoreConfig {
 impl StoreConfig {
     /// The full cache, as engines keep it; up to 64 tokens can be taken back.
     pub fn bf16(max_rows: usize) -> Self {
-        Self { dtype: Dtype::Bf16, codec: Codec::Bf16, max_rows, page_rows: 64, rollback_rows: 64 }
+        Self::of(Codec::Bf16, Codec::Bf16, max_rows)
     }
 
-    /// 8-bit keys and values.
-    pub fn int8(max_rows: usize) -> Self {
-        Self { codec: Codec::Int8, ..Self::bf16(max_rows) }
+    /// Rows of those formats, beside queries in bf16; up to 64 tokens can be taken back.
+    pub fn of(keys: impl Into<Format>, values: impl Into<Format>, max_rows: usize) -> Self {
+        let (keys, values) = (keys.into(), values.into());
+        Self { dtype: Dtype::Bf16, keys, values, max_rows, page_rows: 64, rollback_rows: 64 }
     }
 }
 
@@ -66,7 +69,7 @@ impl PagedStore {
         Self::of(device, shape, config, stream, cache, usize::MAX)
     }
 
-    /// An empty store whose layers are kept as a plan says; `config.codec` is not used.
+    /// An empty store whose layers are kept as a plan says; `config.keys` and `config.values` are not used.
     ///
     /// # Errors
     /// As for [`PagedStore::new`]; also for a plan of other layers, heads or dimensions. A plan of another model of the same
@@ -212,7 +215,8 @@ fn cache_config(shape: &KvShape, config: StoreConfig) -> CacheConfig {
         head_dim: shape.head_dim,
         value_dim: shape.head_dim,
         dtype: config.dtype,
-        codec: config.codec,
+        keys: config.keys,
+        values: config.values,
         page_rows: config.page_rows,
         pages: config.max_rows.div_ceil(config.page_rows).max(1),
         max_rows: config.max_rows,

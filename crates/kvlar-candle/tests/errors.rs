@@ -3,7 +3,7 @@
 mod checkpoint;
 
 use checkpoint::{Checkpoint, Variant};
-use kvlar::Device;
+use kvlar::{Codec, Device};
 use kvlar_candle::llama::{Llama, Logits, RecallTask, Sampler, Sampling, generate};
 use kvlar_candle::{EngineError, KvStore, PagedStore, StoreConfig};
 
@@ -108,7 +108,8 @@ fn generation_is_repeatable_and_ends() {
     let c = Checkpoint::write(&Variant::llama("x"));
     let model = Llama::load(c.folder()).unwrap();
     let run = |sampling| {
-        let mut store = PagedStore::new(&Device::reference(), &model.kv_shape(), StoreConfig::int8(64)).unwrap();
+        let mut store =
+            PagedStore::new(&Device::reference(), &model.kv_shape(), StoreConfig::of(Codec::Int8, Codec::Int8, 64)).unwrap();
         let mut pieces = String::new();
         let text = generate(&model, &mut store, "t5 t6 t7", 12, sampling, |p| pieces.push_str(p)).unwrap();
         assert_eq!(pieces, text);

@@ -4,7 +4,7 @@ mod checkpoint;
 
 use candle_core::Tensor;
 use checkpoint::{Checkpoint, Variant};
-use kvlar::{Backend, Device, SimtOptions};
+use kvlar::{Backend, Codec, Device, SimtOptions};
 use kvlar_calibrate::{
     Budget, Factors, Latent, LayerShape, ModelShape, Moments, PairLayout, Plan, RecalkvConfig, RopePairs, Weighting, Weights,
 };
@@ -257,7 +257,8 @@ fn questions_longer_than_the_rollback_are_refused() {
     assert!(e.contains("a question of 4 tokens") && e.contains("rollback_rows of 4"), "{e}");
     assert_eq!(ask(4).unwrap().questions, 2);
     // Without recent rows that stay exact there is nothing to hold.
-    let mut plain = PagedStore::new(&Device::reference(), &model.kv_shape(), StoreConfig::int8(64)).unwrap();
+    let mut plain =
+        PagedStore::new(&Device::reference(), &model.kv_shape(), StoreConfig::of(Codec::Int8, Codec::Int8, 64)).unwrap();
     assert_eq!(plain.rollback(), usize::MAX);
     assert_eq!(recall(&model, &mut plain, task).unwrap().questions, 2);
 }

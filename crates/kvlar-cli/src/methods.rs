@@ -2,7 +2,7 @@
 
 use crate::calibrate::{Calibration, plan};
 use anyhow::{Context, Result, bail};
-use kvlar::Device;
+use kvlar::{Codec, Device, Format};
 use kvlar_calibrate::{Budget, Grouping, Latent, Plan, RecalkvConfig, ValueFit, Weighting};
 use kvlar_candle::{KvShape, KvStore, PagedStore, StoreConfig};
 use std::path::Path;
@@ -28,22 +28,31 @@ pub struct Method {
     pub store: Box<MakeStore>,
 }
 
-fn token_wise(name: &str, about: &str, config: fn(usize) -> StoreConfig) -> Method {
+fn token_wise(name: &str, about: &str, keys: impl Into<Format>, values: impl Into<Format>) -> Method {
+    let (keys, values) = (keys.into(), values.into());
     Method {
         name: name.into(),
         about: about.into(),
-        store: Box::new(move |d, s, room| Ok(Box::new(PagedStore::new(d, s, config(room.tokens))?))),
+        store: Box::new(move |d, s, room| Ok(Box::new(PagedStore::new(d, s, StoreConfig::of(keys, values, room.tokens))?))),
     }
 }
 
 /// What all methods are compared with.
 pub fn full() -> Method {
-    token_wise("bf16", "full cache in bf16", StoreConfig::bf16)
+    token_wise("bf16", "full cache in bf16", Codec::Bf16, Codec::Bf16)
 }
 
 /// Methods that need no calibration.
 pub fn uncalibrated() -> Vec<Method> {
-    vec![full(), token_wise("int8", "keys and values in 8 bits, a scale and zero a row", StoreConfig::int8)]
+    let rotated = |codec: Codec| Format { hadamard: true, ..codec.into() };
+    vec![
+        full(),
+        token_wise("fp8", "keys and values in e4m3, scale 1", Codec::Fp8, Codec::Fp8),
+        token_wise("int8", "keys and values in 8 bits, a scale and zero a row", Codec::Int8, Codec::Int8),
+        token_wise("int4", "keys and values in 4 bits, likewise", Codec::Int4, Codec::Int4),
+        token_wise("int4+hadamard", "likewise, keys rotated", rotated(Codec::Int4), Codec::Int4),
+        token_wise("k4v2", "rotated keys in 4 bits, values in 2", rotated(Codec::Int4), Codec::Int2),
+    ]
 }
 
 /// A method that keeps what a plan says.

@@ -148,17 +148,15 @@ fn attend_quantized_takes_scales_codebooks_and_eight_bit_queries() {
     let [b, hq, hk, t, d, dv] = DIMS;
     let case = with(&attend_case(), &[("key_codec", "bf16"), ("value_codec", "fp8")]);
     let (q, k, v) = (tensor(&case, "q"), tensor(&case, "k"), tensor(&case, "v"));
-    // Scales are the heads' own: values 16 times their neighbours of a scale of 1/16.
-    let scaled = case.clone().floats("v_scale", &[hk], &[1.0, 0.0625]);
-    let (_, plain) = reference("attend_quantized", &case).tensor("v_decoded");
+    // Scales are the heads' own, 1 if none are given.
+    let fp8 = |x: f32, scale| kvlar_reference::decode_fp8(kvlar_reference::encode_fp8(x, scale), scale);
+    let scaled = case.clone().floats("v_scale", &[hk], &[0.7, 0.003]);
     let (_, fine) = reference("attend_quantized", &scaled).tensor("v_decoded");
-    let by16: Vec<f32> = v.iter().map(|x| x * 16.0).collect();
-    let (_, coarse) = reference("attend_quantized", &replace(&case, "v", &[b, hk, t, dv], &by16)).tensor("v_decoded");
-    for (i, ((fine, plain), coarse)) in fine.iter().zip(&plain).zip(&coarse).enumerate() {
-        assert_eq!(*fine, if i / (t * dv) % 2 == 0 { *plain } else { *coarse / 16.0 });
+    let (_, plain) = reference("attend_quantized", &case).tensor("v_decoded");
+    for (i, &x) in v.iter().enumerate() {
+        let scale = if i / (t * dv) % 2 == 0 { 0.7 } else { 0.003 };
+        assert_eq!((fine[i], plain[i]), (fp8(x, scale), fp8(x, 1.0)));
     }
-    close(&plain, &v, 1.0 / 16.0);
-    assert_ne!(plain, v);
     // int8 queries: a scale a head, over its rows.
     let (out, lse) = {
         let r = reference("attend_quantized", &case.clone().key("query", "int8"));
@@ -256,7 +254,43 @@ fn wrong_attend_quantized_input_is_named() {
         &pq.floats("codebooks", &[hk, 1, 1, 16], &[[0.0; 31].as_slice(), &[f32::NAN]].concat()),
         "codebooks: a centroid holds NaN",
     );
-    unsupported_on_devices("attend_quantized", &case);
+    unsupported_on_devices("attend_quantized", &with(&bare, &[("key_codec", "int4-channel"), ("value_codec", "int4")]));
+}
+
+/// Fused pairs, pairs that are decoded first, exact rows, ragged heads, positions, 8-bit queries.
+#[test]
+fn emulated_kernels_agree_with_the_reference() {
+    if !backends().contains(&"simt") {
+        return;
+    }
+    let [b, _, hk, t, ..] = DIMS;
+    let bare = attend_case();
+    let ragged: Vec<i32> = (0..b * hk).map(|i| (t as i32) - 7 * i as i32).collect();
+    let positions: Vec<i32> = (0..t as i32).map(|i| 3 * i + i / 4).collect();
+    let pair = |keys: &str, values: &str| with(&bare, &[("key_codec", keys), ("value_codec", values)]);
+    let exact = [("sink_rows", "3"), ("recent_rows", "11")];
+    for case in [
+        pair("int4", "int4"),
+        pair("int8+hadamard", "int2"),
+        with(&pair("int4+hadamard", "int4"), &exact),
+        with(&pair("fp8", "fp8"), &exact).floats("k_scale", &[hk], &[0.02, 0.3]).floats("v_scale", &[hk], &[0.01, 1.0]),
+        with(&pair("int2", "int4"), &exact).ints("lengths", &[b, hk], &ragged),
+        with(&pair("int8", "int4"), &[("sink_rows", "2"), ("window", "60")]).ints("positions", &[t], &positions),
+        with(&pair("int8", "int8"), &[("query", "int8")]),
+        with(&pair("int4", "int4"), &[("group", "8")]),
+        with(&pair("int4", "int8+hadamard"), &exact).ints("lengths", &[b], &[t as i32, 20]),
+        with(&pair("int4", "bf16"), &[("dtype", "bf16")]),
+    ] {
+        let (on_cpu, emulated) = (reference("attend_quantized", &case), run("attend_quantized", "simt", &case, &[]));
+        for name in ["k_decoded", "v_decoded"] {
+            close(&emulated.tensor(name).1, &on_cpu.tensor(name).1, 1e-6);
+        }
+        close(&emulated.tensor("out").1, &on_cpu.tensor("out").1, 3e-2);
+        close(&emulated.tensor("lse").1, &on_cpu.tensor("lse").1, 1e-2);
+    }
+    // Queries that are rounded go with rows that are not stored as they are.
+    let both = with(&pair("int8", "int8"), &[("query", "int8"), ("recent_rows", "4")]);
+    run("attend_quantized", "simt", &both, &[]).fails(3, "unsupported");
 }
 
 fn scan_case() -> Case {
@@ -436,13 +470,13 @@ fn encode_knows_every_codec() {
     );
     let odd = Case::default().floats("x", &[2, 12], &x[..24]).key("codec", "int8+hadamard");
     reference("encode", &odd).fails(2, "codec: hadamard: 12");
-    for codec in ["fp8", "int4", "int2", "int4-channel", "int8+hadamard"] {
-        unsupported_on_devices("encode", &with(&case, &[("codec", codec)]));
-    }
-    if backends().contains(&"simt") {
-        let int8 = with(&case, &[("codec", "int8"), ("group", "16")]);
-        let (on_cpu, emulated) = (reference("encode", &int8), run("encode", "simt", &int8, &[]));
-        assert_eq!((on_cpu.tensor("decoded"), bytes(&on_cpu)), (emulated.tensor("decoded"), bytes(&emulated)));
+    unsupported_on_devices("encode", &with(&case, &[("codec", "int4-channel")]));
+    for codec in ["bf16", "f16", "fp8", "int8", "int4", "int2", "int4+hadamard"] {
+        if backends().contains(&"simt") {
+            let case = with(&case, &[("codec", codec), ("group", "16")]);
+            let (on_cpu, emulated) = (reference("encode", &case), run("encode", "simt", &case, &[]));
+            assert_eq!((on_cpu.tensor("decoded"), bytes(&on_cpu)), (emulated.tensor("decoded"), bytes(&emulated)), "{codec}");
+        }
     }
 }
 
@@ -483,7 +517,13 @@ fn append_writes_every_token_wise_codec() {
     reference("append", &with(&case, &[("value_codec", "fp8")]).floats("v_scale", &[h], &[1.0, 0.0])).fails(2, "v_scale: 0");
     refuses("append", &case, &[("key_codec", "int4-channel"), ("value_codec", "int2-channel+hadamard"), ("key_codec", "pq")]);
     refuses("append", &case, &[("key_codec", "int8-channel"), ("group", "5"), ("group", "0"), ("sink_rows", "1")]);
-    for codec in ["fp8", "int4", "int2", "int8+hadamard"] {
-        unsupported_on_devices("append", &with(&case, &[("value_codec", codec)]));
+    let mut cases: Vec<Case> =
+        ["int4", "int2", "int8+hadamard"].map(|c| with(&case, &[("value_codec", c), ("group", "8")])).into();
+    cases.push(scaled);
+    for case in cases.iter().filter(|_| backends().contains(&"simt")) {
+        let (on_cpu, emulated) = (reference("append", case), run("append", "simt", case, &[]));
+        for name in ["k_decoded", "v_decoded"] {
+            assert_eq!(emulated.tensor(name).1, on_cpu.tensor(name).1);
+        }
     }
 }

@@ -19,13 +19,14 @@ impl Tolerance {
 
     /// Attention output. Weights are rounded to the 16-bit type of the value product (f16 for integer rows), each by at
     /// most its unit roundoff u: the output is off by at most u · Σ weight · |v|, below u · `magnitude` for |v| up to it.
-    /// Accumulation in fp32 adds 2⁻²⁴ √n, and the approximate exponential 2⁻²² · |logit| (below 64).
+    /// Accumulation in fp32 adds 2⁻²⁴ √n, and the approximate exponential 2⁻²² · |logit| (below 64). `codec` is the values'.
     pub fn attend(dtype: Dtype, codec: Codec, rows: usize, magnitude: f64) -> Self {
-        let weight = if codec == Codec::Int8 { Dtype::F16 } else { dtype };
+        let weight = if codec.dense().is_none() { Dtype::F16 } else { dtype };
         let u = weight.unit_roundoff();
         let accumulate = 2f64.powi(-24) * (rows.max(1) as f64).sqrt() + 2f64.powi(-16);
-        // int8 sums (1024 + code) · weight and takes 1024 · weight away: fp32 rounds 1152 · weight where a value needs 128.
-        let cancel = if codec == Codec::Int8 { 2f64.powi(-24) * 1152.0 } else { 0.0 };
+        // Integers sum (1024 + code) · weight and take 1024 · weight away: fp32 rounds that where a value needs half its codes.
+        let half = (1u32 << codec.bits().min(16)) as f64 / 2.0;
+        let cancel = if codec.is_integer() { 2f64.powi(-24) * 1280.0 * (128.0 / half) } else { 0.0 };
         let absolute = magnitude * (u + accumulate + cancel);
         Self { absolute, relative: u, cosine: 4.0 * u * u + 1e-9 }
     }
@@ -50,7 +51,12 @@ impl Tolerance {
     /// lse: the products are exact, fp32 sums over d and n are not; queries of integer rows are exact in f16 but for
     /// underflow.
     pub fn lse(codec: Codec) -> Self {
-        let absolute = if codec == Codec::Int8 { 2e-3 } else { 1e-3 };
+        // Fewer codes are larger steps of the fp32 sums of 1024 + code.
+        let absolute = match codec.bits() {
+            16 => 1e-3,
+            2 => 5e-3,
+            _ => 2e-3,
+        };
         Self { absolute, relative: 1e-5, cosine: 1e-6 }
     }
 

@@ -106,8 +106,11 @@ fn fp8_saturates_and_keeps_signs() {
     }
     assert_eq!(encode_fp8(-1e-9, 1.0), 0x80);
     assert!(decode_fp8(0x80, 1.0).is_sign_negative());
-    // One division, then one rounding: 0.3 / 0.1 is 3 in f32, 0.3 · (1 / 0.1) not always.
-    assert_eq!(decode_fp8(encode_fp8(0.3, 0.1), 0.1), 3.0 * 0.1f32);
+    // One division, exact here: 31/16 is a tie, which an inverse of the scale would miss to either side.
+    for i in 1..500 {
+        assert_eq!(encode_fp8(31.0 * i as f32, 16.0 * i as f32), 0x40);
+    }
+    assert_eq!(decode_fp8(0x44, 0.1), 3.0 * 0.1f32);
     assert_eq!(encode_fp8(100.0, 0.01), 0x7e);
     assert_eq!(round_trip(&[0.3, -500.0, 1.0625, -0.0], Codec::Fp8, 4)[..3], [0.3125, -448.0, 1.0]);
 }
@@ -125,6 +128,8 @@ fn small_integer_groups_by_hand() {
     let row = encode_row(&[-1.0, 0.0, 1.0, 2.0], Codec::Int4, 4).unwrap();
     assert_eq!(row.params, [f16::from_f32(0.2).to_le_bytes(), f16::from_f32(-1.0).to_le_bytes()].concat());
     assert_eq!(round_trip(&[-1.0, 0.0, 1.0, 2.0], Codec::Int4, 4)[1], 5.0 * 0.199_951_17 - 1.0);
+    // 255.102 / 255 rounds to 1: 200.53 is nearest to code 201 of that scale, to 200 of the other.
+    assert_eq!(codes(&[0.0, 255.102, 200.53], Codec::Int8, 3), [0, 255, 201]);
     // Halves go to even, at each width.
     assert_eq!(codes(&[0.0, 15.0, 0.5, 1.5, 2.5, 13.5, 14.5, 7.4], Codec::Int4, 8), [0, 15, 0, 2, 2, 14, 14, 7]);
     assert_eq!(codes(&[0.0, 3.0, 0.5, 1.5, 2.5, 1.49], Codec::Int2, 6), [0, 3, 0, 2, 2, 1]);
@@ -193,8 +198,10 @@ fn what_is_not_finite_spoils_its_group_alone() {
                 assert!(if (16..32).contains(&i) { a.is_nan() } else { a == b }, "{codec} {bad} {i}");
             }
         }
-        // A group that covers all of f32 overflows its own range.
-        assert!(round_trip(&[f32::MAX, -f32::MAX], codec, 2).iter().all(|x| x.is_nan()));
+        // A group that covers all of f32 overflows its own range; 70000 is beyond f16, as a zero or as a step.
+        for beyond in [[f32::MAX, -f32::MAX], [-70_000.0, -69_990.0], [70_000.0; 2], [0.0, 2e7]] {
+            assert!(round_trip(&beyond, codec, 2).iter().all(|x| x.is_nan()), "{codec} {beyond:?}");
+        }
     }
     // One NaN channel: the blast radius is that channel of the group.
     let mut rows = rng.normals(32 * 8, 1.0);
@@ -248,8 +255,13 @@ fn hadamard_by_hand_and_bit_for_bit() {
     let big = 16_777_216.0;
     assert_eq!(hadamard(&[big, 1.0, -big, 1.0]).unwrap(), [0.5, -0.5, big, big]);
     // The factor is the f32 of 1/√d, multiplied once.
-    assert_eq!(hadamard(&[1.0, 0.0]).unwrap()[0], 0.5f64.sqrt() as f32);
     let mut rng = Rng::new(6);
+    for (d, factor) in [(2, 0.5f64.sqrt()), (8, 0.125f64.sqrt()), (128, (1.0 / 128.0f64).sqrt())] {
+        for x in rng.normals(100, 1.0) {
+            let row: Vec<f32> = (0..d).map(|i| if i == 0 { x } else { 0.0 }).collect();
+            assert_eq!(hadamard(&row).unwrap(), vec![x * factor as f32; d]);
+        }
+    }
     for d in [1, 2, 8, 64, 128, 256] {
         let (q, k) = (rng.normals(d, 1.0), rng.normals(d, 1.0));
         let (hq, hk) = (hadamard(&q).unwrap(), hadamard(&k).unwrap());

@@ -169,7 +169,7 @@ fn appending_one_by_one_is_encoding_all() {
 fn append_scales_turns_and_refuses() {
     let (d, rope) = (8, Rope::new(100.0, 8, RopeLayout::Half, RopeScaling::None));
     let x = Rng::new(4).normals(2 * d, 30.0);
-    let scales = [0.5, 4.0];
+    let scales = [0.3, 5.0];
     let keys = Storage { scales: Some(&scales), ..format("fp8", None).into() };
     let input = AppendInput {
         seqs: 1,
@@ -314,6 +314,9 @@ fn eight_bit_queries_by_hand() {
     }
     assert_eq!(Int8Query::quantize(&[0.0, -0.0]), Int8Query { codes: vec![0, 0], scale: 0.0 });
     assert_eq!(Int8Query::quantize(&[1e-45]).dequantize(), [0.0], "a scale that underflows");
+    // 180 of the smallest steps, in units of one: clamped.
+    let tiny = f32::from_bits(180);
+    assert_eq!(Int8Query::quantize(&[-tiny, tiny]).codes, [-127, 127]);
     for bad in [f32::NAN, f32::INFINITY] {
         assert!(Int8Query::quantize(&[1.0, bad]).dequantize().iter().all(|x| x.is_nan()));
     }

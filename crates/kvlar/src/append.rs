@@ -4,7 +4,8 @@ use crate::device::Launch;
 use crate::error::{invalid, unsupported};
 use crate::paged::within;
 use crate::{
-    Codec, Device, Dtype, Memory, Pool, Result, RopeLayout, Rows, Stream, Strides, View, ViewMut, Workspace, WorkspaceSize, abi,
+    Device, Dtype, Format, Memory, Pool, Result, RopeLayout, Rows, Scales, Stream, Strides, View, ViewMut, Workspace,
+    WorkspaceSize, abi,
 };
 
 /// Largest head dimension of stored rows.
@@ -15,10 +16,10 @@ pub(crate) const MAX_DIM: usize = 256;
 pub struct AppendShape {
     /// Type of k and v: bf16 or f16.
     pub dtype: Dtype,
-    /// Format of key rows, and values that share a scale.
-    pub key_codec: (Codec, usize),
-    /// Format of value rows, and values that share a scale.
-    pub value_codec: (Codec, usize),
+    /// Of key rows.
+    pub key_format: Format,
+    /// Of value rows.
+    pub value_format: Format,
     /// B.
     pub seqs: usize,
     /// Hk.
@@ -94,6 +95,8 @@ pub struct AppendArgs<'a> {
     pub keys: Pool<ViewMut<'a>>,
     /// Value rows.
     pub values: Pool<ViewMut<'a>>,
+    /// Of fp8 rows.
+    pub scales: Scales<'a>,
 }
 
 /// A validated append.
@@ -110,26 +113,17 @@ pub(crate) fn check_dim(op: &'static str, name: &'static str, dim: usize) -> Res
     Ok(())
 }
 
-pub(crate) fn check_group(arg: &'static str, dim: usize, (_, group): (Codec, usize)) -> Result<()> {
-    if group == 0 || !dim.is_multiple_of(group) {
-        return invalid(arg, format!("{group} does not divide {dim} values"));
-    }
-    Ok(())
-}
-
 impl AppendShape {
     /// Validates.
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`] for a head dimension or type without a kernel, [`crate::Error::Invalid`] for a group
     /// that does not divide.
-    pub fn plan(&self, device: &Device) -> Result<AppendPlan> {
-        self.key_codec.0.check("append", device)?;
-        self.value_codec.0.check("append", device)?;
+    pub fn plan(&self, _: &Device) -> Result<AppendPlan> {
         check_dim("append", "head_dim", self.head_dim)?;
         check_dim("append", "value_dim", self.value_dim)?;
-        check_group("key group", self.head_dim, self.key_codec)?;
-        check_group("value group", self.value_dim, self.value_codec)?;
+        self.key_format.check("key format", self.head_dim)?;
+        self.value_format.check("value format", self.value_dim)?;
         if self.dtype == Dtype::F32 {
             return unsupported("append", "type f32: bf16 and f16 are");
         }
@@ -165,8 +159,9 @@ impl AppendPlan {
         within("slots", &args.slots, tokens * 4 * if args.slots_per_head { heads } else { 1 }, 4)?;
         let rows = Rows { positions: args.row_positions.as_ref().map(|p| p.as_view()), ..args.rows };
         rows.check("rows", s.seqs, (heads, heads), args.keys.page_count.min(args.values.page_count))?;
-        let stored = |(codec, group): (Codec, usize), dim| (codec.row_bytes(dim), codec.params_bytes(dim, group));
-        let (k, v) = (stored(s.key_codec, s.head_dim), stored(s.value_codec, s.value_dim));
+        let stored = |format: Format, dim| (format.row_bytes(dim), format.params_bytes(dim));
+        let (k, v) = (stored(s.key_format, s.head_dim), stored(s.value_format, s.value_dim));
+        let [key_scales, value_scales] = args.scales.addresses(heads, [s.key_format, s.value_format])?;
         args.keys.check("keys", &args.rows, s.seqs, heads, k.0, k.1)?;
         args.values.check("values", &args.rows, s.seqs, heads, v.0, v.1)?;
         let none = abi::KvlarRope { attention_factor: 1.0, layout: abi::KVLAR_ROPE_NONE, ..Default::default() };
@@ -193,10 +188,8 @@ impl AppendPlan {
             slot_head_stride: if args.slots_per_head { n } else { 0 },
             rope,
             status: scratch.status,
-            key_codec: s.key_codec.0.abi(),
-            value_codec: s.value_codec.0.abi(),
-            key_group: s.key_codec.1 as u32,
-            value_group: s.value_codec.1 as u32,
+            key_format: s.key_format.abi(s.head_dim, key_scales),
+            value_format: s.value_format.abi(s.value_dim, value_scales),
             seqs: s.seqs as u32,
             kv_heads: heads as u32,
             new_rows: s.new_rows as u32,

@@ -216,7 +216,7 @@ impl AppendLowrankShape {
     /// sizes that contradict each other.
     pub fn plan(&self, device: &Device) -> Result<AppendLowrankPlan> {
         for codec in [self.keys.codec(), self.values.codec()].into_iter().flatten() {
-            codec.check(OP, device)?;
+            codec.check_latent(OP, device)?;
         }
         let tokens = self.seqs.saturating_mul(self.new_rows);
         let entry = variant(OP, self.dtype, tokens, ENTRIES)?;

@@ -43,7 +43,7 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// Format of stored rows.
+/// What the bytes of stored rows mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Codec {
@@ -51,24 +51,33 @@ pub enum Codec {
     Bf16,
     /// IEEE binary16.
     F16,
+    /// e4m3, times one given scale a head.
+    Fp8,
     /// 8-bit codes with one (f16 scale, f16 zero) a row and group.
     Int8,
-    /// 4-bit codes, likewise. The reference backend alone has it so far: kernels refuse it as unsupported.
+    /// 4-bit codes, likewise.
     Int4,
+    /// 2-bit codes, likewise.
+    Int2,
 }
 
 impl Codec {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Bf16, Self::F16, Self::Fp8, Self::Int8, Self::Int4, Self::Int2];
+
     pub(crate) const fn abi(self) -> u32 {
         match self {
             Self::Bf16 => abi::KVLAR_CODEC_BF16,
             Self::F16 => abi::KVLAR_CODEC_F16,
+            Self::Fp8 => abi::KVLAR_CODEC_FP8,
             Self::Int8 => abi::KVLAR_CODEC_INT8,
             Self::Int4 => abi::KVLAR_CODEC_INT4,
+            Self::Int2 => abi::KVLAR_CODEC_INT2,
         }
     }
 
     pub(crate) fn from_abi(codec: u32) -> Option<Self> {
-        [Self::Bf16, Self::F16, Self::Int8, Self::Int4].into_iter().find(|c| c.abi() == codec)
+        Self::ALL.into_iter().find(|c| c.abi() == codec)
     }
 
     /// The reference's name for it.
@@ -76,15 +85,27 @@ impl Codec {
         match self {
             Self::Bf16 => kvlar_reference::Codec::Bf16,
             Self::F16 => kvlar_reference::Codec::F16,
+            Self::Fp8 => kvlar_reference::Codec::Fp8,
             Self::Int8 => kvlar_reference::Codec::Int8,
             Self::Int4 => kvlar_reference::Codec::Int4,
+            Self::Int2 => kvlar_reference::Codec::Int2,
         }
     }
 
-    /// Refuses a format that a device has no kernels for.
-    pub(crate) fn check(self, op: &'static str, device: &crate::Device) -> crate::Result<()> {
-        if self == Self::Int4 && device.backend() != crate::Backend::Reference {
-            return crate::error::unsupported(op, "int4 rows: the reference backend alone has them");
+    /// The type of rows that are stored as they are.
+    pub const fn dense(self) -> Option<Dtype> {
+        match self {
+            Self::Bf16 => Some(Dtype::Bf16),
+            Self::F16 => Some(Dtype::F16),
+            _ => None,
+        }
+    }
+
+    /// Refuses a format of latents that a device has no kernels for.
+    pub(crate) fn check_latent(self, op: &'static str, device: &crate::Device) -> crate::Result<()> {
+        let known = matches!(self, Self::Bf16 | Self::F16 | Self::Int8);
+        if !known && (self != Self::Int4 || device.backend() != crate::Backend::Reference) {
+            return crate::error::unsupported(op, format!("{self:?} latents on {:?}", device.backend()));
         }
         Ok(())
     }
@@ -97,6 +118,91 @@ impl Codec {
     /// Bytes of a row's scales and zeros.
     pub fn params_bytes(self, dim: usize, group: usize) -> usize {
         self.reference().params_bytes(dim, group)
+    }
+}
+
+/// How rows are encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Format {
+    /// What their bytes mean.
+    pub codec: Codec,
+    /// Values that share a scale and zero; `None`: all of a row.
+    pub group: Option<usize>,
+    /// Rows are rotated by the normalized Walsh-Hadamard matrix before they are encoded (a power of two of values), and so
+    /// are queries of such keys; decoding rotates them back.
+    pub hadamard: bool,
+}
+
+impl From<Codec> for Format {
+    fn from(codec: Codec) -> Self {
+        Self { codec, group: None, hadamard: false }
+    }
+}
+
+impl Format {
+    /// Values that share a scale and zero in rows of `dim` values.
+    pub fn group_of(&self, dim: usize) -> usize {
+        self.group.unwrap_or(dim)
+    }
+
+    /// Bytes of a row's codes, padded to 16.
+    pub fn row_bytes(&self, dim: usize) -> usize {
+        self.codec.row_bytes(dim)
+    }
+
+    /// Bytes of a row's scales and zeros.
+    pub fn params_bytes(&self, dim: usize) -> usize {
+        self.codec.params_bytes(dim, self.group_of(dim).max(1))
+    }
+
+    /// The reference's name for it.
+    pub const fn reference(&self) -> kvlar_reference::Format {
+        kvlar_reference::Format { codec: self.codec.reference(), group: self.group, hadamard: self.hadamard }
+    }
+
+    pub(crate) fn check(&self, arg: &'static str, dim: usize) -> crate::Result<()> {
+        let group = self.group_of(dim);
+        if group == 0 || !dim.is_multiple_of(group) {
+            return crate::error::invalid(arg, format!("a group of {group} does not divide {dim} values"));
+        }
+        if self.hadamard && !dim.is_power_of_two() {
+            return crate::error::invalid(arg, format!("{dim} values are no power of two, as a Hadamard rotation needs"));
+        }
+        Ok(())
+    }
+
+    /// `scales` is 0 or the address of one f32 a head.
+    pub(crate) fn abi(&self, dim: usize, scales: u64) -> abi::KvlarFormat {
+        abi::KvlarFormat {
+            scales,
+            codec: self.codec.abi(),
+            group: self.group_of(dim) as u32,
+            hadamard: self.hadamard.into(),
+            reserved: 0,
+        }
+    }
+}
+
+/// What [`Codec::Fp8`] rows are multiplied by: f32 `[heads]`; `None` = 1. Other formats have none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scales<'a> {
+    /// Of keys.
+    pub keys: Option<crate::View<'a>>,
+    /// Of values.
+    pub values: Option<crate::View<'a>>,
+}
+
+impl Scales<'_> {
+    /// The addresses of both, checked.
+    pub(crate) fn addresses(&self, heads: usize, formats: [Format; 2]) -> crate::Result<[u64; 2]> {
+        let side = |arg: &'static str, scales: Option<crate::View<'_>>, format: Format| match scales {
+            None => Ok(0),
+            Some(_) if format.codec != Codec::Fp8 => {
+                crate::error::invalid(arg, format!("{:?} rows have scales of their own", format.codec))
+            }
+            Some(x) => crate::paged::within(arg, &x, 4 * heads, 4).map(|()| crate::Memory::address(&x)),
+        };
+        Ok([side("key scales", self.keys, formats[0])?, side("value scales", self.values, formats[1])?])
     }
 }
 

@@ -10,8 +10,9 @@
 //! let stream = device.stream()?;
 //! let x = device.alloc(4 * 64 * 4)?; // 4 rows of 64 values
 //! let mut rows = device.alloc(4 * 128)?;
-//! let shape = EncodeShape { codec: Codec::Bf16, group: 64, dtype: Dtype::F32, seqs: 1, heads: 1, rows: 4, dim: 64 };
-//! shape.plan(&device)?.encode(&stream, x.view(), &Rows::contiguous(None, 4), &Pool::contiguous(rows.view_mut(), 1, 4, 128))?;
+//! let shape = EncodeShape { format: Codec::Bf16.into(), dtype: Dtype::F32, seqs: 1, heads: 1, rows: 4, dim: 64 };
+//! let pool = Pool::contiguous(rows.view_mut(), 1, 4, 128);
+//! shape.plan(&device)?.encode(&stream, x.view(), &Rows::contiguous(None, 4), &pool, None)?;
 //! # Ok::<(), kvlar::Error>(())
 //! ```
 //!
@@ -47,7 +48,7 @@ pub use buffer::{Buffer, Memory, View, ViewMut};
 pub use device::Emulation;
 pub use device::{Backend, Device, DeviceInfo, SimtOptions};
 pub use error::Error;
-pub use formats::{Codec, Dtype};
+pub use formats::{Codec, Dtype, Format, Scales};
 pub use kvlar_kernels::params as abi;
 pub use kvlar_reference::RopeLayout;
 pub use merge::{MergePlan, MergeShape};

@@ -1,18 +1,16 @@
 //! encode: dense rows into stored rows. decode: stored rows into dense f32.
 
-use crate::append::{check_dim, check_group};
+use crate::append::check_dim;
 use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
-use crate::{Codec, Device, Dtype, Memory, Pool, Result, Rows, Stream, View, ViewMut, abi};
+use crate::{Device, Dtype, Format, Memory, Pool, Result, Rows, Scales, Stream, View, ViewMut, abi};
 
 /// What [`TranscodePlan`] is made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EncodeShape {
-    /// Format of the stored rows.
-    pub codec: Codec,
-    /// Values that share a scale.
-    pub group: usize,
+    /// Of the stored rows.
+    pub format: Format,
     /// Type of the dense rows to encode; decoding gives f32.
     pub dtype: Dtype,
     /// B.
@@ -38,10 +36,9 @@ impl EncodeShape {
     /// # Errors
     /// [`crate::Error::Unsupported`] for a row length without a kernel, [`crate::Error::Invalid`] for a group that does not
     /// divide.
-    pub fn plan(&self, device: &Device) -> Result<TranscodePlan> {
-        self.codec.check("encode", device)?;
+    pub fn plan(&self, _: &Device) -> Result<TranscodePlan> {
         check_dim("encode", "dim", self.dim)?;
-        check_group("group", self.dim, (self.codec, self.group))?;
+        self.format.check("group", self.dim)?;
         let grid = (self.seqs * self.heads * self.rows).div_ceil(4);
         if grid > i32::MAX as usize {
             return invalid("rows", format!("{} rows are too many for one launch", self.rows));
@@ -51,22 +48,36 @@ impl EncodeShape {
 }
 
 impl TranscodePlan {
-    /// Encodes `x [B, H, rows, dim]` as rows 0.. of each (sequence, head).
+    /// Encodes `x [B, H, rows, dim]` as rows 0.. of each (sequence, head). `scales`: as [`Scales`] says.
     ///
     /// # Errors
     /// [`crate::Error::Bounds`], [`crate::Error::Alignment`], [`crate::Error::Invalid`].
-    pub fn encode(&self, stream: &Stream, x: View<'_>, rows: &Rows<'_>, pool: &Pool<ViewMut<'_>>) -> Result<()> {
+    pub fn encode(
+        &self,
+        stream: &Stream,
+        x: View<'_>,
+        rows: &Rows<'_>,
+        pool: &Pool<ViewMut<'_>>,
+        scales: Option<View<'_>>,
+    ) -> Result<()> {
         within("x", &x, self.elements() * self.shape.dtype.bytes(), 16)?;
-        self.launch(stream, "kvlar_encode", x.address(), self.shape.dtype, rows, pool)
+        self.launch(stream, "kvlar_encode", (x.address(), self.shape.dtype), rows, pool, scales)
     }
 
     /// Decodes rows 0.. of each (sequence, head) into `out [B, H, rows, dim]` f32; 0 beyond a length.
     ///
     /// # Errors
     /// [`crate::Error::Bounds`], [`crate::Error::Alignment`], [`crate::Error::Invalid`].
-    pub fn decode(&self, stream: &Stream, rows: &Rows<'_>, pool: &Pool<View<'_>>, out: &mut ViewMut<'_>) -> Result<()> {
+    pub fn decode(
+        &self,
+        stream: &Stream,
+        rows: &Rows<'_>,
+        pool: &Pool<View<'_>>,
+        scales: Option<View<'_>>,
+        out: &mut ViewMut<'_>,
+    ) -> Result<()> {
         within("out", out, self.elements() * 4, 16)?;
-        self.launch(stream, "kvlar_decode", out.address(), Dtype::F32, rows, pool)
+        self.launch(stream, "kvlar_decode", (out.address(), Dtype::F32), rows, pool, scales)
     }
 
     fn elements(&self) -> usize {
@@ -77,17 +88,18 @@ impl TranscodePlan {
         &self,
         stream: &Stream,
         entry: &'static str,
-        x: u64,
-        dtype: Dtype,
+        (x, dtype): (u64, Dtype),
         rows: &Rows<'_>,
         pool: &Pool<M>,
+        scales: Option<View<'_>>,
     ) -> Result<()> {
         let s = &self.shape;
         if rows.max_rows < s.rows {
             return invalid("rows", format!("{} rows in a cache of {}", s.rows, rows.max_rows));
         }
         rows.check("rows", s.seqs, (s.heads, s.heads), pool.page_count)?;
-        pool.check("pool", rows, s.seqs, s.heads, s.codec.row_bytes(s.dim), s.codec.params_bytes(s.dim, s.group))?;
+        pool.check("pool", rows, s.seqs, s.heads, s.format.row_bytes(s.dim), s.format.params_bytes(s.dim))?;
+        let [scales, _] = Scales { keys: scales, values: None }.addresses(s.heads, [s.format; 2])?;
         let (n, d) = (s.rows as i64, s.dim as i64);
         let params = abi::KvlarTranscode {
             rows: rows.abi(),
@@ -97,8 +109,7 @@ impl TranscodePlan {
             x_head_stride: n * d,
             x_row_stride: d,
             status: 0,
-            codec: s.codec.abi(),
-            group: s.group as u32,
+            format: s.format.abi(s.dim, scales),
             seqs: s.seqs as u32,
             heads: s.heads as u32,
             row_count: s.rows as u32,

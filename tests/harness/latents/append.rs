@@ -168,7 +168,7 @@ impl AppendLowrankCase {
     fn upload(&self, lab: &Lab, side: &SideData, pages: &Pages) -> SideOnDevice {
         let n = side.shape.stored();
         let pool = match side.shape.codec() {
-            Some(codec) => lab.poisoned(pages.pool_bytes(codec, n, n)),
+            Some(codec) => lab.poisoned(pages.pool_bytes(&codec.into(), n)),
             None => lab.poisoned(0),
         };
         let dims = [self.seqs, side.shape.groups(), self.new_rows, side.rank];
@@ -255,7 +255,7 @@ impl SideOnDevice {
     fn args<'a>(&'a mut self, side: &SideData, pages: &Pages) -> SideArgs<'a> {
         let n = side.shape.stored();
         let Some(codec) = side.shape.codec() else { return SideArgs::None };
-        let pool = pages.pool(self.pool.view_mut(), codec, n, n);
+        let pool = pages.pool(self.pool.view_mut(), &codec.into(), n);
         match (&self.encoding, &self.rows) {
             (Some(e), _) => SideArgs::Project { from: e.projection(), pool },
             (None, Some((x, x_strides))) => SideArgs::Store { x: x.view(), x_strides: *x_strides, pool },
@@ -295,7 +295,7 @@ impl Expected<'_> {
 
     fn check_side(&mut self, name: &str, side: &SideData, pages: &Pages, mut actual: Vec<u8>) {
         let (codec, n, rank) = (side.shape.codec().expect("a side"), side.shape.stored(), side.rank);
-        let pool = pages.pool(Bytes(actual.len()), codec, n, n);
+        let pool = pages.pool(Bytes(actual.len()), &codec.into(), n);
         let (row_bytes, params_bytes) = side.shape.row_bytes();
         for (i, x) in side.rows.chunks_exact(rank).enumerate() {
             let (seq, group, row) = (

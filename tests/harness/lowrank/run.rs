@@ -92,8 +92,9 @@ impl<'a> LowrankRun<'a> {
                 let [(kc, kd), (vc, vd)] = c.rows(s);
                 Segment {
                     rows,
-                    keys: host.keys.pool(keys.view(), kc, kd, kd),
-                    values: host.values.pool(values.view(), vc, vd, vd),
+                    keys: host.keys.pool(keys.view(), &kc.into(), kd),
+                    values: host.values.pool(values.view(), &vc.into(), vd),
+                    scales: Default::default(),
                 }
             })
             .collect();
@@ -132,7 +133,7 @@ impl<'a> LowrankRun<'a> {
         let (pages, _, keys, values) = &mut self.segments[segment];
         let host = &self.data.segments[segment];
         let [(kc, kd), (vc, vd)] = self.data.case.rows(&self.data.case.segments[segment]);
-        let pools = [host.keys.pool(keys.view_mut(), kc, kd, kd), host.values.pool(values.view_mut(), vc, vd, vd)];
+        let pools = [host.keys.pool(keys.view_mut(), &kc.into(), kd), host.values.pool(values.view_mut(), &vc.into(), vd)];
         (pages.rows(), pools)
     }
 

@@ -159,8 +159,8 @@ impl LowrankData {
         ] {
             for group in 0..pages.heads {
                 let (at, index) = ((seq, group, row), seq * pages.heads + group);
-                let decoded = pages.store(bytes, at, &latents[index * n..][..n], codec, n);
-                pages.poison(bytes, at, n, codec, n);
+                let decoded = pages.store(bytes, at, &latents[index * n..][..n], &codec.into());
+                pages.poison(bytes, at, n, &codec.into());
                 rows[index][row * n..][..n].copy_from_slice(&decoded);
             }
         }

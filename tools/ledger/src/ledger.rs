@@ -1,6 +1,6 @@
 //! The committed file, what it says of one entry point, and what may not be.
 
-use crate::model::{Attend, Kind, LIMIT, MODELLED, Rebuild, arch_number};
+use crate::model::{Attend, LIMIT, MODELLED, Rebuild, arch_number};
 use crate::path::Graph;
 use crate::sass::{Instruction, Usage};
 use serde::{Deserialize, Serialize};
@@ -60,12 +60,10 @@ pub struct LoopFacts {
     /// All of it, slow paths included.
     pub instructions: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub dense: Option<PathFacts>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub int8: Option<PathFacts>,
+    pub tile: Option<PathFacts>,
 }
 
-/// The fast path of a kind of tile (`path.rs` says which it is).
+/// The fast path of a tile (`path.rs` says which it is).
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PathFacts {
@@ -75,12 +73,6 @@ pub struct PathFacts {
     /// Issue time in percent of the byte floor, on the GPU of the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub issue_percent: Option<f64>,
-}
-
-impl LoopFacts {
-    fn path(&self, kind: Kind) -> Option<PathFacts> {
-        if kind == Kind::Int8 { self.int8 } else { self.dense }
-    }
 }
 
 impl Facts {
@@ -115,35 +107,26 @@ impl Facts {
         let place = |e: String| format!("{entry} sm_{arch}: {e}");
         let graph = Graph::new(body).map_err(place)?;
         for main in graph.main_loops() {
-            let path = |kind: Kind| {
-                let instructions = graph.fast_path(&main, attend.work(kind))?.len() as u32;
-                let per_16_rows = 16.0 * f64::from(instructions) / f64::from(attend.rows(kind));
-                let issue = attend.issue_percent(kind, per_16_rows);
-                Some(PathFacts {
-                    instructions,
-                    per_16_rows,
-                    issue_percent: (arch == MODELLED).then(|| (issue * 10.0).round() / 10.0),
-                })
-            };
-            let int8 = if attend.int8 { path(Kind::Int8) } else { None };
-            facts.loops.push(LoopFacts { instructions: graph.size(&main), dense: path(Kind::Dense), int8 });
+            let tile = graph.fast_path(&main, attend.work()).map(|path| {
+                let instructions = path.len() as u32;
+                let per_16_rows = 16.0 * f64::from(instructions) / f64::from(attend.rows());
+                let issue = attend.issue_percent(per_16_rows);
+                let issue_percent = (arch == MODELLED).then(|| (issue * 10.0).round() / 10.0);
+                PathFacts { instructions, per_16_rows, issue_percent }
+            });
+            facts.loops.push(LoopFacts { instructions: graph.size(&main), tile });
         }
-        for &kind in attend.kinds() {
-            if facts.fast_path(kind).is_none() {
-                let need = attend.work(kind);
-                return Err(place(format!(
-                    "of {} main loops none has a path that does the work of one tile, {kind}: {need:?}",
-                    facts.loops.len()
-                )));
-            }
+        if facts.fast_path().is_none() {
+            let (loops, need) = (facts.loops.len(), attend.work());
+            return Err(place(format!("of {loops} main loops none has a path that does the work of one tile: {need:?}")));
         }
         facts.in_flight = Some(attend.in_flight(arch));
         Ok(facts)
     }
 
     /// The shortest among its loops.
-    pub fn fast_path(&self, kind: Kind) -> Option<PathFacts> {
-        self.loops.iter().filter_map(|l| l.path(kind)).min_by_key(|p| p.instructions)
+    pub fn fast_path(&self) -> Option<PathFacts> {
+        self.loops.iter().filter_map(|l| l.tile).min_by_key(|p| p.instructions)
     }
 
     fn title(&self) -> String {
@@ -175,17 +158,13 @@ impl Findings {
             self.errors.push(format!("{}: {name}: {n} bytes, must be 0", facts.title()));
         }
         let Some(Ok(attend)) = Attend::of(&facts.entry) else { return };
-        for &kind in attend.kinds() {
-            let Some(percent) = facts.fast_path(kind).and_then(|p| p.issue_percent).filter(|p| *p > LIMIT) else { continue };
-            let text = format!(
-                "{}: issuing the instructions of {kind} tiles takes {percent} % of the time to read their bytes",
-                facts.title()
-            );
-            if attend.is_limited() && kind == attend.main_kind() {
-                self.errors.push(format!("{text}; at most {LIMIT} % is allowed"));
-            } else {
-                self.notes.push(text);
-            }
+        let Some(percent) = facts.fast_path().and_then(|p| p.issue_percent).filter(|p| *p > LIMIT) else { return };
+        let text =
+            format!("{}: issuing the instructions of tiles takes {percent} % of the time to read their bytes", facts.title());
+        if attend.is_limited() {
+            self.errors.push(format!("{text}; at most {LIMIT} % is allowed"));
+        } else {
+            self.notes.push(text);
         }
     }
 
@@ -259,7 +238,7 @@ mod tests {
         let mut facts =
             Facts::measure("kvlar_append", arch, Usage { registers: 48, ..Usage::default() }, (0, 0), Vec::new()).unwrap();
         facts.entry = entry.into();
-        facts.loops = vec![LoopFacts { instructions: 600, dense: Some(path), int8: None }];
+        facts.loops = vec![LoopFacts { instructions: 600, tile: Some(path) }];
         facts
     }
 
@@ -279,14 +258,14 @@ mod tests {
         let old = Ledger::new("nvcc 1".into(), vec![facts("a", "80", 1.0), facts("b", "80", 1.0), facts("c", "86", 1.0)]);
         let mut changed = facts("a", "80", 1.0);
         changed.registers = 49;
-        changed.loops[0].dense.as_mut().unwrap().instructions = 301;
+        changed.loops[0].tile.as_mut().unwrap().instructions = 301;
         let new = Ledger::new("nvcc 1".into(), vec![changed, facts("d", "80", 1.0)]);
         let mut found = Findings::default();
         found.compare(&old, &new, &["80".into()]);
         let expected = [
             "b sm_80: committed, but not among the kernels",
             "a sm_80: registers: committed 48, actual 49",
-            "a sm_80: loops.0.dense.instructions: committed 300, actual 301",
+            "a sm_80: loops.0.tile.instructions: committed 300, actual 301",
             "d sm_80: not in the ledger",
         ];
         assert_eq!(found.errors, expected);
@@ -312,7 +291,6 @@ mod tests {
         assert_eq!(judge(&facts("kvlar_attend_bf16_d128_n8", "90a", 55.0)), (0, 0));
         assert_eq!(judge(&facts("kvlar_attend_bf16_d128_n8", "90a", 55.1)), (1, 0));
         assert_eq!(judge(&facts("kvlar_attend_bf16_d128_n16", "90a", 55.1)), (0, 1));
-        assert_eq!(judge(&facts("kvlar_attend_bf16_int8_d128_n8", "90a", 55.1)), (0, 1), "its dense path");
     }
 
     #[test]

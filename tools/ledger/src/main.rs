@@ -155,17 +155,15 @@ fn print_path(entry: &str, arch: &str, report: &Report) -> Result<(), String> {
     let graph = path::Graph::new(body)?;
     let mut text = String::new();
     for (n, main) in graph.main_loops().iter().enumerate() {
-        for &kind in attend.kinds() {
-            let path = graph.fast_path(main, attend.work(kind)).unwrap_or_default();
-            text += &format!("{entry} sm_{arch}, loop {n}, {kind} tile: {} of {} instructions\n", path.len(), graph.size(main));
-            let mut next = None;
-            for i in path {
-                if next.is_some_and(|n| n != i.address) {
-                    text += "        ...\n";
-                }
-                next = Some(i.address + 16);
-                text += &format!("{:6x} {} {} {}\n", i.address, if i.guarded { "@" } else { " " }, i.opcode, i.operands);
+        let path = graph.fast_path(main, attend.work()).unwrap_or_default();
+        text += &format!("{entry} sm_{arch}, loop {n}: {} of {} instructions\n", path.len(), graph.size(main));
+        let mut next = None;
+        for i in path {
+            if next.is_some_and(|n| n != i.address) {
+                text += "        ...\n";
             }
+            next = Some(i.address + 16);
+            text += &format!("{:6x} {} {} {}\n", i.address, if i.guarded { "@" } else { " " }, i.opcode, i.operands);
         }
     }
     print!("{text}");

@@ -12,58 +12,29 @@ pub const MODELLED: &str = "90a";
 /// several warps overlap with the copies, but neither stalls nor prologues are counted.
 pub const LIMIT: f64 = 55.0;
 
-/// How a tile's rows are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// bf16 or f16.
-    Dense,
-    /// One byte an element, a (scale, zero) pair a row.
-    Int8,
-}
-
-impl std::fmt::Display for Kind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if *self == Kind::Int8 { "int8" } else { "dense" })
-    }
-}
-
-/// One instantiation of the attend kernel, as its name says: `kvlar_attend_bf16_int8_d128_n8`.
+/// One instantiation of the attend kernel, as its name says: `kvlar_attend_bf16_d128_n8`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attend {
     /// Head dimension of the template.
     pub dim: u32,
     /// Columns of a query tile.
     pub columns: u32,
-    /// Whether its loop takes int8 tiles beside dense ones.
-    pub int8: bool,
 }
 
 impl Attend {
-    /// None for entry points that are no attend kernel. Errors: an attend kernel that this program can't judge.
+    /// None for entry points that are no attend kernel of rows stored as they are. Errors: one that this program can't judge.
     pub fn of(entry: &str) -> Option<Result<Attend, String>> {
-        let name = entry.strip_prefix("kvlar_attend_").filter(|n| *n != "schedule" && !n.starts_with("lowrank_"))?;
+        let other = |n: &str| n == "schedule" || n.starts_with("lowrank_") || n.starts_with("quantized_");
+        let name = entry.strip_prefix("kvlar_attend_").filter(|n| !other(n))?;
         let parsed = || {
             let (storage, shape) = name.split_once("_d")?;
             let (dim, columns) = shape.split_once("_n")?;
-            let int8 = match storage {
-                "bf16" | "f16" => false,
-                "bf16_int8" | "f16_int8" => true,
-                _ => return None,
-            };
-            let attend = Attend { dim: dim.parse().ok()?, columns: columns.parse().ok()?, int8 };
-            (matches!(attend.dim, 64 | 128 | 256) && matches!(attend.columns, 8 | 16)).then_some(attend)
+            let attend = Attend { dim: dim.parse().ok()?, columns: columns.parse().ok()? };
+            let known =
+                matches!(storage, "bf16" | "f16") && matches!(attend.dim, 64 | 128 | 256) && matches!(attend.columns, 8 | 16);
+            known.then_some(attend)
         };
         Some(parsed().ok_or_else(|| format!("{entry}: the ledger's model doesn't know this kind of attend kernel")))
-    }
-
-    /// The kinds of tile its loop takes.
-    pub fn kinds(&self) -> &'static [Kind] {
-        if self.int8 { &[Kind::Dense, Kind::Int8] } else { &[Kind::Dense] }
-    }
-
-    /// The kind of tile it is there for, and the others only beside it.
-    pub fn main_kind(&self) -> Kind {
-        if self.int8 { Kind::Int8 } else { Kind::Dense }
     }
 
     /// Whether exceeding `LIMIT` is an error: in the shapes of common models, with the columns of plain decoding. The
@@ -79,20 +50,17 @@ impl Attend {
     }
 
     /// Rows of a tile.
-    pub fn rows(&self, kind: Kind) -> u32 {
-        let dense = if self.dim == 64 { 32 } else { 16 };
-        if kind == Kind::Int8 { 2 * dense } else { dense }
+    pub fn rows(&self) -> u32 {
+        if self.dim == 64 { 32 } else { 16 }
     }
 
+    /// Keys or values of a tile.
     fn tile_bytes(&self) -> u32 {
-        let dense = self.rows(Kind::Dense) * self.dim * 2;
-        if self.int8 { dense.max(self.rows(Kind::Int8) * self.dim) } else { dense }
+        self.rows() * self.dim * 2
     }
 
     fn shared_bytes(&self, arch: &str) -> u32 {
-        let most_rows = self.rows(self.main_kind());
-        let params = if self.int8 { 8 * most_rows } else { 0 };
-        self.warps() * stages(arch) * (2 * self.tile_bytes() + params + 4 * most_rows)
+        self.warps() * stages(arch) * (2 * self.tile_bytes() + 4 * self.rows())
     }
 
     /// CTAs that share an SM. The launcher's reckoning: CUDA keeps 1 KB of each, 512 B hold the static part.
@@ -109,22 +77,20 @@ impl Attend {
 
     /// What the fast path executes for a tile: two products with each 16 x 16 block of it for every 8 columns, copies of
     /// the next tile (keys and values, 16 bytes a lane), and the page of each 16 of its rows.
-    pub fn work(&self, kind: Kind) -> Work {
-        let rows = self.rows(kind);
-        let element = if kind == Kind::Int8 { 1 } else { 2 };
+    pub fn work(&self) -> Work {
+        let rows = self.rows();
         Work {
-            // Scores and values of every 16 dimensions; int8 also sums the weights, as a product with ones.
-            mma: (rows / 16) * (self.columns / 8) * (2 * (self.dim / 16) + u32::from(kind == Kind::Int8)),
-            row_copies: 2 * rows * self.dim * element / 16 / 32,
-            word_copies: if kind == Kind::Int8 { 2 * rows.div_ceil(32) } else { 0 },
+            // Scores and values of every 16 dimensions.
+            mma: (rows / 16) * (self.columns / 8) * 2 * (self.dim / 16),
+            row_copies: 2 * rows * self.dim * 2 / 16 / 32,
+            word_copies: 0,
             lookups: rows / 16,
         }
     }
 
     /// Time to issue `per_16_rows` instructions, in percent of the time to read 16 rows.
-    pub fn issue_percent(&self, kind: Kind, per_16_rows: f64) -> f64 {
-        let row_bytes = if kind == Kind::Int8 { 2 * self.dim + 8 } else { 2 * self.dim * 2 };
-        100.0 * (per_16_rows / ISSUE_RATE) / (f64::from(16 * row_bytes) / READ_RATE)
+    pub fn issue_percent(&self, per_16_rows: f64) -> f64 {
+        100.0 * (per_16_rows / ISSUE_RATE) / (f64::from(16 * 2 * self.dim * 2) / READ_RATE)
     }
 }
 
@@ -186,9 +152,9 @@ mod tests {
 
     #[test]
     fn names_say_what_a_kernel_is() {
-        assert_eq!(attend("kvlar_attend_bf16_int8_d128_n16"), Attend { dim: 128, columns: 16, int8: true });
-        assert_eq!(attend("kvlar_attend_f16_d64_n8"), Attend { dim: 64, columns: 8, int8: false });
+        assert_eq!(attend("kvlar_attend_f16_d64_n8"), Attend { dim: 64, columns: 8 });
         assert!(Attend::of("kvlar_append").is_none() && Attend::of("kvlar_attend_schedule").is_none());
+        assert!(Attend::of("kvlar_attend_quantized_d128_n8").is_none());
         for name in ["kvlar_attend_bf16_int4_d128_n8", "kvlar_attend_bf16_d96_n8", "kvlar_attend_bf16"] {
             assert!(Attend::of(name).unwrap().is_err(), "{name}");
         }
@@ -196,42 +162,33 @@ mod tests {
 
     #[test]
     fn a_tiles_work() {
-        let work = attend("kvlar_attend_bf16_d128_n8").work(Kind::Dense);
+        let work = attend("kvlar_attend_bf16_d128_n8").work();
         assert_eq!(work, Work { mma: 16, row_copies: 16, word_copies: 0, lookups: 1 });
-        let int8 = attend("kvlar_attend_bf16_int8_d64_n16");
-        assert_eq!(int8.work(Kind::Dense), Work { mma: 32, row_copies: 16, word_copies: 0, lookups: 2 });
-        assert_eq!(int8.work(Kind::Int8), Work { mma: 72, row_copies: 16, word_copies: 4, lookups: 4 });
+        let wide = attend("kvlar_attend_bf16_d64_n16").work();
+        assert_eq!(wide, Work { mma: 32, row_copies: 16, word_copies: 0, lookups: 2 });
     }
 
     #[test]
     fn costs() {
         let dense = attend("kvlar_attend_bf16_d128_n8");
-        assert!((dense.issue_percent(Kind::Dense, 968.0) - 55.0).abs() < 0.05);
-        let int8 = attend("kvlar_attend_f16_int8_d128_n8");
-        assert!((int8.issue_percent(Kind::Int8, 499.0) - 55.0).abs() < 0.05);
+        assert!((dense.issue_percent(968.0) - 55.0).abs() < 0.05);
         assert_eq!(dense.in_flight("90a"), 128 << 10);
         assert_eq!(dense.in_flight("80"), 64 << 10);
         assert_eq!(dense.in_flight("89"), 32 << 10);
         assert_eq!(attend("kvlar_attend_bf16_d256_n8").in_flight("100"), 128 << 10);
         // attend/tiling.rs asserts the same of its mirror
         assert_eq!(dense.shared_bytes("90a"), 4 * 3 * (8192 + 64));
-        assert_eq!(attend("kvlar_attend_bf16_int8_d256_n8").shared_bytes("90a"), 2 * 3 * (16384 + 8 * 32 + 4 * 32));
     }
 
     #[test]
     fn tile_shapes_are_those_of_the_kernels() {
         let header = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../kernels/attend/tiles.cuh")).unwrap();
         for line in [
-            "kWarps = D == 256 ? 2 : 4;",
-            "kDenseRows = D == 64 ? 32 : 16;",
-            "kInt8Rows = D == 64 ? 64 : 32;",
-            "kMaxRows = kInt8 ? kInt8Rows : kDenseRows;",
-            "kDenseTile = kDenseRows * D * 2;",
-            "kInt8Tile = kInt8Rows * D;",
-            "kTileBytes = kInt8 && kInt8Tile > kDenseTile ? kInt8Tile : kDenseTile;",
-            "kValueParams = kKeyParams + (kInt8 ? 4 * kInt8Rows : 0);",
-            "kPositions = kValueParams + (kInt8 ? 4 * kInt8Rows : 0);",
-            "kStageBytes = kPositions + 4 * kMaxRows;",
+            "return dim == 256 ? 2 : 4;",
+            "kRows = D == 64 ? 32 : 16;",
+            "kValues = kRows * D * 2;",
+            "kPositions = 2 * kValues;",
+            "kStageBytes = kPositions + 4 * kRows;",
             "kLeastShared = kWarps * 2 * kStageBytes;",
         ] {
             assert!(header.contains(line), "tiles.cuh no longer says {line:?}: bring model.rs up to date");

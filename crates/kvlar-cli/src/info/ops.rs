@@ -1,8 +1,8 @@
 //! What each op takes, found by asking its launcher: a shape has a plan, or is refused.
 
 use kvlar::{
-    AppendLowrankShape, AppendShape, AttendShape, Codec, Device, Dtype, EncodeShape, Latents, LowrankShape, LowrankValues,
-    MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, SegmentShape, SetsShape, SideShape,
+    AppendLowrankShape, AppendShape, AttendShape, Codec, Device, Dtype, EncodeShape, Format, Latents, LowrankShape,
+    LowrankValues, MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, SegmentShape, SetsShape, SideShape,
 };
 use std::fmt::Debug;
 
@@ -19,7 +19,7 @@ pub struct Op {
 }
 
 const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
-const CODECS: [Codec; 4] = [Codec::Bf16, Codec::F16, Codec::Int8, Codec::Int4];
+const CODECS: [Codec; 6] = Codec::ALL;
 const LATENTS: [Latents; 4] = [Latents::Dtype, Latents::Int8, Latents::Int8Basis, Latents::Int4];
 /// Head dimension where another size is asked for.
 const DIM: usize = 128;
@@ -46,9 +46,9 @@ fn any_type(planned: impl Fn(Dtype) -> bool) -> bool {
 
 fn append(device: &Device) -> Op {
     let planned = |dtype, codec, dim| {
-        let codec = (codec, dim);
         let (seqs, kv_heads, new_rows) = (1, 1, 1);
-        AppendShape { dtype, key_codec: codec, value_codec: codec, seqs, kv_heads, new_rows, head_dim: dim, value_dim: dim }
+        let format = Format::from(codec);
+        AppendShape { dtype, key_format: format, value_format: format, seqs, kv_heads, new_rows, head_dim: dim, value_dim: dim }
             .plan(device)
             .is_ok()
     };
@@ -76,7 +76,7 @@ fn append_lowrank(device: &Device) -> Op {
 
 fn attend(device: &Device) -> Op {
     let planned =
-        |dtype, codec, dim| AttendShape::new(dtype, 1, (1, 1), 1, dim, SegmentShape { codec, max_rows: 64 }).plan(device).is_ok();
+        |dtype, codec, dim| AttendShape::new(dtype, 1, (1, 1), 1, dim, SegmentShape::new(codec, 64)).plan(device).is_ok();
     Op {
         name: "attend",
         types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
@@ -90,7 +90,7 @@ fn attend_lowrank(device: &Device) -> Op {
     let sets = SetsShape { count: 1, largest: 2, kv_heads: 2, key_groups: 1, value_groups: 1, sizes_hash: 0 };
     let planned = |dtype, latents: Latents, dim, query_rows, (key, value)| {
         let native = Option::<Codec>::from(dtype).unwrap_or(Codec::Bf16);
-        let exact = SegmentShape { codec: native, max_rows: 64 };
+        let exact = SegmentShape::new(native, 64);
         let attend = AttendShape::new(dtype, 1, (2, 2), query_rows, dim, exact);
         let values = LowrankValues::Latent { rank: value, codec: latents.codec(native) };
         LowrankShape::new(attend, 64, key, latents, values, sets).plan(device).is_ok()
@@ -113,8 +113,9 @@ fn attend_lowrank(device: &Device) -> Op {
 }
 
 fn encode(device: &Device) -> Op {
-    let planned =
-        |dtype, codec, dim| EncodeShape { codec, group: dim, dtype, seqs: 1, heads: 1, rows: 1, dim }.plan(device).is_ok();
+    let planned = |dtype, codec, dim| {
+        EncodeShape { format: Format::from(codec), dtype, seqs: 1, heads: 1, rows: 1, dim }.plan(device).is_ok()
+    };
     Op {
         name: "encode",
         types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),

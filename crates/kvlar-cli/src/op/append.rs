@@ -5,7 +5,7 @@ use super::case::{Case, Output, expect, finite};
 use super::formats::{Stored, group};
 use super::{Result, input};
 use crate::backend::Backend;
-use kvlar::{AppendArgs, AppendShape, Dtype, EncodeShape, Pool, RopeLayout, Rows, Workspace};
+use kvlar::{AppendArgs, AppendShape, Dtype, EncodeShape, Format, Pool, RopeLayout, Rows, Scales, Workspace};
 use kvlar_reference::{AppendInput, Appended, Codec, Rope};
 
 /// A codec whose rows can be written one by one, to any slot.
@@ -70,21 +70,28 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     } else {
         let shape = AppendShape {
             dtype,
-            key_codec: keys.launched(d)?,
-            value_codec: values.launched(dv)?,
+            key_format: keys.launched()?,
+            value_format: values.launched()?,
             seqs: b,
             kv_heads: h,
             new_rows: s,
             head_dim: d,
             value_dim: dv,
         };
-        on_device(&shape, backend, [&k, &v], [&positions, &slots], &rope)?
+        on_device(&shape, backend, [&keys, &values], [&k, &v], [&positions, &slots], &rope)?
     };
     Ok(Output::default().floats("k_decoded", &[b, h, s, d], &out.k_decoded).floats("v_decoded", &[b, h, s, dv], &out.v_decoded))
 }
 
 /// Appends into pages of 64 rows, then reads everything back with decode.
-fn on_device(shape: &AppendShape, backend: Backend, kv: [&[f32]; 2], ints: [&[i32]; 2], rope: &Rope) -> Result<Appended> {
+fn on_device(
+    shape: &AppendShape,
+    backend: Backend,
+    stored: [&Stored; 2],
+    kv: [&[f32]; 2],
+    ints: [&[i32]; 2],
+    rope: &Rope,
+) -> Result<Appended> {
     const PAGE: usize = 64;
     let AppendShape { seqs: b, kv_heads: h, new_rows: s, head_dim: d, value_dim: dv, dtype, .. } = *shape;
     let lab = Lab::open(backend, dtype)?;
@@ -96,8 +103,10 @@ fn on_device(shape: &AppendShape, backend: Backend, kv: [&[f32]; 2], ints: [&[i3
     let table = lab.upload(&(0..(b * pages) as i32).rev().collect::<Vec<_>>())?;
     let lengths = lab.upload(&vec![s as i32; b])?;
     let rows = Rows { max_rows: s, ..Rows::block_table(table.view(), pages, lengths.view(), PAGE)? };
-    let sizes = |(codec, group): (kvlar::Codec, usize), dim: usize| (codec.row_bytes(dim), codec.params_bytes(dim, group));
-    let (key, value) = (sizes(shape.key_codec, d), sizes(shape.value_codec, dv));
+    let sizes = |format: Format, dim: usize| (format.row_bytes(dim), format.params_bytes(dim));
+    let (key, value) = (sizes(shape.key_format, d), sizes(shape.value_format, dv));
+    let scales = [stored[0].upload_scales(&lab)?, stored[1].upload_scales(&lab)?];
+    let [key_scales, value_scales] = scales.each_ref().map(|s| s.as_ref().map(kvlar::Buffer::view));
     let mut keys = lab.device.alloc(b * pages * h * PAGE * (key.0 + key.1))?;
     let mut values = lab.device.alloc(b * pages * h * PAGE * (value.0 + value.1))?;
     let (k, v) = (lab.upload_as(kv[0], dtype)?, lab.upload_as(kv[1], dtype)?);
@@ -121,17 +130,18 @@ fn on_device(shape: &AppendShape, backend: Backend, kv: [&[f32]; 2], ints: [&[i3
         row_positions: None,
         keys: Pool::hnd(keys.view_mut(), b * pages, PAGE, h, key.0, key.1),
         values: Pool::hnd(values.view_mut(), b * pages, PAGE, h, value.0, value.1),
+        scales: Scales { keys: key_scales, values: value_scales },
     };
     plan.launch(&lab.stream, &mut args, &mut workspace)?;
     let read = |buffer: &kvlar::Buffer,
-                (codec, group): (kvlar::Codec, usize),
+                (format, scales): (Format, Option<kvlar::View<'_>>),
                 dim: usize,
                 (row, params): (usize, usize)|
      -> Result<Vec<f32>> {
-        let shape = EncodeShape { codec, group, dtype: Dtype::F32, seqs: b, heads: h, rows: s, dim };
+        let shape = EncodeShape { format, dtype: Dtype::F32, seqs: b, heads: h, rows: s, dim };
         let mut out = lab.device.alloc(4 * b * h * s * dim)?;
         let pool = Pool::hnd(buffer.view(), b * pages, PAGE, h, row, params);
-        shape.plan(&lab.device)?.decode(&lab.stream, &rows, &pool, &mut out.view_mut())?;
+        shape.plan(&lab.device)?.decode(&lab.stream, &rows, &pool, scales, &mut out.view_mut())?;
         let mut decoded = lab.download(&out)?;
         // Rows that nothing was written to.
         for (i, row) in decoded.chunks_exact_mut(dim).enumerate() {
@@ -142,5 +152,8 @@ fn on_device(shape: &AppendShape, backend: Backend, kv: [&[f32]; 2], ints: [&[i3
         }
         Ok(decoded)
     };
-    Ok(Appended { k_decoded: read(&keys, shape.key_codec, d, key)?, v_decoded: read(&values, shape.value_codec, dv, value)? })
+    Ok(Appended {
+        k_decoded: read(&keys, (shape.key_format, key_scales), d, key)?,
+        v_decoded: read(&values, (shape.value_format, value_scales), dv, value)?,
+    })
 }

@@ -9,6 +9,7 @@ use kvlar::{
 use kvlar_reference::{AttendInput, Attended};
 
 /// What every attention op takes besides its rows.
+#[derive(Clone)]
 pub struct Common {
     pub lengths: Option<Vec<i32>>,
     pub positions: Option<Vec<i32>>,
@@ -236,7 +237,7 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
         softcap: i.common.softcap as f32,
         window: i.common.window,
         schedule: i.schedule,
-        ..AttendShape::new(i.common.dtype, b, (hq, hk), s.max(1), d, SegmentShape { codec, max_rows })
+        ..AttendShape::new(i.common.dtype, b, (hq, hk), s.max(1), d, SegmentShape::new(codec, max_rows))
     };
     let plan = shape.plan(&lab.device)?;
     if b * hq * s == 0 {
@@ -257,7 +258,12 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     rows.positions = positions.as_ref().map(Buffer::view);
     rows.position_seq_stride = if i.page_size == 0 { max_rows } else { 0 };
     let (keys, values) = (lab.upload_as(&i.paged(&i.k, d), i.common.dtype)?, lab.upload_as(&i.paged(&i.v, dv), i.common.dtype)?);
-    let segments = [Segment { rows, keys: i.pool(keys.view(), pages, d), values: i.pool(values.view(), pages, dv) }];
+    let segments = [Segment {
+        rows,
+        keys: i.pool(keys.view(), pages, d),
+        values: i.pool(values.view(), pages, dv),
+        scales: Default::default(),
+    }];
     let q = lab.upload_as(&i.q, i.common.dtype)?;
     let q_positions = i.common.q_positions.as_ref().map(|p| lab.upload(p)).transpose()?;
     let sinks = i.common.sink_logits.as_ref().map(|x| lab.upload(x)).transpose()?;

@@ -253,7 +253,7 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
         scale: i.common.scale as f32,
         softcap: i.common.softcap as f32,
         window: i.common.window,
-        ..AttendShape::new(i.common.dtype, b, (hq, hk), s.max(1), d, SegmentShape { codec: native, max_rows })
+        ..AttendShape::new(i.common.dtype, b, (hq, hk), s.max(1), d, SegmentShape::new(native, max_rows))
     };
     let shape = LowrankShape {
         key_mean: i.mean.is_some(),
@@ -278,8 +278,12 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     }
     rows.positions = positions.as_ref().map(Buffer::view);
     rows.position_seq_stride = max_rows;
-    let segments =
-        [Segment { rows, keys: key_rows.pool(&keys, key_groups, t), values: value_rows.pool(&values, value_heads, t) }];
+    let segments = [Segment {
+        rows,
+        keys: key_rows.pool(&keys, key_groups, t),
+        values: value_rows.pool(&values, value_heads, t),
+        scales: Default::default(),
+    }];
     let wide_basis = padded_basis(&i.uk, key_rank, padded);
     let int8 = if i.latents == Latents::Int8Basis {
         Some(Int8Basis::quantize(&wide_basis, i.mean.as_deref(), wide_basis.len() / (d * padded), d, padded, i.pairs())?)

@@ -1,11 +1,13 @@
 //! attend_quantized.
 
+mod device;
+
 use super::attend::{Common, reference_dtype};
 use super::case::{Case, Output, expect};
 use super::formats::{Stored, group};
-use super::{OpError, Result, input};
+use super::{Result, input};
 use crate::backend::Backend;
-use kvlar_reference::{AttendInput, Codec, QuantizedAttended, QuantizedInput, Tiers};
+use kvlar_reference::{AttendInput, Codec, QuantizedInput, Tiers};
 
 /// Rows of queries that one launch takes.
 const MAX_QUERY_ROWS: usize = 8;
@@ -22,6 +24,7 @@ struct Dims {
 }
 
 /// Everything that attention over encoded rows reads, rounded and checked.
+#[derive(Clone)]
 struct Inputs {
     dims: Dims,
     q: Vec<f32>,
@@ -33,6 +36,14 @@ struct Inputs {
     sink_rows: usize,
     recent_rows: usize,
     int8_query: bool,
+}
+
+/// Tensors of the result, as `OPS.md` names them.
+struct Outputs {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    k_decoded: Vec<f32>,
+    v_decoded: Vec<f32>,
 }
 
 impl Inputs {
@@ -74,9 +85,9 @@ impl Inputs {
         })
     }
 
-    fn reference(&self) -> Result<QuantizedAttended> {
+    fn reference(&self) -> Result<Outputs> {
         let Dims { b, hq, hk, s, t, d, dv } = self.dims;
-        Ok(kvlar_reference::attend_quantized(&QuantizedInput {
+        let r = kvlar_reference::attend_quantized(&QuantizedInput {
             attend: AttendInput {
                 seqs: b,
                 q_heads: hq,
@@ -100,20 +111,15 @@ impl Inputs {
             values: self.values.storage(),
             tiers: Tiers { dtype: reference_dtype(self.common.dtype), sink_rows: self.sink_rows, recent_rows: self.recent_rows },
             int8_query: self.int8_query,
-        })?)
+        })?;
+        Ok(Outputs { out: r.out, lse: r.lse, k_decoded: r.k_decoded, v_decoded: r.v_decoded })
     }
-}
-
-/// No kernel attends over encoded rows with all of this yet.
-fn on_device(i: &Inputs, _: Backend) -> Result<QuantizedAttended> {
-    let (keys, values) = (i.keys.format, i.values.format);
-    Err(OpError::Unsupported(format!("attend_quantized of {keys} keys and {values} values runs on the reference only")))
 }
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     let i = Inputs::read(case)?;
     let Dims { b, hq, hk, s, t, d, dv } = i.dims;
-    let r = if backend == Backend::Reference { i.reference()? } else { on_device(&i, backend)? };
+    let r = if backend == Backend::Reference { i.reference()? } else { device::run(&i, backend)? };
     Ok(Output::default()
         .floats("out", &[b, hq, s, dv], &r.out)
         .floats("lse", &[b, hq, s], &r.lse)

@@ -32,19 +32,19 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
 
 /// Decoded rows, and the bytes that they took.
 fn on_device(values: &[f32], stored: &Stored, n: usize, d: usize, backend: Backend) -> Result<(Vec<f32>, usize)> {
-    let (codec, group) = stored.launched(d)?;
+    let format = stored.launched()?;
     let lab = Lab::open(backend, Dtype::Bf16)?;
-    let plan = EncodeShape { codec, group, dtype: Dtype::F32, seqs: 1, heads: 1, rows: n, dim: d }.plan(&lab.device)?;
+    let plan = EncodeShape { format, dtype: Dtype::F32, seqs: 1, heads: 1, rows: n, dim: d }.plan(&lab.device)?;
     if n == 0 {
         return Ok((Vec::new(), 0));
     }
     let x = lab.upload(values)?;
-    let (row, params) = (codec.row_bytes(d), codec.params_bytes(d, group));
+    let (row, params) = (format.row_bytes(d), format.params_bytes(d));
     let mut held = lab.device.alloc(n * (row + params))?;
     let mut out = lab.device.alloc(4 * n * d)?;
     let rows = Rows::contiguous(None, n);
-    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n, row, params))?;
-    plan.decode(&lab.stream, &rows, &pool(held.view(), n, row, params), &mut out.view_mut())?;
+    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n, row, params), None)?;
+    plan.decode(&lab.stream, &rows, &pool(held.view(), n, row, params), None, &mut out.view_mut())?;
     Ok((lab.download(&out)?, n * (row + params)))
 }
 

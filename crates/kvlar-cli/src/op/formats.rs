@@ -1,10 +1,12 @@
 //! Reading formats of rows: the codec, its group, and the tensors that go with it.
 
+use super::attend::Lab;
 use super::case::{Case, expect};
 use super::{OpError, Result, input};
 use kvlar_reference::{Codebooks, Codec, Format, Storage};
 
 /// How keys or values are stored, as a case says.
+#[derive(Clone)]
 pub struct Stored {
     /// The key that names the codec.
     pub key: &'static str,
@@ -13,6 +15,7 @@ pub struct Stored {
     codebooks: Option<Centroids>,
 }
 
+#[derive(Clone)]
 struct Centroids {
     subvectors: usize,
     centroids: usize,
@@ -95,15 +98,18 @@ impl Stored {
         Storage { format: self.format, scales: self.scales.as_deref(), codebooks }
     }
 
-    /// The launchers' codec and group for rows of `dim` values, if they have one.
-    pub fn launched(&self, dim: usize) -> Result<(kvlar::Codec, usize)> {
-        let codec = match self.format {
-            Format { codec: Codec::Bf16, hadamard: false, .. } => kvlar::Codec::Bf16,
-            Format { codec: Codec::F16, hadamard: false, .. } => kvlar::Codec::F16,
-            Format { codec: Codec::Int8, hadamard: false, .. } => kvlar::Codec::Int8,
-            format => return Err(OpError::Unsupported(format!("{} {format} runs on the reference only", self.key))),
-        };
-        Ok((codec, self.format.group_of(dim)))
+    /// The launchers' format, if they have it.
+    pub fn launched(&self) -> Result<kvlar::Format> {
+        let Format { codec, group, hadamard } = self.format;
+        match kvlar::Codec::ALL.into_iter().find(|c| c.reference() == codec) {
+            Some(codec) => Ok(kvlar::Format { codec, group, hadamard }),
+            None => Err(OpError::Unsupported(format!("{} {} runs on the reference only", self.key, self.format))),
+        }
+    }
+
+    /// Scales of fp8 rows on a device.
+    pub fn upload_scales(&self, lab: &Lab) -> Result<Option<kvlar::Buffer>> {
+        self.scales.as_ref().map(|s| lab.upload(s)).transpose()
     }
 }
 

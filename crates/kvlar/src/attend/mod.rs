@@ -12,7 +12,7 @@ pub use work::WorkList;
 /// Rows of a cache may lie in this many segments.
 pub const MAX_SEGMENTS: usize = crate::abi::KVLAR_MAX_SEGMENTS as usize;
 
-/// The activation type of an attend kernel; `None` for other entry points.
-pub(crate) fn dtype_of(entry: &str) -> Option<crate::Dtype> {
+/// The activation type of an attend kernel (`Some(None)` where its parameters say it); `None` for other entry points.
+pub(crate) fn dtype_of(entry: &str) -> Option<Option<crate::Dtype>> {
     tiling::Tiling::dtype_of(entry)
 }

@@ -2,12 +2,12 @@
 
 use super::tiling::Tiling;
 use super::work::{BuiltFor, PositionSources};
-use super::{AttendShape, WorkList};
+use super::{AttendShape, SegmentShape, WorkList};
 use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
 use crate::workspace::WorkspaceSize;
-use crate::{Codec, Device, Error, Memory, Pool, Result, Rows, Stream, Strides, View, ViewMut, Workspace, abi};
+use crate::{Device, Error, Format, Memory, Pool, Result, Rows, Scales, Stream, Strides, View, ViewMut, Workspace, abi};
 
 /// A validated attention. `Copy`, holds no handles; reusable across layers, steps and graph replays.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,8 +21,11 @@ pub struct AttendPlan {
     /// Partial results that may be in flight.
     pub(super) slots: usize,
     pub(super) own_cell_tiles: usize,
-    /// Tiles of a warp's ring.
+    /// Tiles of a warp's ring, and bytes of each.
     pub(super) stages: usize,
+    pub(super) stage_bytes: usize,
+    /// A segment of quantized rows, if there are any: all have its formats.
+    pub(super) quantized: Option<SegmentShape>,
 }
 
 /// Rows of one storage format, as [`super::SegmentShape`] says.
@@ -34,6 +37,8 @@ pub struct Segment<'a> {
     pub keys: Pool<View<'a>>,
     /// Their values.
     pub values: Pool<View<'a>>,
+    /// Of fp8 rows.
+    pub scales: Scales<'a>,
 }
 
 /// Arguments of [`AttendPlan::launch`].
@@ -165,7 +170,7 @@ impl AttendPlan {
         let mut params = self.bare_params();
         s.fill(args, &mut params)?;
         for ((segment, shape), to) in args.segments.iter().zip(s.segments()).zip(&mut params.segments) {
-            s.segment(segment, shape.codec, shape.max_rows, to)?;
+            s.segment(segment, shape, to)?;
         }
         params.work = work.address();
         params.partials = scratch.scratch;
@@ -184,8 +189,21 @@ impl AttendPlan {
         params.columns = self.tiling.columns as u32;
         params.units = self.units as u32;
         params.stages = self.stages as u32;
+        params.stage_bytes = self.stage_bytes as u32;
+        params.q_dtype = self.shape.dtype.abi();
+        if let Some(quantized) = self.quantized {
+            params.key_codec = quantized.keys.codec.abi();
+            params.value_codec = quantized.values.codec.abi();
+            params.rotated_keys = quantized.keys.hadamard.into();
+            params.int8_queries = self.shape.int8_queries.into();
+        }
         for (segment, to) in self.shape.segments().zip(&mut params.segments) {
-            to.tile_rows = self.tiling.tile_rows(segment.codec) as u32;
+            let stage = self.tiling.stage(&segment);
+            to.tile_rows = self.tiling.tile_rows(&segment) as u32;
+            to.stage_values = stage.values as u32;
+            to.stage_key_params = stage.key_params as u32;
+            to.stage_value_params = stage.value_params as u32;
+            to.stage_positions = stage.positions as u32;
         }
         params
     }
@@ -210,7 +228,8 @@ impl AttendShape {
             ..bytemuck::Zeroable::zeroed()
         };
         for (segment, to) in self.segments().zip(&mut params.segments) {
-            to.codec = segment.codec.abi();
+            to.key_format = segment.keys.abi(self.head_dim, 0);
+            to.value_format = segment.values.abi(self.value_dim, 0);
         }
         params
     }
@@ -244,21 +263,22 @@ impl AttendShape {
     }
 
     /// Checks a segment of rows of each kv head.
-    pub(crate) fn segment(&self, from: &Segment<'_>, codec: Codec, max_rows: usize, to: &mut abi::KvlarSegment) -> Result<()> {
+    pub(crate) fn segment(&self, from: &Segment<'_>, shape: SegmentShape, to: &mut abi::KvlarSegment) -> Result<()> {
         if from.rows.lengths.is_none() {
             return invalid("rows", "attend needs lengths");
         }
-        if from.rows.max_rows > max_rows {
-            return invalid("rows", format!("{} rows in a segment planned for {max_rows}", from.rows.max_rows));
+        if from.rows.max_rows > shape.max_rows {
+            return invalid("rows", format!("{} rows in a segment planned for {}", from.rows.max_rows, shape.max_rows));
         }
         from.rows.check("rows", self.seqs, (self.kv_heads, self.kv_heads), from.keys.page_count.min(from.values.page_count))?;
-        let stored = |dim: usize| (codec.row_bytes(dim), codec.params_bytes(dim, dim));
-        let (k, v) = (stored(self.head_dim), stored(self.value_dim));
+        let stored = |format: Format, dim: usize| (format.row_bytes(dim), format.params_bytes(dim));
+        let (k, v) = (stored(shape.keys, self.head_dim), stored(shape.values, self.value_dim));
         from.keys.check("keys", &from.rows, self.seqs, self.kv_heads, k.0, k.1)?;
         from.values.check("values", &from.rows, self.seqs, self.kv_heads, v.0, v.1)?;
         to.rows = from.rows.abi();
         to.keys = from.keys.abi();
         to.values = from.values.abi();
+        [to.key_format.scales, to.value_format.scales] = from.scales.addresses(self.kv_heads, [shape.keys, shape.values])?;
         Ok(())
     }
 }

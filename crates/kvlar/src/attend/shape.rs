@@ -2,11 +2,11 @@
 
 use super::MAX_SEGMENTS;
 use super::plan::AttendPlan;
-use super::tiling::Tiling;
+use super::tiling::{Tiling, ctas_per_sm};
 use crate::append::check_dim;
 use crate::device::Launch;
 use crate::error::{invalid, unsupported};
-use crate::{Codec, Device, Dtype, Result};
+use crate::{Codec, Device, Dtype, Format, Result};
 
 /// How rows are shared among CTAs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -21,10 +21,25 @@ pub enum Schedule {
 /// Rows of one storage format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentShape {
-    /// Of keys and values: the type of q, or int8 with one scale a row (`group` = its dimension).
-    pub codec: Codec,
+    /// Of keys.
+    pub keys: Format,
+    /// Of values.
+    pub values: Format,
     /// Capacity a (sequence, kv head).
     pub max_rows: usize,
+}
+
+impl SegmentShape {
+    /// Keys and values of one format.
+    pub fn new(format: impl Into<Format>, max_rows: usize) -> Self {
+        let format = format.into();
+        Self { keys: format, values: format, max_rows }
+    }
+
+    /// Whether rows are stored as they are.
+    pub(crate) fn is_dense(&self) -> bool {
+        self.keys.codec.dense().is_some() && self.values.codec.dense().is_some()
+    }
 }
 
 /// What [`AttendPlan`] is made from. Start from [`AttendShape::new`] and change fields.
@@ -56,6 +71,8 @@ pub struct AttendShape {
     pub window: u32,
     /// How rows are shared among CTAs.
     pub schedule: Schedule,
+    /// Queries of quantized keys are rounded to 8 bits first, one scale a (sequence, head): largest |q| / 127.
+    pub int8_queries: bool,
 }
 
 impl AttendShape {
@@ -75,6 +92,7 @@ impl AttendShape {
             softcap: 0.0,
             window: 0,
             schedule: Schedule::Balanced,
+            int8_queries: false,
         }
     }
 
@@ -123,14 +141,47 @@ impl AttendShape {
         Ok(())
     }
 
-    /// Refuses rows that dense attention has no kernel for.
-    fn check_codecs(&self) -> Result<()> {
+    /// Refuses formats without a kernel; gives that of the quantized rows, if there are any.
+    fn check_formats(&self) -> Result<Option<SegmentShape>> {
+        let native = Option::<Codec>::from(self.dtype);
+        let mut quantized: Option<SegmentShape> = None;
         for s in self.segments() {
-            if s.codec != Codec::Int8 && Some(s.codec) != self.dtype.into() {
-                return unsupported("attend", format!("{:?} rows for {} q: int8 or the type of q are", s.codec, self.dtype));
+            for (format, dim, what) in [(s.keys, self.head_dim, "keys"), (s.values, self.value_dim, "values")] {
+                format.check(what, dim)?;
+                if format.codec.dense().is_some() && (Some(format.codec) != native || format.hadamard) {
+                    let rotated = if format.hadamard { "rotated " } else { "" };
+                    return unsupported("attend", format!("{rotated}{:?} rows for {} q", format.codec, self.dtype));
+                }
+                if format.codec.reference().is_integer() && format.group_of(dim) != dim {
+                    return unsupported(
+                        "attend",
+                        format!(
+                            "{what} with a scale for every {} values: one a row is (decode them first)",
+                            format.group_of(dim)
+                        ),
+                    );
+                }
             }
+            if s.is_dense() {
+                continue;
+            }
+            if s.keys.codec.dense().is_some() || s.values.codec.dense().is_some() {
+                return unsupported("attend", format!("{:?} keys beside {:?} values", s.keys.codec, s.values.codec));
+            }
+            if s.values.hadamard {
+                return unsupported("attend", "rotated values: keys may be (decode them first)");
+            }
+            if let Some(other) = quantized
+                && (other.keys, other.values) != (s.keys, s.values)
+            {
+                return unsupported("attend", "segments of two quantized formats: one, beside rows of the type of q, is");
+            }
+            quantized = Some(s);
         }
-        Ok(())
+        if self.int8_queries && self.segments().any(|s| s.is_dense()) {
+            return unsupported("attend", "int8 queries beside rows of the type of q");
+        }
+        Ok(quantized)
     }
 
     /// Validates, and picks the kernel, its grid and how much scratch it needs.
@@ -139,12 +190,12 @@ impl AttendShape {
     /// [`crate::Error::Unsupported`] for a combination without a kernel; [`crate::Error::Invalid`] for a contradiction.
     pub fn plan(&self, device: &Device) -> Result<AttendPlan> {
         self.check()?;
-        self.check_codecs()?;
+        let quantized = self.check_formats()?;
         let packed = self.group() * self.query_rows;
-        let int8 = self.segments().any(|s| s.codec == Codec::Int8);
-        let tiling = Tiling::of(self.head_dim.max(self.value_dim), packed, int8);
+        let tiling = Tiling::of(self.head_dim.max(self.value_dim), packed, quantized.is_some());
         let info = device.info();
-        let shared = tiling.shared_bytes(info);
+        let stage_bytes = tiling.stage_bytes(self.segments());
+        let shared = tiling.shared_bytes(stage_bytes, info);
         let Some(entry) = tiling.entry(self.dtype) else {
             return unsupported("attend", format!("{} with head dimension {}", self.dtype, self.head_dim));
         };
@@ -156,7 +207,7 @@ impl AttendShape {
         }
         let query_tiles = packed.div_ceil(tiling.columns);
         let units = self.seqs * self.kv_heads * query_tiles;
-        let max_tiles: usize = self.segments().map(|s| s.max_rows.div_ceil(tiling.tile_rows(s.codec))).sum();
+        let max_tiles: usize = self.segments().map(|s| s.max_rows.div_ceil(tiling.tile_rows(&s))).sum();
         if units.saturating_mul(max_tiles.max(1)) > i32::MAX as usize {
             return invalid("segments", format!("{units} units of {max_tiles} tiles are more than 2^31"));
         }
@@ -165,7 +216,7 @@ impl AttendShape {
             Schedule::Balanced => 0,
             Schedule::Own => max_tiles.div_ceil(64).max(16),
         };
-        let ctas = info.sm_count as usize * tiling.ctas_per_sm(info);
+        let ctas = info.sm_count as usize * ctas_per_sm(shared, info);
         let slots = match self.schedule {
             Schedule::Balanced => 2 * ctas,
             Schedule::Own => units * max_tiles.div_ceil(own_cell_tiles).max(1),
@@ -180,6 +231,8 @@ impl AttendShape {
             slots,
             own_cell_tiles,
             stages: tiling.stages(info),
+            stage_bytes,
+            quantized,
         })
     }
 }

@@ -1,5 +1,7 @@
-//! Which kernel serves a shape, and its tile shapes: the mirror of `kernels/attend/tiles.cuh`, to which a test holds it.
+//! Which kernel serves a shape, and its tile shapes: the mirror of `kernels/attend/tiles.cuh` and
+//! `kernels/attend_quantized/warp.cuh`, to which a test of the ledger holds it.
 
+use super::SegmentShape;
 use crate::{Codec, DeviceInfo, Dtype};
 
 /// One template instantiation.
@@ -9,79 +11,104 @@ pub(crate) struct Tiling {
     pub dim: usize,
     /// Packed (query row, head) columns a query tile: 8 or 16.
     pub columns: usize,
-    /// Whether integer rows are among the segments.
-    pub int8: bool,
+    /// Whether there are rows that are not stored as they are.
+    pub quantized: bool,
 }
 
-/// Every attend kernel: dtype, template head dimension, columns, int8.
-const ENTRIES: [(Dtype, usize, usize, bool, &str); 20] = [
-    (Dtype::Bf16, 64, 8, false, "kvlar_attend_bf16_d64_n8"),
-    (Dtype::Bf16, 64, 16, false, "kvlar_attend_bf16_d64_n16"),
-    (Dtype::Bf16, 128, 8, false, "kvlar_attend_bf16_d128_n8"),
-    (Dtype::Bf16, 128, 16, false, "kvlar_attend_bf16_d128_n16"),
-    (Dtype::Bf16, 256, 8, false, "kvlar_attend_bf16_d256_n8"),
-    (Dtype::Bf16, 64, 8, true, "kvlar_attend_bf16_int8_d64_n8"),
-    (Dtype::Bf16, 64, 16, true, "kvlar_attend_bf16_int8_d64_n16"),
-    (Dtype::Bf16, 128, 8, true, "kvlar_attend_bf16_int8_d128_n8"),
-    (Dtype::Bf16, 128, 16, true, "kvlar_attend_bf16_int8_d128_n16"),
-    (Dtype::Bf16, 256, 8, true, "kvlar_attend_bf16_int8_d256_n8"),
-    (Dtype::F16, 64, 8, false, "kvlar_attend_f16_d64_n8"),
-    (Dtype::F16, 64, 16, false, "kvlar_attend_f16_d64_n16"),
-    (Dtype::F16, 128, 8, false, "kvlar_attend_f16_d128_n8"),
-    (Dtype::F16, 128, 16, false, "kvlar_attend_f16_d128_n16"),
-    (Dtype::F16, 256, 8, false, "kvlar_attend_f16_d256_n8"),
-    (Dtype::F16, 64, 8, true, "kvlar_attend_f16_int8_d64_n8"),
-    (Dtype::F16, 64, 16, true, "kvlar_attend_f16_int8_d64_n16"),
-    (Dtype::F16, 128, 8, true, "kvlar_attend_f16_int8_d128_n8"),
-    (Dtype::F16, 128, 16, true, "kvlar_attend_f16_int8_d128_n16"),
-    (Dtype::F16, 256, 8, true, "kvlar_attend_f16_int8_d256_n8"),
+/// Where the parts of a tile lie in a stage of the ring; bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stage {
+    pub values: usize,
+    pub key_params: usize,
+    pub value_params: usize,
+    pub positions: usize,
+    pub bytes: usize,
+}
+
+/// The attend kernels, by type, template head dimension and columns; those of quantized rows serve both types.
+const ENTRIES: [(Option<Dtype>, usize, usize, &str); 15] = [
+    (Some(Dtype::Bf16), 64, 8, "kvlar_attend_bf16_d64_n8"),
+    (Some(Dtype::Bf16), 64, 16, "kvlar_attend_bf16_d64_n16"),
+    (Some(Dtype::Bf16), 128, 8, "kvlar_attend_bf16_d128_n8"),
+    (Some(Dtype::Bf16), 128, 16, "kvlar_attend_bf16_d128_n16"),
+    (Some(Dtype::Bf16), 256, 8, "kvlar_attend_bf16_d256_n8"),
+    (Some(Dtype::F16), 64, 8, "kvlar_attend_f16_d64_n8"),
+    (Some(Dtype::F16), 64, 16, "kvlar_attend_f16_d64_n16"),
+    (Some(Dtype::F16), 128, 8, "kvlar_attend_f16_d128_n8"),
+    (Some(Dtype::F16), 128, 16, "kvlar_attend_f16_d128_n16"),
+    (Some(Dtype::F16), 256, 8, "kvlar_attend_f16_d256_n8"),
+    (None, 64, 8, "kvlar_attend_quantized_d64_n8"),
+    (None, 64, 16, "kvlar_attend_quantized_d64_n16"),
+    (None, 128, 8, "kvlar_attend_quantized_d128_n8"),
+    (None, 128, 16, "kvlar_attend_quantized_d128_n16"),
+    (None, 256, 8, "kvlar_attend_quantized_d256_n8"),
 ];
+
+/// Bits of a stored value.
+fn bits(codec: Codec) -> usize {
+    codec.reference().bits()
+}
 
 impl Tiling {
     /// The narrowest kernel that holds the dimensions; 16 columns only where more than 8 are in use.
-    pub fn of(dim: usize, packed_columns: usize, int8: bool) -> Self {
+    pub fn of(dim: usize, packed_columns: usize, quantized: bool) -> Self {
         let dim = [64, 128].into_iter().find(|&d| dim <= d).unwrap_or(256);
-        Self { dim, columns: if packed_columns > 8 && dim < 256 { 16 } else { 8 }, int8 }
+        Self { dim, columns: if packed_columns > 8 && dim < 256 { 16 } else { 8 }, quantized }
     }
 
     pub fn entry(&self, dtype: Dtype) -> Option<&'static str> {
-        let same = |e: &&(Dtype, usize, usize, bool, _)| (e.0, e.1, e.2, e.3) == (dtype, self.dim, self.columns, self.int8);
-        ENTRIES.iter().find(same).map(|e| e.4)
+        let dtype = (!self.quantized).then_some(dtype);
+        ENTRIES.iter().find(|e| (e.0, e.1, e.2) == (dtype, self.dim, self.columns)).map(|e| e.3)
     }
 
-    /// The activation type of an entry point.
-    pub fn dtype_of(entry: &str) -> Option<Dtype> {
-        ENTRIES.iter().find(|e| e.4 == entry).map(|e| e.0)
+    /// The activation type of an entry point; `Some(None)` where its parameters say it.
+    pub fn dtype_of(entry: &str) -> Option<Option<Dtype>> {
+        ENTRIES.iter().find(|e| e.3 == entry).map(|e| e.0)
     }
 
     pub fn warps(&self) -> usize {
         if self.dim == 256 { 2 } else { 4 }
     }
 
-    /// Rows that a warp takes at a time.
-    pub fn tile_rows(&self, codec: Codec) -> usize {
-        let dense = if self.dim == 64 { 32 } else { 16 };
-        if codec == Codec::Int8 { 2 * dense } else { dense }
+    /// Rows that a warp takes at a time: about 8 KB of keys and values, and no fewer than 32 of codes.
+    pub fn tile_rows(&self, segment: &SegmentShape) -> usize {
+        if segment.is_dense() {
+            return if self.dim == 64 { 32 } else { 16 };
+        }
+        let row = self.dim * (bits(segment.keys.codec) + bits(segment.values.codec)) / 8;
+        if 64 * row <= 8 << 10 { 64 } else { 32 }
     }
 
-    /// Dynamic shared memory of a CTA: a ring of tiles for each warp.
-    pub fn shared_bytes(&self, info: &DeviceInfo) -> usize {
-        let (dense, int8) = (self.tile_rows(Codec::Bf16), self.tile_rows(Codec::Int8));
-        let tile = (dense * self.dim * 2).max(if self.int8 { int8 * self.dim } else { 0 });
-        let rows = if self.int8 { int8 } else { dense };
-        let stage = 2 * tile + if self.int8 { 8 * int8 } else { 0 } + 4 * rows;
-        self.warps() * self.stages(info) * stage
+    pub fn stage(&self, segment: &SegmentShape) -> Stage {
+        let rows = self.tile_rows(segment);
+        let side = |codec: Codec| rows * self.dim * bits(codec) / 8;
+        let params = |codec: Codec| if codec.reference().is_integer() { 4 * rows } else { 0 };
+        let (keys, values) = (segment.keys.codec, segment.values.codec);
+        let key_params = side(keys) + side(values);
+        let value_params = key_params + params(keys);
+        let positions = value_params + params(values);
+        Stage { values: side(keys), key_params, value_params, positions, bytes: positions + 4 * rows }
+    }
+
+    /// Bytes of a stage that holds a tile of any of the segments.
+    pub fn stage_bytes(&self, segments: impl Iterator<Item = SegmentShape>) -> usize {
+        segments.map(|s| self.stage(&s).bytes).max().unwrap_or(0)
+    }
+
+    /// Dynamic shared memory of a CTA: a ring of tiles for each warp, and at least what the merge of warps needs.
+    pub fn shared_bytes(&self, stage_bytes: usize, info: &DeviceInfo) -> usize {
+        (self.warps() * self.stages(info) * stage_bytes).max(self.warps() * self.columns * (self.dim + 6) * 4)
     }
 
     /// Tiles a warp keeps in its ring: fewer where an SM has about 100 KB of shared memory (sm_86, sm_89, sm_120).
     pub fn stages(&self, info: &DeviceInfo) -> usize {
         if info.shared_per_sm < 128 << 10 { 2 } else { 3 }
     }
+}
 
-    /// CTAs that fit an SM: two where their shared memory does (CUDA keeps 1 KB of each).
-    pub fn ctas_per_sm(&self, info: &DeviceInfo) -> usize {
-        if 2 * (self.shared_bytes(info) + 1024 + 512) <= info.shared_per_sm as usize { 2 } else { 1 }
-    }
+/// CTAs that fit an SM: two where their shared memory does (CUDA keeps 1 KB of each).
+pub(crate) fn ctas_per_sm(shared_bytes: usize, info: &DeviceInfo) -> usize {
+    if 2 * (shared_bytes + 1024 + 512) <= info.shared_per_sm as usize { 2 } else { 1 }
 }
 
 #[cfg(test)]
@@ -90,9 +117,10 @@ mod tests {
 
     #[test]
     fn every_kernel_of_the_build_is_reachable_and_exists() {
-        let built = kvlar_kernels::ENTRIES.iter().filter(|e| e.family == "attend").map(|e| e.name);
+        let built =
+            kvlar_kernels::ENTRIES.iter().filter(|e| e.family == "attend" || e.family == "attend_quantized").map(|e| e.name);
         let mut built: Vec<_> = built.filter(|n| *n != "kvlar_attend_schedule").collect();
-        let mut known: Vec<_> = ENTRIES.iter().map(|e| e.4).collect();
+        let mut known: Vec<_> = ENTRIES.iter().map(|e| e.3).collect();
         built.sort_unstable();
         known.sort_unstable();
         assert_eq!(built, known);
@@ -101,12 +129,21 @@ mod tests {
     #[test]
     fn shared_memory_matches_the_headers_figures() {
         let info = crate::Device::reference().info().clone();
-        assert_eq!(Tiling { dim: 128, columns: 8, int8: false }.shared_bytes(&info), 4 * 3 * (8192 + 64));
-        assert_eq!(Tiling { dim: 256, columns: 8, int8: true }.shared_bytes(&info), 2 * 3 * (16384 + 8 * 32 + 4 * 32));
+        let shared = |dim, columns, keys: Codec, values: Codec, info: &DeviceInfo| {
+            let tiling = Tiling { dim, columns, quantized: keys.dense().is_none() };
+            let segment = SegmentShape { keys: keys.into(), values: values.into(), max_rows: 1 };
+            tiling.shared_bytes(tiling.stage(&segment).bytes, info)
+        };
+        assert_eq!(shared(128, 8, Codec::Bf16, Codec::Bf16, &info), 4 * 3 * (8192 + 64));
+        assert_eq!(shared(256, 8, Codec::Int8, Codec::Int8, &info), 2 * 3 * (16384 + 8 * 32 + 4 * 32));
+        assert_eq!(shared(128, 8, Codec::Int4, Codec::Int4, &info), 4 * 3 * (8192 + 12 * 64));
+        assert_eq!(shared(128, 8, Codec::Int8, Codec::Int4, &info), 4 * 3 * (6144 + 12 * 32));
+        assert_eq!(shared(128, 8, Codec::Fp8, Codec::Fp8, &info), 4 * 3 * (8192 + 4 * 32));
         let ada = DeviceInfo { compute_capability: Some((8, 9)), shared_per_sm: 100 << 10, shared_per_block: 99 << 10, ..info };
-        for dim in [64, 128, 256] {
-            let tiling = Tiling { dim, columns: 8, int8: true };
-            assert!(tiling.shared_bytes(&ada) <= ada.shared_per_block as usize);
+        for (dim, columns) in [(64, 8), (64, 16), (128, 8), (128, 16), (256, 8)] {
+            for codec in Codec::ALL {
+                assert!(shared(dim, columns, codec, codec, &ada) <= ada.shared_per_block as usize, "{dim} {codec:?}");
+            }
         }
     }
 }

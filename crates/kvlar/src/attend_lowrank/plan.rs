@@ -8,7 +8,7 @@ use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
 use crate::workspace::WorkspaceSize;
-use crate::{AttendArgs, Codec, Device, Error, Memory, Result, Rope, Segment, Stream, View, WorkList, Workspace, abi};
+use crate::{AttendArgs, Codec, Device, Error, Format, Memory, Result, Rope, Segment, Stream, View, WorkList, Workspace, abi};
 
 /// A validated low-rank attention. `Copy`, holds no handles; reusable across layers of its shape, steps and graph replays.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -219,9 +219,13 @@ impl LowrankPlan {
             LowrankValues::Dense => Option::<Codec>::from(a.dtype).unwrap_or(Codec::Bf16),
             LowrankValues::Latent { codec, .. } => codec,
         };
-        for ((to, segment), latent) in attend.segments.iter_mut().zip(a.segments()).zip(s.latent_segments) {
+        for (to, latent) in attend.segments.iter_mut().zip(s.latent_segments).take(a.segments().count()) {
             to.tile_rows = if latent { super::layout::LATENT_ROWS } else { super::layout::EXACT_ROWS } as u32;
-            to.value_codec = if latent { value_codec.abi() } else { segment.codec.abi() };
+            if latent {
+                to.key_format.group = s.key_rank as u32;
+                let width = if s.value_rank() > 0 { s.value_rank() } else { a.value_dim };
+                to.value_format = Format::from(value_codec).abi(width, 0);
+            }
             to.latent = if latent { latent_abi(s.latents) } else { abi::KVLAR_LATENT_NONE };
         }
         abi::KvlarAttendLowrank {
@@ -253,11 +257,7 @@ impl LowrankPlan {
         for ((segment, shape), (latent, to)) in
             args.attend.segments.iter().zip(a.segments()).zip(s.latent_segments.iter().zip(&mut p.attend.segments))
         {
-            if *latent {
-                self.latent_segment(segment, shape.max_rows, to)?
-            } else {
-                a.segment(segment, shape.codec, shape.max_rows, to)?
-            }
+            if *latent { self.latent_segment(segment, shape.max_rows, to)? } else { a.segment(segment, shape, to)? }
         }
         p.attend.work = work.address();
         p.attend.partials = scratch.scratch;

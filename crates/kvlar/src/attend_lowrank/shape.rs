@@ -98,9 +98,9 @@ impl LowrankShape {
         values: LowrankValues,
         sets: SetsShape,
     ) -> Self {
-        let codec = latents.codec(attend.segments[0].map_or(Codec::Bf16, |s| s.codec));
+        let codec = latents.codec(attend.segments[0].map_or(Codec::Bf16, |s| s.keys.codec));
         Self {
-            attend: AttendShape { segments: [Some(SegmentShape { codec, max_rows }), None, None, None], ..attend },
+            attend: AttendShape { segments: [Some(SegmentShape::new(codec, max_rows)), None, None, None], ..attend },
             latent_segments: [true, false, false, false],
             key_rank,
             latents,
@@ -153,10 +153,10 @@ impl LowrankShape {
         let key_codec = native.map(|n| self.latents.codec(n));
         for (s, latent) in a.segments().zip(self.latent_segments) {
             let expected = if latent { key_codec } else { native };
-            if Some(s.codec) != expected {
+            if Some(s.keys.codec) != expected {
                 return unsupported(
                     "attend_lowrank",
-                    format!("{:?} rows in a segment of {}", s.codec, if latent { "latents" } else { "exact rows" }),
+                    format!("{:?} rows in a segment of {}", s.keys.codec, if latent { "latents" } else { "exact rows" }),
                 );
             }
         }
@@ -171,7 +171,7 @@ impl LowrankShape {
         self.check()?;
         let (a, info) = (&self.attend, device.info());
         if device.backend() != Backend::Reference {
-            self.latents.codec(Codec::Bf16).check("attend_lowrank", device)?;
+            self.latents.codec(Codec::Bf16).check_latent("attend_lowrank", device)?;
             if a.query_rows > MAX_QUERY_ROWS {
                 return unsupported("attend_lowrank", format!("{} query rows: up to {MAX_QUERY_ROWS} are", a.query_rows));
             }

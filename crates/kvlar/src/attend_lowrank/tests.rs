@@ -16,7 +16,7 @@ fn every_kernel_of_the_build_is_reachable_and_exists() {
 fn llama(size: usize, rank: usize) -> LowrankPlan {
     let count = 8 / size;
     let sets = SetsShape { count, largest: size, kv_heads: 8, key_groups: count, value_groups: count, sizes_hash: 0 };
-    let rows = SegmentShape { codec: Codec::Bf16, max_rows: 4096 };
+    let rows = SegmentShape::new(Codec::Bf16, 4096);
     let attend = AttendShape::new(Dtype::Bf16, 1, (32, 8), 1, 128, rows);
     let values = LowrankValues::Latent { rank, codec: Codec::Bf16 };
     let shape = LowrankShape::new(attend, 4096, rank, Latents::Dtype, values, sets);

@@ -1,9 +1,9 @@
 //! attend.
 
 use super::memory::{dense, int, read, store_dense, write};
-use super::rows::{HeadRows, Place, codec, dtype};
+use super::rows::{HeadRows, Place, dtype};
 use crate::{Dtype, Result, abi};
-use kvlar_reference::{HeadQuery, Masking, attend_row};
+use kvlar_reference::{HeadQuery, Masking, attend_row, hadamard};
 use rayon::prelude::*;
 
 /// A (sequence, kv head)'s rows, decoded, segment after segment.
@@ -40,7 +40,8 @@ pub(super) unsafe fn attend_cached(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i6
     let (group, rows) = (i64::from(p.group), i64::from(p.query_rows));
     let (mut logits, mut out) = (Vec::new(), vec![0f64; dv]);
     for (head, s) in (0..group).flat_map(|g| (0..rows).map(move |s| (kv_head * group + g, s))) {
-        let q = unsafe { dense(p.q, seq * p.q_seq_stride + head * p.q_head_stride + s * p.q_row_stride, d, q_dtype) };
+        let row = |s: i64| unsafe { dense(p.q, seq * p.q_seq_stride + head * p.q_head_stride + s * p.q_row_stride, d, q_dtype) };
+        let q = if p.int8_queries == 1 { in_8_bits(p, (0..rows).map(row).collect(), s as usize)? } else { row(s) };
         let position = match p.q_positions {
             0 => {
                 let row = cached.positions.len() as i64 - rows + s;
@@ -60,6 +61,17 @@ pub(super) unsafe fn attend_cached(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i6
         }
     }
     Ok(())
+}
+
+/// Query `s` of a head's `rows`, rounded to 8 bits with one scale for all of them; rotated (and back) where keys are.
+fn in_8_bits(p: &abi::KvlarAttend, rows: Vec<Vec<f32>>, s: usize) -> Result<Vec<f32>> {
+    let turn = |x: Vec<f32>| if p.rotated_keys == 1 { Ok(hadamard(&x)?) } else { Result::Ok(x) };
+    let rows: Vec<Vec<f32>> = rows.into_iter().map(turn).collect::<Result<_>>()?;
+    let values = || rows.iter().flatten();
+    let scale = values().fold(0f32, |m, x| m.max(x.abs())) / 127.0;
+    let scale = if values().all(|x| x.is_finite()) { scale } else { f32::NAN };
+    let code = |x: &f32| if scale == 0.0 { 0.0 } else { (x / scale).round_ties_even() * scale };
+    turn(rows[s].iter().map(code).collect())
 }
 
 /// # Safety
@@ -84,7 +96,6 @@ pub(super) unsafe fn load_exact(
     all: &mut Cached,
 ) -> Result<()> {
     let (d, dv) = (p.head_dim as usize, p.value_dim as usize);
-    let codec = codec(segment.codec)?;
     let keys = HeadRows { rows: &segment.rows, pool: &segment.keys, seq, head, status: p.status };
     let values = HeadRows { pool: &segment.values, ..keys };
     let length = unsafe { keys.length(0) };
@@ -92,8 +103,8 @@ pub(super) unsafe fn load_exact(
     for row in 0..length {
         let place = unsafe { place_or_first(&keys, row) };
         let value_place = unsafe { place_or_first(&values, row) };
-        all.keys.extend(unsafe { keys.load(place, codec, d, d)? });
-        all.values.extend(unsafe { values.load(value_place, codec, dv, dv)? });
+        all.keys.extend(unsafe { keys.load(place, &segment.key_format, d)? });
+        all.values.extend(unsafe { values.load(value_place, &segment.value_format, dv)? });
         all.positions.push(unsafe { position_of(&keys, place, first + row) });
     }
     Ok(())

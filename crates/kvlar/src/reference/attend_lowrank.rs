@@ -2,7 +2,7 @@
 
 use super::attend::{Cached, attend_cached, load_exact, place_or_first, position_of};
 use super::memory::{dense, int, read};
-use super::rows::{HeadRows, codec};
+use super::rows::HeadRows;
 use super::write::rope;
 use crate::{Dtype, Result, abi};
 use kvlar_reference::expand_row;
@@ -75,7 +75,6 @@ unsafe fn load_latent(
 ) -> Result<()> {
     let a = &p.attend;
     let (d, dv, rank, value_rank) = (a.head_dim as usize, a.value_dim as usize, p.key_rank as usize, p.value_rank as usize);
-    let (key_codec, value_codec) = (codec(segment.codec)?, codec(segment.value_codec)?);
     let keys = HeadRows { rows: &segment.rows, pool: &segment.keys, seq, head: key_group, status: a.status };
     let values = HeadRows { pool: &segment.values, ..keys };
     let value_head = if value_rank == 0 { head } else { value_group };
@@ -94,11 +93,11 @@ unsafe fn load_latent(
         let place = unsafe { place_or_first(&keys, row) };
         let value_place = unsafe { place_or_first(&values, row) };
         let position = unsafe { position_of(&keys, place, first + row) };
-        let z = unsafe { keys.load(place, key_codec, rank, rank)? };
+        let z = unsafe { keys.load(place, &segment.key_format, rank)? };
         all.keys.extend(rope.rotate(&expand_row(&basis, &z, mean.as_deref(), d), i64::from(position)));
         // The table and page ids are the key group's; the rows are the value group's (or the kv head's).
         let width = if value_rank == 0 { dv } else { value_rank };
-        let z = unsafe { HeadRows { head: value_head, ..values }.load(value_place, value_codec, width, width)? };
+        let z = unsafe { HeadRows { head: value_head, ..values }.load(value_place, &segment.value_format, width)? };
         if value_rank == 0 {
             all.values.extend(z);
         } else {

@@ -33,7 +33,9 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
         "kvlar_merge" => unsafe { merge(&pod_read_unaligned::<abi::KvlarMerge>(params)) },
         _ => {
             if let Some(dtype) = crate::attend::dtype_of(entry) {
-                unsafe { attend::attend(&pod_read_unaligned::<abi::KvlarAttend>(params), dtype) }
+                let params = pod_read_unaligned::<abi::KvlarAttend>(params);
+                let dtype = dtype.map_or_else(|| rows::dtype(params.q_dtype), Ok)?;
+                unsafe { attend::attend(&params, dtype) }
             } else if let Some(dtype) = crate::attend_lowrank::dtype_of(entry) {
                 unsafe { attend_lowrank::attend_lowrank(&pod_read_unaligned::<abi::KvlarAttendLowrank>(params), dtype) }
             } else {

@@ -2,7 +2,7 @@
 
 use super::memory::{int, read, write};
 use crate::{Codec, Error, Result, abi};
-use kvlar_reference::{decode_row, encode_row};
+use kvlar_reference::{EncodedRow, decode_fp8, decode_row, encode_fp8, encode_row, hadamard};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Sets bits of the status word, if there is one.
@@ -84,19 +84,41 @@ impl HeadRows<'_> {
     ///
     /// # Safety
     /// As for [`super::run`].
-    pub unsafe fn load(&self, place: Place, codec: Codec, dim: usize, group: usize) -> Result<Vec<f32>> {
+    pub unsafe fn load(&self, place: Place, format: &abi::KvlarFormat, dim: usize) -> Result<Vec<f32>> {
+        let (codec, group) = (codec(format.codec)?, format.group as usize);
         let (codes, params) = self.addresses(place);
         let (codes, params) =
             unsafe { (read::<u8>(codes, codec.row_bytes(dim)), read::<u8>(params, codec.params_bytes(dim, group))) };
-        Ok(decode_row(&codes, &params, dim, codec.reference(), group)?)
+        let row = if codec == Codec::Fp8 {
+            let scale = unsafe { self.scale(format) };
+            codes[..dim].iter().map(|&c| decode_fp8(c, scale)).collect()
+        } else {
+            decode_row(&codes, &params, dim, codec.reference(), group)?
+        };
+        Ok(if format.hadamard == 1 { hadamard(&row)? } else { row })
+    }
+
+    /// What fp8 codes of the head are multiplied by.
+    unsafe fn scale(&self, format: &abi::KvlarFormat) -> f32 {
+        if format.scales == 0 { 1.0 } else { unsafe { read::<f32>(format.scales + 4 * self.head as u64, 1)[0] } }
     }
 
     /// Encodes and stores a row.
     ///
     /// # Safety
     /// As for [`super::run`].
-    pub unsafe fn store(&self, place: Place, x: &[f32], codec: Codec, group: usize) -> Result<()> {
-        let row = encode_row(x, codec.reference(), group)?;
+    pub unsafe fn store(&self, place: Place, x: &[f32], format: &abi::KvlarFormat) -> Result<()> {
+        let codec = codec(format.codec)?;
+        let rotated = if format.hadamard == 1 { Some(hadamard(x)?) } else { None };
+        let x = rotated.as_deref().unwrap_or(x);
+        let row = if codec == Codec::Fp8 {
+            let scale = unsafe { self.scale(format) };
+            let mut codes: Vec<u8> = x.iter().map(|&x| encode_fp8(x, scale)).collect();
+            codes.resize(codec.row_bytes(x.len()), 0);
+            EncodedRow { codes, params: Vec::new() }
+        } else {
+            encode_row(x, codec.reference(), format.group as usize)?
+        };
         let (codes, params) = self.addresses(place);
         unsafe {
             write(codes, &row.codes);

@@ -1,7 +1,7 @@
 //! append, encode and decode.
 
 use super::memory::{dense, int, store_dense, write};
-use super::rows::{HeadRows, codec, dtype, report};
+use super::rows::{HeadRows, dtype, report};
 use crate::{Result, abi};
 use kvlar_reference::{Rope, RopeLayout};
 
@@ -20,7 +20,7 @@ pub(super) unsafe fn rope(r: &abi::KvlarRope) -> Rope {
 /// As for [`super::run`].
 pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
     let (d, dv, n) = (p.head_dim as usize, p.value_dim as usize, i64::from(p.new_rows));
-    let (key_codec, value_codec, dtype) = (codec(p.key_codec)?, codec(p.value_codec)?, dtype(p.dtype)?);
+    let dtype = dtype(p.dtype)?;
     let rope = unsafe { rope(&p.rope) };
     for (seq, head) in pairs(p.seqs, p.kv_heads) {
         let keys = HeadRows { rows: &p.rows, pool: &p.key_pool, seq, head, status: p.status };
@@ -39,8 +39,8 @@ pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
             let position = unsafe { int(p.positions, seq * n + row) };
             let k = unsafe { dense(p.k, seq * p.k_seq_stride + head * p.k_head_stride + row * p.k_row_stride, d, dtype) };
             let v = unsafe { dense(p.v, seq * p.v_seq_stride + head * p.v_head_stride + row * p.v_row_stride, dv, dtype) };
-            unsafe { keys.store(place, &rope.rotate(&k, i64::from(position)), key_codec, p.key_group as usize)? };
-            unsafe { values.store(place, &v, value_codec, p.value_group as usize)? };
+            unsafe { keys.store(place, &rope.rotate(&k, i64::from(position)), &p.key_format)? };
+            unsafe { values.store(place, &v, &p.value_format)? };
             if p.rows.positions != 0 {
                 unsafe { write(p.rows.positions.wrapping_add_signed(4 * keys.position_at(place)), &[position]) };
             }
@@ -52,13 +52,13 @@ pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
 /// # Safety
 /// As for [`super::run`].
 pub unsafe fn encode(p: &abi::KvlarTranscode) -> Result<()> {
-    let (codec, dtype) = (codec(p.codec)?, dtype(p.dtype)?);
+    let dtype = dtype(p.dtype)?;
     for (seq, head) in pairs(p.seqs, p.heads) {
         let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
         for row in 0..i64::from(p.row_count) {
             let Some(place) = (unsafe { rows.place(row as usize) }) else { continue };
             let at = seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride;
-            unsafe { rows.store(place, &dense(p.x, at, p.dim as usize, dtype), codec, p.group as usize)? };
+            unsafe { rows.store(place, &dense(p.x, at, p.dim as usize, dtype), &p.format)? };
         }
     }
     Ok(())
@@ -67,7 +67,6 @@ pub unsafe fn encode(p: &abi::KvlarTranscode) -> Result<()> {
 /// # Safety
 /// As for [`super::run`].
 pub unsafe fn decode(p: &abi::KvlarTranscode) -> Result<()> {
-    let codec = codec(p.codec)?;
     for (seq, head) in pairs(p.seqs, p.heads) {
         let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
         let length = unsafe { rows.length(p.row_count as usize) };
@@ -76,7 +75,7 @@ pub unsafe fn decode(p: &abi::KvlarTranscode) -> Result<()> {
             if (row as usize) < length
                 && let Some(place) = unsafe { rows.place(row as usize) }
             {
-                x = unsafe { rows.load(place, codec, p.dim as usize, p.group as usize)? };
+                x = unsafe { rows.load(place, &p.format, p.dim as usize)? };
             }
             let at = seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride;
             unsafe { store_dense(p.x, at, &x, crate::Dtype::F32) };

@@ -1,0 +1,57 @@
+// Compile-time checks of layout.cuh: no entry points, nothing at run time.
+#include "attend_quantized/values.cuh"
+#include "device/layout_check.cuh"
+
+namespace kvlar::attend_quantized {
+namespace {
+
+constexpr int byte_at(int log, int row, int byte) { return chunk_at(log, row, byte / 16) + byte % 16; }
+
+// Lane (g, c) reads `width` bytes of row g, the c-th of each four.
+template <int D> constexpr bool keys_are_conflict_free(int bits) {
+  const int log = log_chunks<D>(bits), bytes = D * bits / 8, width = bytes / 4 < 16 ? bytes / 4 : 16;
+  for (int unit = 0; unit < bytes / (4 * width); ++unit)
+    if (!conflict_free([=](int lane) { return byte_at(log, lane / 4, width * (4 * unit + lane % 4)); }, width)) return false;
+  return true;
+}
+
+// Lane (g, c) reads the g-th of each eight parts of rows 2c, 2c + 1, 2c + 8, 2c + 9.
+template <int D> constexpr bool values_are_conflict_free(int bits) {
+  constexpr int kWide = attend::OutputDims<D, true>::kWide;
+  const int log = log_chunks<D>(bits), width = kWide * bits / 8;
+  for (int r = 0; r < 4; ++r)
+    for (int j = 0; j < D / (8 * kWide); ++j)
+      if (!conflict_free([=](int lane) { return byte_at(log, 2 * (lane % 4) + (r & 1) + (r >> 1) * 8, width * (8 * j + lane / 4)); }, width))
+        return false;
+  return true;
+}
+
+template <int D, int kBits> constexpr bool check() {
+  constexpr int kLog = log_chunks<D>(kBits);
+  static_assert((16 << kLog) == D * kBits / 8, "chunks of a row");
+  constexpr auto at = [](int r, int c) { return chunk_at(kLog, r, c); };
+  static_assert(places_every_chunk_once<64, 1 << kLog>(at), "layout");
+  static_assert(copies_are_conflict_free<1 << kLog>(at), "copies");
+  static_assert(keys_are_conflict_free<D>(kBits), "keys");
+  static_assert(values_are_conflict_free<D>(kBits), "values");
+  return true;
+}
+template <int D> constexpr bool check_all() { return check<D, 8>() && check<D, 4>() && check<D, 2>(); }
+static_assert(check_all<64>() && check_all<128>() && check_all<256>());
+
+// The contraction meets every dimension once.
+template <int D> constexpr bool covers(int bits, bool fp8) {
+  bool seen[D] = {};
+  for (int k = 0; k < D / 16; ++k)
+    for (int column = 0; column < 16; ++column) {
+      const int dim = key_dim<D>(bits, fp8, k, column);
+      if (dim < 0 || dim >= D || seen[dim]) return false;
+      seen[dim] = true;
+    }
+  return true;
+}
+template <int D> constexpr bool covers_all() { return covers<D>(8, false) && covers<D>(8, true) && covers<D>(4, false) && covers<D>(2, false); }
+static_assert(covers_all<64>() && covers_all<128>() && covers_all<256>());
+
+}  // namespace
+}  // namespace kvlar::attend_quantized
