@@ -190,7 +190,7 @@ fn exact_rows_beside(lab: &Lab) {
         }
     }
     all(lab, [tiers(Dtype::Bf16, 256, Codec::Int4, Codec::Int2), tiers(Dtype::F16, 80, Codec::Int8, Codec::Fp8)]);
-    all(lab, QUANTIZED.map(|codec| long_tiers(codec)));
+    all(lab, QUANTIZED.map(long_tiers));
 }
 
 fn ragged_heads(lab: &Lab) {

@@ -257,42 +257,6 @@ fn wrong_attend_quantized_input_is_named() {
     unsupported_on_devices("attend_quantized", &with(&bare, &[("key_codec", "int4-channel"), ("value_codec", "int4")]));
 }
 
-/// Fused pairs, pairs that are decoded first, exact rows, ragged heads, positions, 8-bit queries.
-#[test]
-fn emulated_kernels_agree_with_the_reference() {
-    if !backends().contains(&"simt") {
-        return;
-    }
-    let [b, _, hk, t, ..] = DIMS;
-    let bare = attend_case();
-    let ragged: Vec<i32> = (0..b * hk).map(|i| (t as i32) - 7 * i as i32).collect();
-    let positions: Vec<i32> = (0..t as i32).map(|i| 3 * i + i / 4).collect();
-    let pair = |keys: &str, values: &str| with(&bare, &[("key_codec", keys), ("value_codec", values)]);
-    let exact = [("sink_rows", "3"), ("recent_rows", "11")];
-    for case in [
-        pair("int4", "int4"),
-        pair("int8+hadamard", "int2"),
-        with(&pair("int4+hadamard", "int4"), &exact),
-        with(&pair("fp8", "fp8"), &exact).floats("k_scale", &[hk], &[0.02, 0.3]).floats("v_scale", &[hk], &[0.01, 1.0]),
-        with(&pair("int2", "int4"), &exact).ints("lengths", &[b, hk], &ragged),
-        with(&pair("int8", "int4"), &[("sink_rows", "2"), ("window", "60")]).ints("positions", &[t], &positions),
-        with(&pair("int8", "int8"), &[("query", "int8")]),
-        with(&pair("int4", "int4"), &[("group", "8")]),
-        with(&pair("int4", "int8+hadamard"), &exact).ints("lengths", &[b], &[t as i32, 20]),
-        with(&pair("int4", "bf16"), &[("dtype", "bf16")]),
-    ] {
-        let (on_cpu, emulated) = (reference("attend_quantized", &case), run("attend_quantized", "simt", &case, &[]));
-        for name in ["k_decoded", "v_decoded"] {
-            close(&emulated.tensor(name).1, &on_cpu.tensor(name).1, 1e-6);
-        }
-        close(&emulated.tensor("out").1, &on_cpu.tensor("out").1, 3e-2);
-        close(&emulated.tensor("lse").1, &on_cpu.tensor("lse").1, 1e-2);
-    }
-    // Queries that are rounded go with rows that are not stored as they are.
-    let both = with(&pair("int8", "int8"), &[("query", "int8"), ("recent_rows", "4")]);
-    run("attend_quantized", "simt", &both, &[]).fails(3, "unsupported");
-}
-
 fn scan_case() -> Case {
     let [b, hq, hk, t, d, _] = DIMS;
     let case = attend_case().without("v");

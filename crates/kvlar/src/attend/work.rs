@@ -16,6 +16,7 @@ pub struct WorkList {
 
 /// What a list can be built for.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "a list seldom moves; a box would be allocated at every step")]
 pub(super) enum BuiltFor {
     Attend(AttendPlan, PositionSources),
     Lowrank(ScheduleKey, PositionSources),
