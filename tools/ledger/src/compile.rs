@@ -1,5 +1,6 @@
 //! Compiles the kernels as the build does, but one cubin an architecture, and keeps what the tools say of each.
 
+use crate::model::{Attend, Rebuild};
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hasher};
 use std::io::Write as _;
@@ -89,6 +90,11 @@ impl BuildFlags {
         let ptx = list("PTX")?.pop().ok_or("kernels/build/cuda.rs: PTX names no architecture")?;
         Ok(BuildFlags { flags, archs: list("RELEASE")?, ptx })
     }
+}
+
+/// Whether the ledger says something of a kernel's loops.
+pub fn has_loops(entry: &str) -> bool {
+    Attend::of(entry).is_some() || Rebuild::of(entry).is_some()
 }
 
 /// One `.cu` file with entry points.
@@ -211,7 +217,10 @@ impl Compiler<'_> {
         let write = |to: PathBuf, text: String| fs::write(&to, text).map_err(|e| format!("{}: {e}", to.display()));
         write(file("ptxas"), out + &err)?;
         write(file("usage"), self.tools.cuobjdump("-res-usage", &cubin)?)?;
-        write(file("part"), crate::sass::without_encodings(&self.tools.cuobjdump("-sass", &cubin)?))?;
+        // Disassembling takes as long as assembling: only where loops are looked into.
+        let disassembled = unit.entries.iter().any(|e| has_loops(e));
+        let sass = if disassembled { self.tools.cuobjdump("-sass", &cubin)? } else { String::new() };
+        write(file("part"), crate::sass::without_encodings(&sass))?;
         let _ = fs::remove_file(&cubin);
         fs::rename(file("part"), file("sass")).map_err(|e| e.to_string())
     }
