@@ -1,14 +1,12 @@
 //! Histories of a cache against a model of it, and what it refuses.
 
-mod lab;
-
+use crate::lab::{DIM, HEADS, LAYERS, Lab, PAGE, Q_HEADS, config, exact_plan, plan};
 use kvlar::{Codec, Device, SimtOptions};
 use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, Queries, SeqId};
 use kvlar_calibrate::{Factors, KeyBasis, Latent, LayerPlan, Plan, Side};
 use kvlar_reference::compare;
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
-use lab::{DIM, HEADS, LAYERS, Lab, PAGE, Q_HEADS, config, exact_plan, plan};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 

@@ -1,12 +1,10 @@
 //! Plans that calibration writes: layers that are dense in part, sizes that are not those of the cache, what is allocated.
 
-mod lab;
-
+use crate::lab::{DIM, HEADS, LAYERS, Lab, Q_HEADS, config, exact_plan, latents, plan};
 use kvlar::{Codec, Device, SimtOptions};
 use kvlar_cache::{BatchShape, Cache, CacheConfig};
 use kvlar_calibrate::{Factors, Latent, LayerPlan, Plan, Side};
 use kvlar_reference::tolerance::Tolerance;
-use lab::{DIM, HEADS, LAYERS, Lab, Q_HEADS, config, exact_plan, latents, plan};
 
 fn devices() -> Vec<(Device, Tolerance)> {
     let kernels = Tolerance::attend_lowrank(kvlar_reference::Dtype::F16, 100, 4.0, 1.0);

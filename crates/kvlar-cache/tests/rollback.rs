@@ -1,12 +1,10 @@
 //! Exact rows beside latents: which they are, what taking tokens back does to them, what they cost.
 
-mod lab;
-
+use crate::lab::{DIM, Exact, HEADS, Lab, Q_HEADS, config, exact_plan};
 use kvlar::{Codec, Device, SimtOptions};
 use kvlar_cache::{BatchShape, Cache, CacheConfig};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
-use lab::{DIM, Exact, HEADS, Lab, Q_HEADS, config, exact_plan};
 
 /// Adds tokens (above 0) and takes some back (below), then attends from one more token, always the same: the outputs of
 /// that.

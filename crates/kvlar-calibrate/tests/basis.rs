@@ -1,8 +1,6 @@
 //! Bases: `recalkv.md` §7 invariants 2, 3 and 8, the exact rank-1 case, metrics, and rank deficiency.
 
-mod common;
-
-use common::{close, columns, mat, mixed, near, norm2, says};
+use crate::common::{close, columns, mat, mixed, near, norm2, says};
 use kvlar_calibrate::basis::{GroupBasis, Metric, covariance, eigen, leading, tail, tail_energy, trace};
 use kvlar_calibrate::faer::{Mat, MatRef, Side};
 use kvlar_calibrate::hadamard::{fold, orthogonal};

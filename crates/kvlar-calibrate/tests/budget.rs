@@ -1,8 +1,6 @@
 //! Rank budgets: `recalkv.md` §1.5 and the rounding and byte cases of §7.
 
-mod common;
-
-use common::{close, says};
+use crate::common::{close, says};
 use kvlar_calibrate::Latent;
 use kvlar_calibrate::budget::{Candidate, Cost, budget, budget_ranks, proportional, round, spectral};
 use kvlar_reference::testing::Rng;

@@ -1,8 +1,6 @@
 //! Whole fits: `recalkv.md` §7 invariants 1 and 5, budgets, the ablation, presets, and every refusal.
 
-mod common;
-
-use common::{close, mixed, model, says};
+use crate::common::{close, mixed, model, says};
 use kvlar_calibrate::*;
 use kvlar_reference::testing::Rng;
 

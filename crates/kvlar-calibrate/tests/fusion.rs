@@ -1,8 +1,6 @@
 //! Fusing value bases into the output projection: `recalkv.md` §0.4, the cost table of §2, §7 invariant 7.
 
-mod common;
-
-use common::{close, says};
+use crate::common::{close, says};
 use kvlar_calibrate::fusion::{fuse, pays};
 use kvlar_calibrate::{Factors, Latent, LayerShape};
 use kvlar_reference::testing::Rng;

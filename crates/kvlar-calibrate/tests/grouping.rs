@@ -1,8 +1,6 @@
 //! CKA and head grouping: `recalkv.md` §7 invariants 5, 6 and 10, and the exact cases of §1.2.
 
-mod common;
-
-use common::{close, columns, mat, mixed, norm2, rotation, says};
+use crate::common::{close, columns, mat, mixed, norm2, rotation, says};
 use kvlar_calibrate::basis::tail_energy;
 use kvlar_calibrate::faer::Mat;
 use kvlar_calibrate::grouping::{best, canonical, check_partition, greedy, group, natural, partition_count, partitions};

@@ -1,8 +1,6 @@
 //! Streaming second moments.
 
-mod common;
-
-use common::{close, mat, near, says};
+use crate::common::{close, mat, near, says};
 use kvlar_calibrate::{LayerShape, Moments, SecondMoment};
 use kvlar_reference::testing::Rng;
 
@@ -31,19 +29,19 @@ fn sums_are_those_of_all_rows_however_they_arrive() {
         let expected = k.transpose() * &k;
         for m in [&whole, &parts] {
             near(m.keys().group(&[0, 1, 2]).as_ref(), expected.as_ref(), 1e-13);
-            let picked = common::columns(&k, &[2, 0], 8);
+            let picked = crate::common::columns(&k, &[2, 0], 8);
             near(m.keys().group(&[2, 0]).as_ref(), (picked.transpose() * &picked).as_ref(), 1e-13);
             for (d, mean) in m.keys().mean().iter().enumerate() {
                 close(*mean, (0..622).map(|r| k[(r, d)]).sum::<f64>() / 622.0, 1e-13);
             }
             let centred = kvlar_calibrate::faer::Mat::from_fn(622, 24, |r, c| k[(r, c)] - m.keys().mean()[c]);
             near(m.keys().group_centred(&[0, 1, 2]).as_ref(), (centred.transpose() * &centred).as_ref(), 1e-11);
-            close(m.keys().energy(), common::norm2(k.as_ref()), 1e-13);
+            close(m.keys().energy(), crate::common::norm2(k.as_ref()), 1e-13);
             for (i, p) in m.query_power().iter().enumerate() {
                 let exact = (0..622).map(|r| f64::from(all[0][r * 48 + i]).powi(2)).sum::<f64>() / 622.0;
                 close(*p, exact, 1e-13);
             }
-            close(m.values().energy(), common::norm2(mat(&all[2], 622, 12).as_ref()), 1e-13);
+            close(m.values().energy(), crate::common::norm2(mat(&all[2], 622, 12).as_ref()), 1e-13);
         }
     }
 }

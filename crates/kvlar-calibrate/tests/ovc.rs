@@ -1,8 +1,6 @@
 //! OVC: `recalkv.md` §0.2 and §7 invariant 4.
 
-mod common;
-
-use common::{close, mat, mixed, near, norm2, says};
+use crate::common::{close, mat, mixed, near, norm2, says};
 use kvlar_calibrate::basis::{eigen, leading, trace};
 use kvlar_calibrate::faer::Mat;
 use kvlar_calibrate::ovc::{Factorization, factorize, floor, left_vectors, power};

@@ -1,8 +1,6 @@
 //! Plan files: round trips, and everything that must be refused.
 
-mod common;
-
-use common::{model, says};
+use crate::common::{model, says};
 use kvlar_calibrate::{Error, Factors, Latent, LayerPlan, PLAN_FORMAT, Plan, RecalkvConfig, Side};
 use kvlar_reference::testing::Rng;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};

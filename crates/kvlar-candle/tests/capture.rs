@@ -1,12 +1,9 @@
 //! What calibration takes of a model, against an independent forward pass and the checkpoint's own tensors.
 
-mod checkpoint;
-mod plain;
-
-use checkpoint::{Checkpoint, Variant};
+use crate::checkpoint::{Checkpoint, Variant};
+use crate::plain::{Plain, families, tokens};
 use kvlar_candle::EngineError;
 use kvlar_candle::llama::Llama;
-use plain::{Plain, families, tokens};
 
 #[track_caller]
 fn near(actual: &[f32], expected: &[Vec<Vec<f64>>], what: &str) {

@@ -1,8 +1,6 @@
 //! A missing, truncated or contradictory file is an error that names it.
 
-mod checkpoint;
-
-use checkpoint::{Checkpoint, Variant};
+use crate::checkpoint::{Checkpoint, Variant};
 use kvlar::{Codec, Device};
 use kvlar_candle::llama::{Llama, Logits, RecallTask, Sampler, Sampling, generate};
 use kvlar_candle::{EngineError, KvStore, PagedStore, StoreConfig};

@@ -1,12 +1,9 @@
 //! Gradients against finite differences of an independent forward pass in f64, and the importances made of them.
 
-mod checkpoint;
-mod plain;
-
+use crate::checkpoint::{Checkpoint, Variant};
+use crate::plain::{Plain, families, tokens};
 use candle_core::Tensor;
-use checkpoint::{Checkpoint, Variant};
 use kvlar_candle::llama::{Fisher, Gradients, Llama};
-use plain::{Plain, families, tokens};
 
 /// A gradient `[hidden, Hk·d]` as the checkpoint stores its matrix: `[Hk·d, hidden]`.
 fn as_stored(gradient: &Tensor) -> Vec<f32> {

@@ -1,13 +1,10 @@
 //! Logits against an independent forward pass: plain loops in f64 over the checkpoint's own tensors.
 
-mod checkpoint;
-mod plain;
-
-use checkpoint::{Checkpoint, Variant};
+use crate::checkpoint::{Checkpoint, Variant};
+use crate::plain::Plain;
 use kvlar::Device;
 use kvlar_candle::llama::{Llama, Logits};
 use kvlar_candle::{KvStore, PagedStore, StoreConfig};
-use plain::Plain;
 
 fn check(actual: &candle_core::Tensor, expected: &[Vec<f64>], tolerance: f64, what: &str) {
     let rows = actual.to_vec2::<f32>().unwrap();

@@ -1,9 +1,7 @@
 //! Plans in an engine: what attention sees of sinks, latents and recent rows, and what taking tokens back leaves of it.
 
-mod checkpoint;
-
+use crate::checkpoint::{Checkpoint, Variant};
 use candle_core::Tensor;
-use checkpoint::{Checkpoint, Variant};
 use kvlar::{Backend, Codec, Device, SimtOptions};
 use kvlar_calibrate::{
     Budget, Factors, Latent, LayerShape, ModelShape, Moments, PairLayout, Plan, RecalkvConfig, RopePairs, Weighting, Weights,

@@ -1,9 +1,6 @@
 //! `kvlar eval` from outside, on a tiny checkpoint: plans beside the other methods, on every backend.
 
-#[path = "../../kvlar-candle/tests/checkpoint/mod.rs"]
-mod checkpoint;
-
-use checkpoint::{Checkpoint, Variant};
+use crate::checkpoint::{Checkpoint, Variant};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -1,8 +1,6 @@
 //! attend_quantized on the emulated kernels, from outside: fused and decoded first.
 
-mod case;
-
-use case::{Case, Run, backends, run};
+use crate::case::{Case, Run, backends, run};
 use kvlar_reference::testing::Rng;
 
 fn reference(op: &str, case: &Case) -> Run {

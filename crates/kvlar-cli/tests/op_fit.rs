@@ -1,8 +1,6 @@
 //! The fitting ops from outside: group_heads, fit_lowrank, fit_values, budget_ranks.
 
-mod case;
-
-use case::{Case, Run, run};
+use crate::case::{Case, Run, run};
 use kvlar_reference::testing::Rng;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;

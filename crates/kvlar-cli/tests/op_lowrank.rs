@@ -1,8 +1,6 @@
 //! attend_lowrank from outside.
 
-mod case;
-
-use case::{Case, backends, run};
+use crate::case::{Case, backends, run};
 use kvlar_reference::compare::compare;
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;

@@ -1,8 +1,6 @@
 //! `kvlar op project` from outside.
 
-mod case;
-
-use case::{Case, backends, run, values};
+use crate::case::{Case, backends, run, values};
 use kvlar_reference::compare::compare;
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;

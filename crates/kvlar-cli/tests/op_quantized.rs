@@ -1,8 +1,6 @@
 //! The ops on encoded rows from outside: attend_quantized, scan, reduce, encode, append, fit_codebooks.
 
-mod case;
-
-use case::{Case, Run, backends, run};
+use crate::case::{Case, Run, backends, run};
 use half::{bf16, f16};
 use kvlar_reference::testing::Rng;
 use safetensors::SafeTensors;
@@ -90,7 +88,7 @@ fn attend_case() -> Case {
 }
 
 fn tensor(case: &Case, name: &str) -> Vec<f32> {
-    case::values(case, name, kvlar_reference::Dtype::Bf16)
+    crate::case::values(case, name, kvlar_reference::Dtype::Bf16)
 }
 
 #[test]

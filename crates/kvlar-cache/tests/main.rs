@@ -1,0 +1,6 @@
+//! The crate's suites, in one program: linking each would take longer than running it.
+
+mod cache;
+mod lab;
+mod planned;
+mod rollback;

@@ -1,0 +1,13 @@
+//! The crate's suites, in one program: linking each would take longer than running it.
+
+mod basis;
+mod budget;
+mod codebooks;
+mod common;
+mod fit;
+mod fusion;
+mod grouping;
+mod moments;
+mod ovc;
+mod plan;
+mod rotary;

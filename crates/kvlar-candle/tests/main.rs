@@ -1,0 +1,9 @@
+//! The crate's suites, in one program: linking each would take longer than running it.
+
+mod capture;
+mod checkpoint;
+mod errors;
+mod fisher;
+mod forward;
+mod plain;
+mod planned;

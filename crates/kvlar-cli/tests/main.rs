@@ -1,0 +1,13 @@
+//! The crate's suites, in one program: linking each would take longer than running it.
+
+mod calibrate;
+mod case;
+#[path = "../../kvlar-candle/tests/checkpoint/mod.rs"]
+mod checkpoint;
+mod eval;
+mod op;
+mod op_emulated;
+mod op_fit;
+mod op_lowrank;
+mod op_project;
+mod op_quantized;
