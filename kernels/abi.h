@@ -33,6 +33,11 @@ enum {
   KVLAR_CODEC_INT4 = 3,  // likewise, two 4-bit codes a byte, the lower first
   KVLAR_CODEC_INT2 = 4,  // likewise, four 2-bit codes a byte
   KVLAR_CODEC_FP8 = 5,   // e4m3, times a scale a head
+  // Channel-wise: codes as above, an (f16 scale, f16 zero) a channel and group of rows in the page's params; a page holds
+  // whole groups.
+  KVLAR_CODEC_INT4_CHANNEL = 6,
+  KVLAR_CODEC_INT2_CHANNEL = 7,
+  KVLAR_CODEC_PQ = 8,    // a byte a sub-vector: its centroid's number in the head's codebooks
 };
 
 // How a segment's latents are stored, and with what type they meet the basis.
@@ -80,7 +85,7 @@ typedef struct {
   int64_t page_stride;
   uint32_t row_stride;
   uint32_t params_offset;  // of the scales and zeros, from the page's (and head's) start
-  uint32_t params_stride;  // bytes of scales and zeros a row
+  uint32_t params_stride;  // bytes of scales and zeros a row, or, channel-wise, a group of rows
   uint32_t page_count;     // valid page ids (for a null table: pages a sequence)
 } KvlarPool;
 KVLAR_CHECK_SIZE(KvlarPool, 48);
@@ -96,11 +101,11 @@ KVLAR_CHECK_SIZE(KvlarRope, 24);
 
 // How rows are encoded.
 typedef struct {
-  KVLAR_ADDR(const float) scales;  // [head]: of fp8 codes; null = 1
+  KVLAR_ADDR(const float) tables;  // fp8: scales [head], null = 1; pq: codebooks [head][dim / group][centroids][group]
   uint32_t codec;                  // KVLAR_CODEC_*
-  uint32_t group;                  // integer codes: values that share a scale and zero; divides the row
+  uint32_t group;                  // values that share a scale and zero, or (pq) a code; channel-wise: rows
   uint32_t hadamard;               // 1: rows are rotated (device/hadamard.cuh) before they are encoded
-  uint32_t reserved;
+  uint32_t centroids;              // pq: of a sub-vector, up to 256
 } KvlarFormat;
 KVLAR_CHECK_SIZE(KvlarFormat, 24);
 

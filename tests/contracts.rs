@@ -247,7 +247,7 @@ fn append_checks_its_own() {
             row_positions: None,
             keys: Pool::contiguous(keys.view_mut(), 1, 4, 128),
             values: Pool::contiguous(values.view_mut(), 1, 4, 128),
-            scales: Default::default(),
+            tables: Default::default(),
         };
         change(&mut args);
         plan.launch(&stream, &mut args, &mut workspace)

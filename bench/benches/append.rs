@@ -131,7 +131,7 @@ impl Launches for Buffers {
             row_positions: None,
             keys: self.pages.pool(self.keys.view_mut(), heads, codec, dim),
             values: self.pages.pool(self.values.view_mut(), heads, codec, dim),
-            scales: Default::default(),
+            tables: Default::default(),
         };
         self.plan.launch(stream, &mut args, &mut self.workspace)
     }

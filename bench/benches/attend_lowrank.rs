@@ -274,7 +274,7 @@ impl Buffers {
             rows: self.pages.rows(),
             keys: self.pages.pool(layer.keys.view(), s.groups(), s.latents.codec(NATIVE), s.rank),
             values: self.pages.pool(layer.values.view(), value_heads, value_codec, width),
-            scales: Default::default(),
+            tables: Default::default(),
         }];
         let mut args = LowrankArgs {
             attend: AttendArgs {

@@ -178,7 +178,7 @@ impl Buffers {
             rows: self.pages.rows(),
             keys: self.pages.pool(keys.view(), heads.1, codecs.0, dim),
             values: self.pages.pool(values.view(), heads.1, codecs.1, dim),
-            scales: Default::default(),
+            tables: Default::default(),
         }];
         let mut args = AttendArgs {
             q: self.q.view(),

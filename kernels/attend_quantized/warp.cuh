@@ -207,7 +207,7 @@ template <int D, int NT> struct WarpQuantized : attend::Columns<NT> {
     clear(s);
     if (p.key_codec == KVLAR_CODEC_FP8) {
       KeyScores<D, NT>::fp8(s, tile, row, coded.b);
-      const float head_scale = 256.f * scale * (segment.key_format.scales ? __ldg(segment.key_format.scales + shared.unit.head) : 1.f);
+      const float head_scale = 256.f * scale * (segment.key_format.tables ? __ldg(segment.key_format.tables + shared.unit.head) : 1.f);
 #pragma unroll
       for (int b = 0; b < 2; ++b)
 #pragma unroll
@@ -247,7 +247,7 @@ template <int D, int NT> struct WarpQuantized : attend::Columns<NT> {
   __device__ __forceinline__ void load_value_params(float (&scale)[2][2], float (&offset)[2][2], const unsigned char* tile,
                                                     const KvlarSegment& segment, int row) const {
     const bool fp8 = p.value_codec == KVLAR_CODEC_FP8;
-    const float head_scale = fp8 && segment.value_format.scales ? __ldg(segment.value_format.scales + shared.unit.head) : 1.f;
+    const float head_scale = fp8 && segment.value_format.tables ? __ldg(segment.value_format.tables + shared.unit.head) : 1.f;
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll

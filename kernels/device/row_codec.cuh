@@ -132,7 +132,7 @@ __device__ inline void store_integers(RowPlace to, const float (&x)[kLaneDims], 
 
 // ---- rows of any codec
 
-__device__ inline float fp8_scale(const KvlarFormat& format, int head) { return format.scales ? __ldg(format.scales + head) : 1.f; }
+__device__ inline float fp8_scale(const KvlarFormat& format, int head) { return format.tables ? __ldg(format.tables + head) : 1.f; }
 
 // `scratch` is shared memory of the warp for kMaxDim floats; `x` is rotated where the format says so.
 __device__ inline void store_row(RowPlace to, const KvlarFormat& format, int head, float (&x)[kLaneDims], float* scratch, int dim, int lane) {

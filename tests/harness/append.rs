@@ -2,7 +2,7 @@
 
 use crate::pages::{DevicePages, Layout, Pages, RowFormat};
 use crate::{Lab, reference_dtype};
-use kvlar::{AppendArgs, AppendShape, Buffer, Dtype, Format, Rope, RopeLayout, Scales, Strides, Workspace};
+use kvlar::{AppendArgs, AppendShape, Buffer, Dtype, Format, Rope, RopeLayout, Strides, Tables, Workspace};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
 use kvlar_reference::{Rope as Rotation, RopeScaling};
@@ -120,7 +120,7 @@ impl AppendCase {
             row_positions: Some(row_positions.view_mut()),
             keys: pages.pool(keys.view_mut(), kc, d),
             values: pages.pool(values.view_mut(), vc, dv),
-            scales: Scales { keys: key_scales.as_ref().map(Buffer::view), values: value_scales.as_ref().map(Buffer::view) },
+            tables: Tables { keys: key_scales.as_ref().map(Buffer::view), values: value_scales.as_ref().map(Buffer::view) },
         };
         if matches!(self.layout, Layout::PerHead(_)) {
             args.rows.positions = None;

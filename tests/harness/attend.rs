@@ -4,7 +4,7 @@ use crate::heads::{self, HeadRows};
 use crate::pages::{DevicePages, Layout, Pages, RowFormat};
 use crate::{Lab, once_a_case, reference_dtype};
 use kvlar::{
-    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Format, Scales, Schedule, Segment, SegmentShape, Status, Strides,
+    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Format, Schedule, Segment, SegmentShape, Status, Strides, Tables,
     WorkList, Workspace,
 };
 use kvlar_reference::testing::Rng;
@@ -360,7 +360,7 @@ impl<'a> AttendRun<'a> {
                 rows: rows.rows(),
                 keys: host.pages.pool(keys.view(), &s.keys, c.head_dim),
                 values: host.pages.pool(values.view(), &s.values, c.value_dim),
-                scales: Scales { keys: scales[0].as_ref().map(Buffer::view), values: scales[1].as_ref().map(Buffer::view) },
+                tables: Tables { keys: scales[0].as_ref().map(Buffer::view), values: scales[1].as_ref().map(Buffer::view) },
             })
             .collect();
         let mut args = AttendArgs {

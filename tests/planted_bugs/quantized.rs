@@ -69,8 +69,8 @@ const BUGS: &[Bug] = &[
     bug(
         "fp8 keys take the first head's scale",
         "attend_quantized/warp.cuh",
-        "__ldg(segment.key_format.scales + shared.unit.head)",
-        "__ldg(segment.key_format.scales)",
+        "__ldg(segment.key_format.tables + shared.unit.head)",
+        "__ldg(segment.key_format.tables)",
     ),
     bug("a broken row reaches those who don't see it", "attend_quantized/warp.cuh", "scale[b][h] = offset[b][h] = 0.f;", ""),
     bug(

@@ -196,7 +196,7 @@ impl Cache {
             row_positions: None,
             keys: pools.0,
             values: pools.1,
-            scales: Default::default(),
+            tables: Default::default(),
         };
         let Layer { rows, lowrank } = &mut self.layers[layer];
         let (Some(lowrank), Some(plans)) = (lowrank, batch.lowrank[layer]) else {
@@ -222,7 +222,7 @@ impl Cache {
         let Layer { rows, lowrank } = &self.layers[layer];
         let tables = &batch.tables;
         let segment =
-            |rows, pools: (Pool<_>, Pool<_>)| Segment { rows, keys: pools.0, values: pools.1, scales: Default::default() };
+            |rows, pools: (Pool<_>, Pool<_>)| Segment { rows, keys: pools.0, values: pools.1, tables: Default::default() };
         let mut segments = Vec::with_capacity(kvlar::MAX_SEGMENTS);
         match lowrank {
             None => segments.push(segment(tables.rows(config)?, rows.pools())),

@@ -4,7 +4,7 @@ use crate::device::Launch;
 use crate::error::{invalid, unsupported};
 use crate::paged::within;
 use crate::{
-    Device, Dtype, Format, Memory, Pool, Result, RopeLayout, Rows, Scales, Stream, Strides, View, ViewMut, Workspace,
+    Device, Dtype, Format, Memory, Pool, Result, RopeLayout, Rows, Stream, Strides, Tables, View, ViewMut, Workspace,
     WorkspaceSize, abi,
 };
 
@@ -96,7 +96,7 @@ pub struct AppendArgs<'a> {
     /// Value rows.
     pub values: Pool<ViewMut<'a>>,
     /// Of fp8 rows.
-    pub scales: Scales<'a>,
+    pub tables: Tables<'a>,
 }
 
 /// A validated append.
@@ -161,7 +161,7 @@ impl AppendPlan {
         rows.check("rows", s.seqs, (heads, heads), args.keys.page_count.min(args.values.page_count))?;
         let stored = |format: Format, dim| (format.row_bytes(dim), format.params_bytes(dim));
         let (k, v) = (stored(s.key_format, s.head_dim), stored(s.value_format, s.value_dim));
-        let [key_scales, value_scales] = args.scales.addresses(heads, [s.key_format, s.value_format])?;
+        let [key_scales, value_scales] = args.tables.addresses(heads, [s.key_format, s.value_format])?;
         args.keys.check("keys", &args.rows, s.seqs, heads, k.0, k.1)?;
         args.values.check("values", &args.rows, s.seqs, heads, v.0, v.1)?;
         let none = abi::KvlarRope { attention_factor: 1.0, layout: abi::KVLAR_ROPE_NONE, ..Default::default() };

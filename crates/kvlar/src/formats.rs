@@ -171,28 +171,29 @@ impl Format {
         Ok(())
     }
 
-    /// `scales` is 0 or the address of one f32 a head.
-    pub(crate) fn abi(&self, dim: usize, scales: u64) -> abi::KvlarFormat {
+    /// `tables` is 0 or the address of what [`Tables`] says.
+    pub(crate) fn abi(&self, dim: usize, tables: u64) -> abi::KvlarFormat {
         abi::KvlarFormat {
-            scales,
+            tables,
             codec: self.codec.abi(),
             group: self.group_of(dim) as u32,
             hadamard: self.hadamard.into(),
-            reserved: 0,
+            centroids: 0,
         }
     }
 }
 
-/// What [`Codec::Fp8`] rows are multiplied by: f32 `[heads]`; `None` = 1. Other formats have none.
+/// What all rows of a head share. [`Codec::Fp8`]: what its rows are multiplied by, f32 `[heads]`; `None` = 1. Other formats
+/// have none.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Scales<'a> {
+pub struct Tables<'a> {
     /// Of keys.
     pub keys: Option<crate::View<'a>>,
     /// Of values.
     pub values: Option<crate::View<'a>>,
 }
 
-impl Scales<'_> {
+impl Tables<'_> {
     /// The addresses of both, checked.
     pub(crate) fn addresses(&self, heads: usize, formats: [Format; 2]) -> crate::Result<[u64; 2]> {
         let side = |arg: &'static str, scales: Option<crate::View<'_>>, format: Format| match scales {

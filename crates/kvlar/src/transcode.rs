@@ -4,7 +4,7 @@ use crate::append::check_dim;
 use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
-use crate::{Device, Dtype, Format, Memory, Pool, Result, Rows, Scales, Stream, View, ViewMut, abi};
+use crate::{Device, Dtype, Format, Memory, Pool, Result, Rows, Stream, Tables, View, ViewMut, abi};
 
 /// What [`TranscodePlan`] is made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ impl EncodeShape {
 }
 
 impl TranscodePlan {
-    /// Encodes `x [B, H, rows, dim]` as rows 0.. of each (sequence, head). `scales`: as [`Scales`] says.
+    /// Encodes `x [B, H, rows, dim]` as rows 0.. of each (sequence, head). `scales`: as [`Tables`] says.
     ///
     /// # Errors
     /// [`crate::Error::Bounds`], [`crate::Error::Alignment`], [`crate::Error::Invalid`].
@@ -99,7 +99,7 @@ impl TranscodePlan {
         }
         rows.check("rows", s.seqs, (s.heads, s.heads), pool.page_count)?;
         pool.check("pool", rows, s.seqs, s.heads, s.format.row_bytes(s.dim), s.format.params_bytes(s.dim))?;
-        let [scales, _] = Scales { keys: scales, values: None }.addresses(s.heads, [s.format; 2])?;
+        let [scales, _] = Tables { keys: scales, values: None }.addresses(s.heads, [s.format; 2])?;
         let (n, d) = (s.rows as i64, s.dim as i64);
         let params = abi::KvlarTranscode {
             rows: rows.abi(),

@@ -94,7 +94,7 @@ impl<'a> LowrankRun<'a> {
                     rows,
                     keys: host.keys.pool(keys.view(), &kc.into(), kd),
                     values: host.values.pool(values.view(), &vc.into(), vd),
-                    scales: Default::default(),
+                    tables: Default::default(),
                 }
             })
             .collect();

@@ -5,7 +5,7 @@ use super::case::{Case, Output, expect, finite};
 use super::formats::{Stored, group};
 use super::{Result, input};
 use crate::backend::Backend;
-use kvlar::{AppendArgs, AppendShape, Dtype, EncodeShape, Format, Pool, RopeLayout, Rows, Scales, Workspace};
+use kvlar::{AppendArgs, AppendShape, Dtype, EncodeShape, Format, Pool, RopeLayout, Rows, Tables, Workspace};
 use kvlar_reference::{AppendInput, Appended, Codec, Rope};
 
 /// A codec whose rows can be written one by one, to any slot.
@@ -130,7 +130,7 @@ fn on_device(
         row_positions: None,
         keys: Pool::hnd(keys.view_mut(), b * pages, PAGE, h, key.0, key.1),
         values: Pool::hnd(values.view_mut(), b * pages, PAGE, h, value.0, value.1),
-        scales: Scales { keys: key_scales, values: value_scales },
+        tables: Tables { keys: key_scales, values: value_scales },
     };
     plan.launch(&lab.stream, &mut args, &mut workspace)?;
     let read = |buffer: &kvlar::Buffer,

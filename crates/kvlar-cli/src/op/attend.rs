@@ -262,7 +262,7 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
         rows,
         keys: i.pool(keys.view(), pages, d),
         values: i.pool(values.view(), pages, dv),
-        scales: Default::default(),
+        tables: Default::default(),
     }];
     let q = lab.upload_as(&i.q, i.common.dtype)?;
     let q_positions = i.common.q_positions.as_ref().map(|p| lab.upload(p)).transpose()?;

@@ -282,7 +282,7 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
         rows,
         keys: key_rows.pool(&keys, key_groups, t),
         values: value_rows.pool(&values, value_heads, t),
-        scales: Default::default(),
+        tables: Default::default(),
     }];
     let wide_basis = padded_basis(&i.uk, key_rank, padded);
     let int8 = if i.latents == Latents::Int8Basis {

@@ -7,7 +7,7 @@ use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
 use crate::workspace::WorkspaceSize;
-use crate::{Device, Error, Format, Memory, Pool, Result, Rows, Scales, Stream, Strides, View, ViewMut, Workspace, abi};
+use crate::{Device, Error, Format, Memory, Pool, Result, Rows, Stream, Strides, Tables, View, ViewMut, Workspace, abi};
 
 /// A validated attention. `Copy`, holds no handles; reusable across layers, steps and graph replays.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,7 +38,7 @@ pub struct Segment<'a> {
     /// Their values.
     pub values: Pool<View<'a>>,
     /// Of fp8 rows.
-    pub scales: Scales<'a>,
+    pub tables: Tables<'a>,
 }
 
 /// Arguments of [`AttendPlan::launch`].
@@ -278,7 +278,7 @@ impl AttendShape {
         to.rows = from.rows.abi();
         to.keys = from.keys.abi();
         to.values = from.values.abi();
-        [to.key_format.scales, to.value_format.scales] = from.scales.addresses(self.kv_heads, [shape.keys, shape.values])?;
+        [to.key_format.tables, to.value_format.tables] = from.tables.addresses(self.kv_heads, [shape.keys, shape.values])?;
         Ok(())
     }
 }

@@ -100,7 +100,7 @@ impl HeadRows<'_> {
 
     /// What fp8 codes of the head are multiplied by.
     unsafe fn scale(&self, format: &abi::KvlarFormat) -> f32 {
-        if format.scales == 0 { 1.0 } else { unsafe { read::<f32>(format.scales + 4 * self.head as u64, 1)[0] } }
+        if format.tables == 0 { 1.0 } else { unsafe { read::<f32>(format.tables + 4 * self.head as u64, 1)[0] } }
     }
 
     /// Encodes and stores a row.

@@ -6,7 +6,7 @@ use super::super::{OpError, Result};
 use super::{Dims, Inputs, Outputs};
 use crate::backend::Backend;
 use kvlar::{
-    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, EncodeShape, Format, Pool, Rows, Scales, Segment, SegmentShape,
+    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, EncodeShape, Format, Pool, Rows, Segment, SegmentShape, Tables,
     View, Workspace,
 };
 
@@ -186,7 +186,7 @@ impl Session<'_> {
                     rows: self.rows(p.lengths.view(), p.positions.as_ref().map(Buffer::view)),
                     keys: pool(p.keys.view(), shape, p.formats[0], d),
                     values: pool(p.values.view(), shape, p.formats[1], dv),
-                    scales: Scales { keys: scales(0), values: scales(1) },
+                    tables: Tables { keys: scales(0), values: scales(1) },
                 }
             })
             .collect();
