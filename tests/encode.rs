@@ -2,11 +2,19 @@
 
 use kvlar::{Buffer, Codec, Dtype, EncodeShape, Format};
 use kvlar_reference::testing::Rng;
-use kvlar_reference::{decode_row, encode_row};
+use kvlar_reference::{decode_channels, decode_row, encode_channels, encode_row};
 use kvlar_tests::pages::{DevicePages, Layout, Pages, RowFormat};
 use kvlar_tests::{Lab, on_every_device, reference_dtype};
 
-on_every_device!(round_trips, fp8_numbers, non_finite_values, constant_groups, extremes, rows_beyond_a_length_decode_to_zero);
+on_every_device!(
+    round_trips,
+    fp8_numbers,
+    non_finite_values,
+    constant_groups,
+    channels,
+    extremes,
+    rows_beyond_a_length_decode_to_zero
+);
 
 struct Case {
     stored: RowFormat,
@@ -39,9 +47,8 @@ impl Case {
         let rounded = reference_dtype(self.dtype).round_all(values);
         let mut expected = vec![0xffu8; bytes.len()];
         let mut decoded = Vec::new();
-        for (i, row) in rounded.chunks(dim).enumerate() {
-            let at = (i / self.rows / heads, i / self.rows % heads, i % self.rows);
-            decoded.extend(pages.store(&mut expected, at, row, stored));
+        for (i, head) in rounded.chunks(self.rows * dim).enumerate() {
+            decoded.extend(pages.store_all(&mut expected, (i / heads, i % heads), head, dim, stored));
         }
         if let Some(i) = (0..bytes.len()).find(|&i| bytes[i] != expected[i]) {
             // A NaN has many patterns; only its being one is defined.
@@ -63,8 +70,9 @@ impl Case {
     }
 }
 
-/// Codecs with scales and zeros of their own.
+/// Codecs with scales and zeros of rows.
 const INTEGERS: [Codec; 3] = [Codec::Int8, Codec::Int4, Codec::Int2];
+const CHANNELS: [Codec; 2] = [Codec::Int4Channel, Codec::Int2Channel];
 
 fn grouped(codec: Codec, group: usize) -> RowFormat {
     Format { group: Some(group), ..codec.into() }.into()
@@ -79,7 +87,20 @@ fn round_trips(lab: &Lab) {
             {
                 for &group in groups {
                     let layouts = [Layout::Contiguous, Layout::Hnd(16), Layout::PerHead(32)];
-                    let (layout, rows, heads) = (layouts[rng.below(3)], 1 + rng.below(37), 1 + rng.below(3));
+                    let (mut layout, mut rows, heads) = (layouts[rng.below(3)], 1 + rng.below(37), 1 + rng.below(3));
+                    let group = match codec.is_channel_wise() {
+                        true => [1, 2, 16, 32, 33][rng.below(5)],
+                        false => group,
+                    };
+                    if codec.is_channel_wise() {
+                        // Pages hold whole groups, and groups are whole.
+                        rows = group * (1 + rng.below(3));
+                        layout = match group {
+                            33 => Layout::Contiguous,
+                            32 => Layout::PerHead(64),
+                            _ => layout,
+                        };
+                    }
                     // Offsets and scales of all sizes.
                     let scale = 10f32.powi(rng.below(5) as i32 - 2);
                     let values: Vec<f32> = rng.normals(2 * heads * rows * dim, scale).iter().map(|x| x + scale * 3.0).collect();
@@ -122,7 +143,9 @@ fn non_finite_values(lab: &Lab) {
         values[64 + 40] = f32::INFINITY;
         values[128] = f32::NEG_INFINITY;
         values[200] = 1e30; // beyond f16: a scale that cannot be stored
-        Case { stored: grouped(codec, 16), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 64, rows: 9 }.check(lab, &values);
+        let group = if codec.is_channel_wise() { 3 } else { 16 };
+        Case { stored: grouped(codec, group), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 64, rows: 9 }
+            .check(lab, &values);
     }
     // The rest of a row is unaffected.
     let mut row = Rng::new(6).normals(64, 1.0);
@@ -139,6 +162,46 @@ fn constant_groups(lab: &Lab) {
     for codec in INTEGERS {
         Case { stored: grouped(codec, 16), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 32, rows: 4 }.check(lab, &values);
     }
+}
+
+/// Channels of one value, of ties between codes, of tiny ranges and of the largest that f16 can hold.
+fn channels(lab: &Lab) {
+    let (low, high) =
+        ([0.0, -1.0, 0.0, -60000.0, 1.0, -65504.0, 3.0, -2.7], [255.0, 1.0, 1e-7, 60000.0, 1.0001, -65000.0, 3.0, -2.7]);
+    let at = [0.0, 1.0, 0.5, 0.25, 0.1, 0.9, 0.501, 0.499];
+    for (codec, group) in CHANNELS.into_iter().flat_map(|c| [4, 8, 16].map(|g| (c, g))) {
+        let row = |row: usize| (0..16).map(move |c| low[c % 8] + (high[c % 8] - low[c % 8]) * at[(row + c) % 8]);
+        let values: Vec<f32> = (0..2 * 16).flat_map(row).collect();
+        Case { stored: grouped(codec, group), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 16, rows: 16 }
+            .check(lab, &values);
+    }
+    // A channel that is not finite spoils that channel of its group, and nothing else.
+    let mut rows = Rng::new(9).normals(8 * 16, 1.0);
+    rows[16 + 5] = f32::INFINITY;
+    let coded = encode_channels(&rows, 16, 2).unwrap();
+    let back = decode_channels(&coded.codes, &coded.params, 16, 2).unwrap();
+    assert!(back.iter().enumerate().all(|(i, x)| x.is_nan() == (i % 16 == 5)));
+}
+
+/// Rows that are no whole groups, and pages that hold none, are refused.
+#[test]
+fn parts_of_groups_are_refused() {
+    let lab = Lab::reference();
+    let stored = grouped(Codec::Int4Channel, 32);
+    let refused = |rows: usize, layout: Layout, what: &[&str]| {
+        let pages = Pages::new(&mut Rng::new(3), layout, 2, 1, rows, &[rows; 2]);
+        let (on_device, dim) = (DevicePages::upload(&lab, &pages), 64);
+        let case = Case { stored: stored.clone(), dtype: Dtype::F32, layout, dim, rows };
+        let (x, mut pool) = (lab.poisoned(2 * rows * dim * 4), lab.poisoned(2 * pages.pool_bytes(&stored, dim)));
+        let plan = case.shape(1).plan(&lab.device).unwrap();
+        let e = plan.encode(&lab.stream, x.view(), &on_device.rows(), &pages.pool(pool.view_mut(), &stored, dim), None);
+        kvlar_tests::says(&e.expect_err("a refusal"), what);
+    };
+    refused(33, Layout::Contiguous, &["rows", "33", "groups of 32"]);
+    refused(64, Layout::PerHead(16), &["pool", "groups of 32", "pages of 16"]);
+    let e = grouped(Codec::Int4Channel, 0);
+    let e = EncodeShape { format: e.format, dtype: Dtype::F32, seqs: 1, heads: 1, rows: 32, dim: 64 }.plan(&lab.device);
+    kvlar_tests::says(&e.expect_err("no group"), &["group", "0 rows"]);
 }
 
 fn extremes(lab: &Lab) {

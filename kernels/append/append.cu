@@ -39,11 +39,11 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_append(const __grid_cons
       for (int i = 0; i < kLaneDims; ++i) x[i] = rotated(p.rope, own, kLaneDims * lane + i, position);
     __syncwarp();
   }
-  store_row(place_row(p.key_pool, seq, head, page, in_page), p.key_format, head, x, scratch[warp], int(p.head_dim), lane);
+  store_row(place_row(p.key_pool, p.key_format, seq, head, page, in_page), p.key_format, head, x, scratch[warp], int(p.head_dim), lane);
 
   const uint16_t* v = static_cast<const uint16_t*>(p.v) + seq * p.v_seq_stride + head * p.v_head_stride + row * p.v_row_stride;
   load_dense(x, v, p.dtype, int(p.value_dim), lane);
-  store_row(place_row(p.value_pool, seq, head, page, in_page), p.value_format, head, x, scratch[warp], int(p.value_dim), lane);
+  store_row(place_row(p.value_pool, p.value_format, seq, head, page, in_page), p.value_format, head, x, scratch[warp], int(p.value_dim), lane);
 
   // One write a stored row: heads that share pages share its position.
   const bool own_pages = p.rows.table_head_stride != 0 || p.rows.position_head_stride != 0;

@@ -15,10 +15,17 @@ struct RowPlace {  // where a stored row is
   char* params;
 };
 
-__device__ inline RowPlace place_row(const KvlarPool& pool, int seq, int head, int page, int row_in_page) {
+// Do scales and zeros belong to channels of a group of rows?
+__device__ inline bool channel_wise(uint32_t codec) { return codec == KVLAR_CODEC_INT4_CHANNEL || codec == KVLAR_CODEC_INT2_CHANNEL; }
+
+// `group`: rows that share scales and zeros.
+__device__ inline RowPlace place_row(const KvlarPool& pool, int seq, int head, int page, int row_in_page, uint32_t group = 1) {
   char* base = static_cast<char*>(pool.data) + seq * pool.seq_stride + head * pool.head_stride + page * pool.page_stride;
-  return {base + uint64_t(uint32_t(row_in_page)) * pool.row_stride,
-          base + pool.params_offset + uint64_t(uint32_t(row_in_page)) * pool.params_stride};
+  const uint32_t row = uint32_t(row_in_page);
+  return {base + uint64_t(row) * pool.row_stride, base + pool.params_offset + uint64_t(row / group) * pool.params_stride};
+}
+__device__ inline RowPlace place_row(const KvlarPool& pool, const KvlarFormat& format, int seq, int head, int page, int row_in_page) {
+  return place_row(pool, seq, head, page, row_in_page, channel_wise(format.codec) ? format.group : 1);
 }
 
 // The page of a row, checked; -1 and a status bit if it is not one.
@@ -58,7 +65,10 @@ __device__ inline void load_dense(float (&x)[kLaneDims], const void* row, uint32
 
 // Bits of an integer code; 0 for other codecs.
 __device__ inline int code_bits(uint32_t codec) {
-  return codec == KVLAR_CODEC_INT8 ? 8 : codec == KVLAR_CODEC_INT4 ? 4 : codec == KVLAR_CODEC_INT2 ? 2 : 0;
+  return codec == KVLAR_CODEC_INT8                                           ? 8
+         : codec == KVLAR_CODEC_INT4 || codec == KVLAR_CODEC_INT4_CHANNEL ? 4
+         : codec == KVLAR_CODEC_INT2 || codec == KVLAR_CODEC_INT2_CHANNEL ? 2
+                                                                              : 0;
 }
 
 // The group of each of a lane's values, for a group that lanes share (a power of two of them, or the whole row).
@@ -134,7 +144,8 @@ __device__ inline void store_integers(RowPlace to, const float (&x)[kLaneDims], 
 
 __device__ inline float fp8_scale(const KvlarFormat& format, int head) { return format.tables ? __ldg(format.tables + head) : 1.f; }
 
-// `scratch` is shared memory of the warp for kMaxDim floats; `x` is rotated where the format says so.
+// Not channel-wise: channel_codec.cuh. `scratch` is shared memory of the warp for kMaxDim floats; `x` is rotated where the
+// format says so.
 __device__ inline void store_row(RowPlace to, const KvlarFormat& format, int head, float (&x)[kLaneDims], float* scratch, int dim, int lane) {
   if (format.hadamard) hadamard(x, dim, lane);
   const int bits = code_bits(format.codec);
@@ -162,7 +173,7 @@ __device__ inline void load_row(float (&x)[kLaneDims], RowPlace from, const Kvla
     load_dense(x, from.codes, format.codec == KVLAR_CODEC_F16 ? KVLAR_DTYPE_F16 : KVLAR_DTYPE_BF16, dim, lane);
   } else {
     const float scale = bits ? 0.f : fp8_scale(format, head);
-    const int width = bits ? bits : 8;
+    const int width = bits ? bits : 8, group = channel_wise(format.codec) ? 1 : int(format.group);
 #pragma unroll
     for (int i = 0; i < kLaneDims; ++i) {
       x[i] = 0.f;
@@ -170,7 +181,7 @@ __device__ inline void load_row(float (&x)[kLaneDims], RowPlace from, const Kvla
       const uint32_t byte = __ldg(reinterpret_cast<const uint8_t*>(from.codes) + (first + i) * width / 8);
       const uint32_t code = byte >> ((first + i) * width % 8) & ((1u << width) - 1);
       if (bits) {
-        const float2 a = ptx::unpack_f16(__ldg(reinterpret_cast<const uint32_t*>(from.params) + (first + i) / int(format.group)));
+        const float2 a = ptx::unpack_f16(__ldg(reinterpret_cast<const uint32_t*>(from.params) + (first + i) / group));
         x[i] = __fmaf_rn(float(code), a.x, a.y);
       } else {
         x[i] = __fmul_rn(scale, from_e4m3(code));

@@ -1,9 +1,11 @@
 // encode: dense rows into stored rows of any codec; decode: stored rows into dense fp32.
 //
-//   x [seqs][heads][row_count][dim] <-> rows 0 .. row_count of each (sequence, head). A warp takes one row.
+//   x [seqs][heads][row_count][dim] <-> rows 0 .. row_count of each (sequence, head). A warp takes one row; of channel-wise
+//   formats, a CTA encodes one group of rows.
 //
-// Floor: bytes read and written / bandwidth; for int8 and bf16 input 3 B a value.
-#include "device/row_codec.cuh"
+// Floor: bytes read and written / bandwidth; for int8 and bf16 input 3 B a value. A group of rows is read twice, the second
+// time from the L1: 32 rows of 128 bf16 values are 8 KB.
+#include "device/channel_codec.cuh"
 
 namespace kvlar {
 
@@ -29,9 +31,27 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_encode(const __grid_cons
   const int64_t offset = at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride;
   load_dense(x, static_cast<const char*>(p.x) + offset * (p.dtype == KVLAR_DTYPE_F32 ? 4 : 2), p.dtype, int(p.dim), lane);
   const int in_page = at.row & ((1 << p.rows.page_rows_log2) - 1);
-  store_row(place_row(p.pool, at.seq, at.head, page, in_page), p.format, at.head, x, scratch[threadIdx.x / 32], int(p.dim), lane);
+  store_row(place_row(p.pool, p.format, at.seq, at.head, page, in_page), p.format, at.head, x, scratch[threadIdx.x / 32], int(p.dim), lane);
 }
 GPU_EXPORT(kvlar_encode)
+
+// row_count is a multiple of the group, and pages hold whole groups.
+extern "C" __global__ void __launch_bounds__(128) kvlar_encode_channels(const __grid_constant__ KvlarTranscode p) {
+  using namespace kvlar;
+  __shared__ ChannelScratch scratch;
+  const int groups = int(p.row_count / p.format.group), group = int(blockIdx.x) % groups;
+  const int head = int(blockIdx.x) / groups % int(p.heads), seq = int(blockIdx.x) / groups / int(p.heads), row = group * int(p.format.group);
+  const int page = checked_page(p.rows, p.pool.page_count, seq, head, row, p.status);
+  if (page < 0) return;  // the whole CTA
+  const char* x = static_cast<const char*>(p.x);
+  const int64_t offset = seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride;
+  const int in_page = row & ((1 << p.rows.page_rows_log2) - 1), lane = int(threadIdx.x) % 32;
+  encode_channels(place_row(p.pool, p.format, seq, head, page, in_page), p.pool.row_stride, p.format, int(p.dim), scratch,
+                  [&](float (&values)[kLaneDims], int r) {
+                    load_dense(values, x + (offset + r * p.x_row_stride) * (p.dtype == KVLAR_DTYPE_F32 ? 4 : 2), p.dtype, int(p.dim), lane);
+                  });
+}
+GPU_EXPORT(kvlar_encode_channels)
 
 extern "C" __global__ void __launch_bounds__(128) kvlar_decode(const __grid_constant__ KvlarTranscode p) {
   using namespace kvlar;
@@ -44,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_decode(const __grid_cons
   if (at.row < length) {
     const int page = checked_page(p.rows, p.pool.page_count, at.seq, at.head, at.row, p.status);
     const int in_page = at.row & ((1 << p.rows.page_rows_log2) - 1);
-    if (page >= 0) load_row(x, place_row(p.pool, at.seq, at.head, page, in_page), p.format, at.head, int(p.dim), lane);
+    if (page >= 0) load_row(x, place_row(p.pool, p.format, at.seq, at.head, page, in_page), p.format, at.head, int(p.dim), lane);
   }
   if (kLaneDims * lane >= int(p.dim)) return;
   float* out = static_cast<float*>(p.x) + at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride + kLaneDims * lane;

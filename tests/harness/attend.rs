@@ -184,7 +184,7 @@ impl AttendData {
             let mut values = vec![0xffu8; pages.pool_bytes(&s.values, dv)];
             let mut rows = Vec::new();
             for (seq, head) in (0..b).flat_map(|s| (0..hk).map(move |h| (s, h))) {
-                let mut all = HeadData::default();
+                let mut given = HeadData::default();
                 for row in 0..pages.length(seq, head) {
                     let (mut k, mut v) = (rng.normals(d, 1.0), rng.normals(dv, 1.0));
                     if case.constant {
@@ -200,10 +200,13 @@ impl AttendData {
                     if case.broken && row + 1 == pages.length(seq, head) {
                         v[dv / 2] = f32::INFINITY;
                     }
-                    all.keys.extend(pages.store(&mut keys, (seq, head, row), &k, &s.keys));
-                    all.values.extend(pages.store(&mut values, (seq, head, row), &v, &s.values));
+                    given.keys.extend(k);
+                    given.values.extend(v);
                 }
-                rows.push(all);
+                rows.push(HeadData {
+                    keys: pages.store_all(&mut keys, (seq, head), &given.keys, d, &s.keys),
+                    values: pages.store_all(&mut values, (seq, head), &given.values, dv, &s.values),
+                });
             }
             segments.push(SegmentData { pages, keys, values, rows });
         }

@@ -1,9 +1,9 @@
 //! Rows in pages: random block tables over poisoned pools, and where each row lies in them.
 
 use crate::Lab;
-use kvlar::{Buffer, Codec, Format, Pool, Rows, View};
+use kvlar::{Buffer, Codec, Format, Pool, Rows, Stored, View};
 use kvlar_reference::testing::Rng;
-use kvlar_reference::{EncodedRow, decode_fp8, decode_row, encode_fp8, encode_row, hadamard};
+use kvlar_reference::{EncodedRow, decode_channels, decode_fp8, decode_row, encode_channels, encode_fp8, encode_row, hadamard};
 
 /// How rows are laid out; the number is the page size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,55 +119,50 @@ impl Pages {
     }
 
     /// Of contiguous rows, with their scales: a multiple of 16.
-    fn head_bytes(&self, row: usize) -> usize {
-        (self.capacity * row).next_multiple_of(16)
+    fn head_bytes(&self, stored: Stored) -> usize {
+        stored.bytes(self.capacity).next_multiple_of(16)
     }
 
     /// Bytes of a pool for such rows.
     pub fn pool_bytes(&self, rows: &RowFormat, dim: usize) -> usize {
-        let (row, params) = rows.sizes(dim);
+        let stored = rows.format.stored(dim);
         match self.layout {
-            Layout::Contiguous => self.seqs * self.heads * self.head_bytes(row + params),
-            Layout::PerHead(n) => self.page_count * n * (row + params),
-            Layout::Nhd(n) | Layout::Hnd(n) => self.page_count * n * self.heads * (row + params),
+            Layout::Contiguous => self.seqs * self.heads * self.head_bytes(stored),
+            Layout::PerHead(n) => self.page_count * stored.bytes(n),
+            Layout::Nhd(n) | Layout::Hnd(n) => self.page_count * self.heads * stored.bytes(n),
         }
     }
 
     /// The pool over `data`.
     pub fn pool<M: kvlar::Memory>(&self, data: M, rows: &RowFormat, dim: usize) -> Pool<M> {
-        let (row, params) = rows.sizes(dim);
+        let stored = rows.format.stored(dim);
         match self.layout {
             Layout::Contiguous => {
-                let mut pool = Pool::contiguous(data, self.heads, self.capacity, row);
-                pool.head_stride = self.head_bytes(row + params);
+                let mut pool = Pool::contiguous(data, self.heads, self.capacity, stored.row);
+                pool.head_stride = self.head_bytes(stored);
                 pool.seq_stride = self.heads * pool.head_stride;
-                (pool.params_offset, pool.params_stride) = (self.capacity * row, params);
+                (pool.params_offset, pool.params_stride) = (self.capacity * stored.row, stored.params);
                 pool
             }
-            Layout::Nhd(n) => Pool::nhd(data, self.page_count, n, self.heads, row),
-            Layout::Hnd(n) => Pool::hnd(data, self.page_count, n, self.heads, row, params),
-            Layout::PerHead(n) => Pool::per_head(data, self.page_count, n, row, params),
+            Layout::Nhd(n) => Pool::nhd(data, self.page_count, n, self.heads, stored.row),
+            Layout::Hnd(n) => Pool::pages(data, self.page_count, n, self.heads, stored),
+            Layout::PerHead(n) => Pool { head_stride: 0, ..Pool::pages(data, self.page_count, n, 1, stored) },
         }
     }
 
     /// Bytes from the pool's start: of a row's codes, and of its scales and zeros.
     fn offsets(&self, (seq, head, row): (usize, usize, usize), rows: &RowFormat, dim: usize) -> (usize, usize) {
-        let (bytes, params) = rows.sizes(dim);
+        let stored = rows.format.stored(dim);
         let (page, in_page) = self.place(seq, head, row);
+        let within = |start: usize, rows: usize| {
+            let params = in_page / stored.params_rows * stored.params;
+            (start + in_page * stored.row, start + rows * stored.row + params)
+        };
         match self.layout {
-            Layout::Contiguous => {
-                let start = (seq * self.heads + head) * self.head_bytes(bytes + params);
-                (start + row * bytes, start + self.capacity * bytes + row * params)
-            }
-            Layout::Nhd(n) => (((page * n + in_page) * self.heads + head) * bytes, 0),
-            Layout::Hnd(n) => {
-                let start = (page * self.heads + head) * n * (bytes + params);
-                (start + in_page * bytes, start + n * bytes + in_page * params)
-            }
-            Layout::PerHead(n) => {
-                let start = page * n * (bytes + params);
-                (start + in_page * bytes, start + n * bytes + in_page * params)
-            }
+            Layout::Contiguous => within((seq * self.heads + head) * self.head_bytes(stored), self.capacity),
+            Layout::Nhd(n) => (((page * n + in_page) * self.heads + head) * stored.row, 0),
+            Layout::Hnd(n) => within((page * self.heads + head) * stored.bytes(n), n),
+            Layout::PerHead(n) => within(page * stored.bytes(n), n),
         }
     }
 
@@ -178,6 +173,31 @@ impl Pages {
         pool[codes..codes + row.codes.len()].copy_from_slice(&row.codes);
         pool[params..params + row.params.len()].copy_from_slice(&row.params);
         rows.decode(at.1, &row.codes, &row.params, x.len())
+    }
+
+    /// Likewise all rows of a (sequence, head) from its first on, `dim` values each. Channel-wise, the last group may have
+    /// fewer rows than the others.
+    pub fn store_all(&self, pool: &mut [u8], (seq, head): (usize, usize), x: &[f32], dim: usize, rows: &RowFormat) -> Vec<f32> {
+        let f = &rows.format;
+        if !f.codec.is_channel_wise() {
+            return x.chunks(dim).enumerate().flat_map(|(r, row)| self.store(pool, (seq, head, r), row, rows)).collect();
+        }
+        let (group, bits) = (f.group_of(dim), f.codec.reference().bits());
+        let turn = |x: &[f32]| match f.hadamard {
+            true => x.chunks(dim).flat_map(|row| hadamard(row).expect("a power of two")).collect(),
+            false => x.to_vec(),
+        };
+        let mut decoded = Vec::new();
+        for (i, part) in x.chunks(group * dim).enumerate() {
+            let coded = encode_channels(&turn(part), dim, bits).expect("a group");
+            for (r, codes) in coded.codes.chunks(f.row_bytes(dim)).enumerate() {
+                let (to, params) = self.offsets((seq, head, i * group + r), rows, dim);
+                pool[to..to + codes.len()].copy_from_slice(codes);
+                pool[params..params + coded.params.len()].copy_from_slice(&coded.params);
+            }
+            decoded.extend(turn(&decode_channels(&coded.codes, &coded.params, dim, bits).expect("a group")));
+        }
+        decoded
     }
 
     /// Reads a row from a pool's bytes.

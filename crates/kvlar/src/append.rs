@@ -124,6 +124,9 @@ impl AppendShape {
         check_dim("append", "value_dim", self.value_dim)?;
         self.key_format.check("key format", self.head_dim)?;
         self.value_format.check("value format", self.value_dim)?;
+        if let Some(format) = [self.key_format, self.value_format].into_iter().find(|f| f.codec.is_channel_wise()) {
+            return unsupported("append", format!("{:?} rows: they are encoded a group at a time", format.codec));
+        }
         if self.dtype == Dtype::F32 {
             return unsupported("append", "type f32: bf16 and f16 are");
         }
@@ -159,11 +162,9 @@ impl AppendPlan {
         within("slots", &args.slots, tokens * 4 * if args.slots_per_head { heads } else { 1 }, 4)?;
         let rows = Rows { positions: args.row_positions.as_ref().map(|p| p.as_view()), ..args.rows };
         rows.check("rows", s.seqs, (heads, heads), args.keys.page_count.min(args.values.page_count))?;
-        let stored = |format: Format, dim| (format.row_bytes(dim), format.params_bytes(dim));
-        let (k, v) = (stored(s.key_format, s.head_dim), stored(s.value_format, s.value_dim));
         let [key_scales, value_scales] = args.tables.addresses(heads, [s.key_format, s.value_format])?;
-        args.keys.check("keys", &args.rows, s.seqs, heads, k.0, k.1)?;
-        args.values.check("values", &args.rows, s.seqs, heads, v.0, v.1)?;
+        args.keys.check("keys", &args.rows, s.seqs, heads, s.key_format.stored(s.head_dim))?;
+        args.values.check("values", &args.rows, s.seqs, heads, s.value_format.stored(s.value_dim))?;
         let none = abi::KvlarRope { attention_factor: 1.0, layout: abi::KVLAR_ROPE_NONE, ..Default::default() };
         let rope = args.rope.map_or(Ok(none), |r| r.abi(s.head_dim))?;
         let scratch = workspace.scratch(WorkspaceSize::default())?;

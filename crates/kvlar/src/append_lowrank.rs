@@ -6,8 +6,8 @@ use crate::error::{invalid, unsupported};
 use crate::paged::within;
 use crate::project::{Division, MAX_RANK, check_projection, variant};
 use crate::{
-    Codec, Device, Dtype, Memory, Pool, Projection, Result, Rows, Stream, Strides, View, ViewMut, Workspace, WorkspaceSize, abi,
-    padded_rank,
+    Codec, Device, Dtype, Memory, Pool, Projection, Result, Rows, Stored, Stream, Strides, View, ViewMut, Workspace,
+    WorkspaceSize, abi, padded_rank,
 };
 
 /// What becomes of new keys, or of new values. `codec` is the type of the rows, or int8 with one scale and zero a row.
@@ -326,7 +326,7 @@ impl AppendLowrankPlan {
             _ => return invalid(arg, format!("the shape says {shape:?}, the arguments are of another kind")),
         };
         let (row, params) = shape.row_bytes();
-        pool.check(arg, rows, seqs, plan.groups, row, params)?;
+        pool.check(arg, rows, seqs, plan.groups, Stored::row_wise(row, params))?;
         to.pool = pool.abi();
         Ok(())
     }

@@ -59,11 +59,16 @@ pub enum Codec {
     Int4,
     /// 2-bit codes, likewise.
     Int2,
+    /// 4-bit codes with one (f16 scale, f16 zero) a channel and group of rows: rows are encoded a group at a time.
+    Int4Channel,
+    /// 2-bit codes, likewise.
+    Int2Channel,
 }
 
 impl Codec {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Bf16, Self::F16, Self::Fp8, Self::Int8, Self::Int4, Self::Int2];
+    pub const ALL: [Self; 8] =
+        [Self::Bf16, Self::F16, Self::Fp8, Self::Int8, Self::Int4, Self::Int2, Self::Int4Channel, Self::Int2Channel];
 
     pub(crate) const fn abi(self) -> u32 {
         match self {
@@ -73,6 +78,8 @@ impl Codec {
             Self::Int8 => abi::KVLAR_CODEC_INT8,
             Self::Int4 => abi::KVLAR_CODEC_INT4,
             Self::Int2 => abi::KVLAR_CODEC_INT2,
+            Self::Int4Channel => abi::KVLAR_CODEC_INT4_CHANNEL,
+            Self::Int2Channel => abi::KVLAR_CODEC_INT2_CHANNEL,
         }
     }
 
@@ -89,6 +96,8 @@ impl Codec {
             Self::Int8 => kvlar_reference::Codec::Int8,
             Self::Int4 => kvlar_reference::Codec::Int4,
             Self::Int2 => kvlar_reference::Codec::Int2,
+            Self::Int4Channel => kvlar_reference::Codec::Int4Channel,
+            Self::Int2Channel => kvlar_reference::Codec::Int2Channel,
         }
     }
 
@@ -115,9 +124,37 @@ impl Codec {
         self.reference().row_bytes(dim)
     }
 
-    /// Bytes of a row's scales and zeros.
+    /// Bytes of a row's own scales and zeros; 0 where they belong to a group of rows.
     pub fn params_bytes(self, dim: usize, group: usize) -> usize {
         self.reference().params_bytes(dim, group)
+    }
+
+    /// Whether scales and zeros belong to channels of a group of rows.
+    pub const fn is_channel_wise(self) -> bool {
+        matches!(self, Self::Int4Channel | Self::Int2Channel)
+    }
+}
+
+/// Bytes of stored rows: of a row's codes, and of the scales and zeros of some rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Of a row's codes.
+    pub row: usize,
+    /// Of scales and zeros of `params_rows` rows.
+    pub params: usize,
+    /// Rows that share them.
+    pub params_rows: usize,
+}
+
+impl Stored {
+    /// Scales and zeros belong to rows.
+    pub const fn row_wise(row: usize, params: usize) -> Self {
+        Self { row, params, params_rows: 1 }
+    }
+
+    /// Of so many rows from a multiple of `params_rows` on.
+    pub const fn bytes(&self, rows: usize) -> usize {
+        rows * self.row + rows.div_ceil(self.params_rows) * self.params
     }
 }
 
@@ -126,7 +163,7 @@ impl Codec {
 pub struct Format {
     /// What their bytes mean.
     pub codec: Codec,
-    /// Values that share a scale and zero; `None`: all of a row.
+    /// Values that share a scale and zero; `None`: all of a row. Channel-wise: rows that do; `None`: 32.
     pub group: Option<usize>,
     /// Rows are rotated by the normalized Walsh-Hadamard matrix before they are encoded (a power of two of values), and so
     /// are queries of such keys; decoding rotates them back.
@@ -140,9 +177,18 @@ impl From<Codec> for Format {
 }
 
 impl Format {
-    /// Values that share a scale and zero in rows of `dim` values.
+    /// Values that share a scale and zero in rows of `dim` values, or rows that do.
     pub fn group_of(&self, dim: usize) -> usize {
-        self.group.unwrap_or(dim)
+        self.reference().group_of(dim)
+    }
+
+    /// Bytes of stored rows of `dim` values.
+    pub fn stored(&self, dim: usize) -> Stored {
+        let row = self.row_bytes(dim);
+        match self.codec.is_channel_wise() {
+            true => Stored { row, params: 4 * dim, params_rows: self.group_of(dim).max(1) },
+            false => Stored::row_wise(row, self.params_bytes(dim)),
+        }
     }
 
     /// Bytes of a row's codes, padded to 16.
@@ -150,7 +196,7 @@ impl Format {
         self.codec.row_bytes(dim)
     }
 
-    /// Bytes of a row's scales and zeros.
+    /// Bytes of a row's own scales and zeros; 0 where they belong to a group of rows ([`Format::stored`]).
     pub fn params_bytes(&self, dim: usize) -> usize {
         self.codec.params_bytes(dim, self.group_of(dim).max(1))
     }
@@ -162,7 +208,11 @@ impl Format {
 
     pub(crate) fn check(&self, arg: &'static str, dim: usize) -> crate::Result<()> {
         let group = self.group_of(dim);
-        if group == 0 || !dim.is_multiple_of(group) {
+        if self.codec.is_channel_wise() {
+            if group == 0 || group > 1 << 20 {
+                return crate::error::invalid(arg, format!("groups of {group} rows; they hold 1 to 2^20"));
+            }
+        } else if group == 0 || !dim.is_multiple_of(group) {
             return crate::error::invalid(arg, format!("a group of {group} does not divide {dim} values"));
         }
         if self.hadamard && !dim.is_power_of_two() {

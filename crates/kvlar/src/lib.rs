@@ -48,7 +48,7 @@ pub use buffer::{Buffer, Memory, View, ViewMut};
 pub use device::Emulation;
 pub use device::{Backend, Device, DeviceInfo, SimtOptions};
 pub use error::Error;
-pub use formats::{Codec, Dtype, Format, Tables};
+pub use formats::{Codec, Dtype, Format, Stored, Tables};
 pub use kvlar_kernels::params as abi;
 pub use kvlar_reference::RopeLayout;
 pub use merge::{MergePlan, MergeShape};

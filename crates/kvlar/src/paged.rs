@@ -1,7 +1,7 @@
 //! Where rows are: the safe faces of `KvlarRows` and `KvlarPool`.
 
 use crate::error::{aligned, invalid};
-use crate::{Error, Memory, Result, View, abi};
+use crate::{Error, Memory, Result, Stored, View, abi};
 
 /// Page size of contiguous rows: one page holds them all.
 const CONTIGUOUS_LOG2: u32 = 30;
@@ -127,8 +127,8 @@ impl<'a> Rows<'a> {
 }
 
 /// Where the bytes of rows are: row r of page p of head h of sequence s starts at
-/// s·seq_stride + h·head_stride + p·page_stride + r·row_stride bytes. Scales and zeros of row r are at `params_offset` +
-/// r·`params_stride` of the same page and head.
+/// s·seq_stride + h·head_stride + p·page_stride + r·row_stride bytes. Scales and zeros of row r (of group r of rows, where
+/// they belong to channels) are at `params_offset` + r·`params_stride` of the same page and head.
 #[derive(Clone, Copy, Debug)]
 pub struct Pool<M> {
     /// The memory: a [`View`] to read, a [`crate::ViewMut`] to write.
@@ -143,7 +143,7 @@ pub struct Pool<M> {
     pub row_stride: usize,
     /// Bytes from the page's (and head's) start.
     pub params_offset: usize,
-    /// Bytes a row.
+    /// Bytes a row, or group of rows.
     pub params_stride: usize,
     /// Pages that ids may name.
     pub page_count: usize,
@@ -201,16 +201,24 @@ impl<M: Memory> Pool<M> {
         Self { head_stride: 0, ..Self::hnd(data, page_count, page_rows, 1, row_bytes, params_bytes) }
     }
 
+    /// `[page][head][row]`, the scales and zeros of a head's rows behind them: pages that hold rows of `stored` bytes.
+    pub fn pages(data: M, page_count: usize, page_rows: usize, heads: usize, stored: Stored) -> Self {
+        let head_stride = stored.bytes(page_rows).next_multiple_of(16);
+        Self {
+            data,
+            seq_stride: 0,
+            head_stride,
+            page_stride: heads * head_stride,
+            row_stride: stored.row,
+            params_offset: page_rows * stored.row,
+            params_stride: stored.params,
+            page_count,
+        }
+    }
+
     /// Checks that every row that `rows` can name lies within the memory.
-    pub(crate) fn check(
-        &self,
-        arg: &'static str,
-        rows: &Rows<'_>,
-        seqs: usize,
-        heads: usize,
-        row_bytes: usize,
-        params: usize,
-    ) -> Result<()> {
+    pub(crate) fn check(&self, arg: &'static str, rows: &Rows<'_>, seqs: usize, heads: usize, stored: Stored) -> Result<()> {
+        let Stored { row: row_bytes, params, params_rows } = stored;
         for stride in [self.seq_stride, self.head_stride, self.page_stride, self.row_stride] {
             aligned(arg, stride as u64, 16)?;
         }
@@ -222,8 +230,10 @@ impl<M: Memory> Pool<M> {
             return invalid(arg, "a stride or page count above 2^32");
         }
         if params > 0 {
-            aligned(arg, self.params_offset as u64, 4)?;
-            aligned(arg, self.params_stride as u64, 4)?;
+            // Those of channels are copied 16 bytes at a time.
+            let align = if params_rows > 1 { 16 } else { 4 };
+            aligned(arg, self.params_offset as u64, align)?;
+            aligned(arg, self.params_stride as u64, align)?;
             if self.params_stride < params {
                 return invalid(arg, format!("{params} bytes of scales and zeros at a stride of {}", self.params_stride));
             }
@@ -234,19 +244,22 @@ impl<M: Memory> Pool<M> {
         if self.page_count == 0 {
             return invalid(arg, "no pages");
         }
-        // With a table any row of any page may be named; without, the rows in order.
         let page_rows = 1usize << rows.page_rows_log2;
+        if !page_rows.is_multiple_of(params_rows) && (rows.table.is_some() || rows.max_rows > page_rows) {
+            return invalid(arg, format!("groups of {params_rows} rows do not fill pages of {page_rows}"));
+        }
+        // With a table any row of any page may be named; without, the rows in order.
         let (page, row) = match rows.table {
             Some(_) => (self.page_count - 1, page_rows - 1),
             None => ((rows.max_rows - 1) / page_rows, (rows.max_rows - 1) % page_rows),
         };
         let page = reach(seqs, self.seq_stride, heads, self.head_stride).saturating_add(page.saturating_mul(self.page_stride));
-        let end = |first: usize, stride: usize, bytes: usize| {
+        let end = |first: usize, row: usize, stride: usize, bytes: usize| {
             page.saturating_add(first).saturating_add(row.saturating_mul(stride)).saturating_add(bytes)
         };
-        let mut need = end(0, self.row_stride, row_bytes);
+        let mut need = end(0, row, self.row_stride, row_bytes);
         if params > 0 {
-            need = need.max(end(self.params_offset, self.params_stride, params));
+            need = need.max(end(self.params_offset, row / params_rows, self.params_stride, params));
         }
         if need > self.data.bytes() { Err(Error::Bounds { arg, need, have: self.data.bytes() }) } else { Ok(()) }
     }

@@ -24,6 +24,8 @@ pub struct EncodeShape {
 }
 
 /// A validated encode or decode.
+///
+/// Channel-wise rows are encoded in whole groups: a launch of rows that end within one is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TranscodePlan {
     shape: EncodeShape,
@@ -61,7 +63,8 @@ impl TranscodePlan {
         scales: Option<View<'_>>,
     ) -> Result<()> {
         within("x", &x, self.elements() * self.shape.dtype.bytes(), 16)?;
-        self.launch(stream, "kvlar_encode", (x.address(), self.shape.dtype), rows, pool, scales)
+        let entry = self.encoder()?;
+        self.launch(stream, entry, (x.address(), self.shape.dtype), rows, pool, scales)
     }
 
     /// Decodes rows 0.. of each (sequence, head) into `out [B, H, rows, dim]` f32; 0 beyond a length.
@@ -78,6 +81,18 @@ impl TranscodePlan {
     ) -> Result<()> {
         within("out", out, self.elements() * 4, 16)?;
         self.launch(stream, "kvlar_decode", (out.address(), Dtype::F32), rows, pool, scales)
+    }
+
+    /// The entry point that encodes.
+    fn encoder(&self) -> Result<&'static str> {
+        let (s, group) = (&self.shape, self.shape.format.group_of(self.shape.dim));
+        if !s.format.codec.is_channel_wise() {
+            return Ok("kvlar_encode");
+        }
+        if !s.rows.is_multiple_of(group) {
+            return invalid("rows", format!("{} rows are no whole groups of {group}", s.rows));
+        }
+        Ok("kvlar_encode_channels")
     }
 
     fn elements(&self) -> usize {
@@ -98,7 +113,7 @@ impl TranscodePlan {
             return invalid("rows", format!("{} rows in a cache of {}", s.rows, rows.max_rows));
         }
         rows.check("rows", s.seqs, (s.heads, s.heads), pool.page_count)?;
-        pool.check("pool", rows, s.seqs, s.heads, s.format.row_bytes(s.dim), s.format.params_bytes(s.dim))?;
+        pool.check("pool", rows, s.seqs, s.heads, s.format.stored(s.dim))?;
         let [scales, _] = Tables { keys: scales, values: None }.addresses(s.heads, [s.format; 2])?;
         let (n, d) = (s.rows as i64, s.dim as i64);
         let params = abi::KvlarTranscode {
@@ -131,7 +146,7 @@ impl TranscodePlan {
     /// launch has run.
     pub unsafe fn encode_raw(&self, stream: &Stream, params: &abi::KvlarTranscode) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.launch_raw(stream, "kvlar_encode", params) }
+        unsafe { self.launch_raw(stream, self.encoder()?, params) }
     }
 
     /// Enqueues a decode likewise; `params.dtype` is not read, the output is f32.
@@ -152,7 +167,12 @@ impl TranscodePlan {
         if self.grid == 0 {
             return Ok(());
         }
+        let s = &self.shape;
+        let grid = match entry {
+            "kvlar_encode_channels" => (s.seqs * s.heads * (s.rows / s.format.group_of(s.dim))) as u32,
+            _ => self.grid,
+        };
         // SAFETY: the caller's promise.
-        unsafe { stream.enqueue(Launch { entry, grid: self.grid, block: 128, shared_bytes: 0 }, params) }
+        unsafe { stream.enqueue(Launch { entry, grid, block: 128, shared_bytes: 0 }, params) }
     }
 }

@@ -7,7 +7,7 @@ use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
 use crate::workspace::WorkspaceSize;
-use crate::{Device, Error, Format, Memory, Pool, Result, Rows, Stream, Strides, Tables, View, ViewMut, Workspace, abi};
+use crate::{Device, Error, Memory, Pool, Result, Rows, Stream, Strides, Tables, View, ViewMut, Workspace, abi};
 
 /// A validated attention. `Copy`, holds no handles; reusable across layers, steps and graph replays.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -271,10 +271,8 @@ impl AttendShape {
             return invalid("rows", format!("{} rows in a segment planned for {}", from.rows.max_rows, shape.max_rows));
         }
         from.rows.check("rows", self.seqs, (self.kv_heads, self.kv_heads), from.keys.page_count.min(from.values.page_count))?;
-        let stored = |format: Format, dim: usize| (format.row_bytes(dim), format.params_bytes(dim));
-        let (k, v) = (stored(shape.keys, self.head_dim), stored(shape.values, self.value_dim));
-        from.keys.check("keys", &from.rows, self.seqs, self.kv_heads, k.0, k.1)?;
-        from.values.check("values", &from.rows, self.seqs, self.kv_heads, v.0, v.1)?;
+        from.keys.check("keys", &from.rows, self.seqs, self.kv_heads, shape.keys.stored(self.head_dim))?;
+        from.values.check("values", &from.rows, self.seqs, self.kv_heads, shape.values.stored(self.value_dim))?;
         to.rows = from.rows.abi();
         to.keys = from.keys.abi();
         to.values = from.values.abi();

@@ -8,7 +8,9 @@ use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
 use crate::workspace::WorkspaceSize;
-use crate::{AttendArgs, Codec, Device, Error, Format, Memory, Result, Rope, Segment, Stream, View, WorkList, Workspace, abi};
+use crate::{
+    AttendArgs, Codec, Device, Error, Format, Memory, Result, Rope, Segment, Stored, Stream, View, WorkList, Workspace, abi,
+};
 
 /// A validated low-rank attention. `Copy`, holds no handles; reusable across layers of its shape, steps and graph replays.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -330,10 +332,10 @@ impl LowrankPlan {
             LowrankValues::Latent { rank, codec } => (codec, s.sets.value_groups, rank),
         };
         from.rows.check("rows", a.seqs, (s.sets.key_groups, a.kv_heads), from.keys.page_count.min(from.values.page_count))?;
-        let stored = |codec: Codec, n: usize| (codec.row_bytes(n), codec.params_bytes(n, n));
+        let stored = |codec: Codec, n: usize| Stored::row_wise(codec.row_bytes(n), codec.params_bytes(n, n));
         let (k, v) = (stored(key_codec, s.key_rank), stored(value_codec, values));
-        from.keys.check("key latents", &from.rows, a.seqs, s.sets.key_groups, k.0, k.1)?;
-        from.values.check("values", &from.rows, a.seqs, value_heads, v.0, v.1)?;
+        from.keys.check("key latents", &from.rows, a.seqs, s.sets.key_groups, k)?;
+        from.values.check("values", &from.rows, a.seqs, value_heads, v)?;
         to.rows = from.rows.abi();
         to.keys = from.keys.abi();
         to.values = from.values.abi();

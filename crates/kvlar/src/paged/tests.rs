@@ -6,7 +6,7 @@ fn pools_that_are_too_small_are_refused() {
     let device = Device::reference();
     let data = device.alloc(2 * 3 * 10 * 128).unwrap();
     let rows = Rows::contiguous(None, 10);
-    let check = |rows: &Rows<'_>, pool: Pool<View<'_>>| pool.check("k", rows, 2, 3, 128, 0);
+    let check = |rows: &Rows<'_>, pool: Pool<View<'_>>| pool.check("k", rows, 2, 3, Stored::row_wise(128, 0));
     check(&rows, Pool::contiguous(data.view(), 3, 10, 128)).unwrap();
     let short = data.view().slice(0..data.len() - 1).unwrap();
     assert!(matches!(check(&rows, Pool::contiguous(short, 3, 10, 128)), Err(Error::Bounds { .. })));

@@ -25,6 +25,7 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
         "kvlar_attend_schedule" | "kvlar_attend_lowrank_schedule" => Ok(()), // rows are not shared among CTAs here
         "kvlar_append" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
         "kvlar_encode" => unsafe { write::encode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
+        "kvlar_encode_channels" => unsafe { write::encode_groups(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_decode" => unsafe { write::decode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         e if e.starts_with("kvlar_project_") => unsafe { project::project(&pod_read_unaligned::<abi::KvlarProject>(params)) },
         e if e.starts_with("kvlar_append_lowrank_") => unsafe {

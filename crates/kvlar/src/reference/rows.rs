@@ -2,7 +2,7 @@
 
 use super::memory::{int, read, write};
 use crate::{Codec, Error, Result, abi};
-use kvlar_reference::{EncodedRow, decode_fp8, decode_row, encode_fp8, encode_row, hadamard};
+use kvlar_reference::{EncodedRow, decode_channels, decode_fp8, decode_row, encode_channels, encode_fp8, encode_row, hadamard};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Sets bits of the status word, if there is one.
@@ -73,11 +73,12 @@ impl HeadRows<'_> {
         self.seq * r.position_seq_stride + self.head * r.position_head_stride + (place.page << r.page_rows_log2) + place.in_page
     }
 
-    fn addresses(&self, place: Place) -> (u64, u64) {
+    fn addresses(&self, place: Place, format: &abi::KvlarFormat) -> Result<(u64, u64)> {
         let p = self.pool;
         let page = p.data.wrapping_add_signed(self.seq * p.seq_stride + self.head * p.head_stride + place.page * p.page_stride);
-        let codes = page + place.in_page as u64 * u64::from(p.row_stride);
-        (codes, page + u64::from(p.params_offset) + place.in_page as u64 * u64::from(p.params_stride))
+        let row = place.in_page as u64;
+        let group = if codec(format.codec)?.is_channel_wise() { u64::from(format.group) } else { 1 };
+        Ok((page + row * u64::from(p.row_stride), page + u64::from(p.params_offset) + row / group * u64::from(p.params_stride)))
     }
 
     /// The decoded row.
@@ -86,12 +87,14 @@ impl HeadRows<'_> {
     /// As for [`super::run`].
     pub unsafe fn load(&self, place: Place, format: &abi::KvlarFormat, dim: usize) -> Result<Vec<f32>> {
         let (codec, group) = (codec(format.codec)?, format.group as usize);
-        let (codes, params) = self.addresses(place);
-        let (codes, params) =
-            unsafe { (read::<u8>(codes, codec.row_bytes(dim)), read::<u8>(params, codec.params_bytes(dim, group))) };
+        let (codes, params) = self.addresses(place, format)?;
+        let params_bytes = if codec.is_channel_wise() { 4 * dim } else { codec.params_bytes(dim, group) };
+        let (codes, params) = unsafe { (read::<u8>(codes, codec.row_bytes(dim)), read::<u8>(params, params_bytes)) };
         let row = if codec == Codec::Fp8 {
             let scale = unsafe { self.scale(format) };
             codes[..dim].iter().map(|&c| decode_fp8(c, scale)).collect()
+        } else if codec.is_channel_wise() {
+            decode_channels(&codes, &params, dim, codec.reference().bits())?
         } else {
             decode_row(&codes, &params, dim, codec.reference(), group)?
         };
@@ -119,11 +122,30 @@ impl HeadRows<'_> {
         } else {
             encode_row(x, codec.reference(), format.group as usize)?
         };
-        let (codes, params) = self.addresses(place);
+        let (codes, params) = self.addresses(place, format)?;
         unsafe {
             write(codes, &row.codes);
             write(params, &row.params);
         }
+        Ok(())
+    }
+
+    /// Encodes and stores a group of rows of `dim` values, channel-wise; `place` is the first's.
+    ///
+    /// # Safety
+    /// As for [`super::run`].
+    pub unsafe fn store_group(&self, place: Place, x: &[f32], format: &abi::KvlarFormat, dim: usize) -> Result<()> {
+        let turned: Vec<Vec<f32>> = match format.hadamard {
+            1 => x.chunks(dim).map(hadamard).collect::<std::result::Result<_, _>>()?,
+            _ => vec![x.to_vec()],
+        };
+        let group = encode_channels(&turned.concat(), dim, codec(format.codec)?.reference().bits())?;
+        let (codes, params) = self.addresses(place, format)?;
+        let row_bytes = codec(format.codec)?.row_bytes(dim);
+        for (row, codes_of_row) in group.codes.chunks(row_bytes).enumerate() {
+            unsafe { write(codes + row as u64 * u64::from(self.pool.row_stride), codes_of_row) };
+        }
+        unsafe { write(params, &group.params) };
         Ok(())
     }
 }

@@ -66,6 +66,24 @@ pub unsafe fn encode(p: &abi::KvlarTranscode) -> Result<()> {
 
 /// # Safety
 /// As for [`super::run`].
+pub unsafe fn encode_groups(p: &abi::KvlarTranscode) -> Result<()> {
+    let (dtype, group) = (dtype(p.dtype)?, i64::from(p.format.group));
+    for (seq, head) in pairs(p.seqs, p.heads) {
+        let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
+        for first in (0..i64::from(p.row_count)).step_by(group as usize) {
+            let Some(place) = (unsafe { rows.place(first as usize) }) else { continue };
+            let row = |row: i64| unsafe {
+                dense(p.x, seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride, p.dim as usize, dtype)
+            };
+            let x: Vec<f32> = (first..first + group).flat_map(row).collect();
+            unsafe { rows.store_group(place, &x, &p.format, p.dim as usize)? };
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for [`super::run`].
 pub unsafe fn decode(p: &abi::KvlarTranscode) -> Result<()> {
     for (seq, head) in pairs(p.seqs, p.heads) {
         let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
