@@ -17,6 +17,7 @@ on_every_device!(
     tensor_core_products,
     approximate_functions,
     conversions,
+    half_arithmetic,
     integer_instructions,
     exact_float_instructions,
     warp_collectives,
@@ -128,15 +129,19 @@ fn a_place(lane: usize, i: usize, e: usize, per_word: usize) -> (usize, usize) {
 
 fn tensor_core_products(lab: &Lab) {
     let mut rng = Rng::new(5);
-    // (arg, bits an element, k, a is unsigned)
-    for (arg, bits, k, unsigned) in [
-        (0, 16, 16, false),
-        (1, 16, 16, false),
-        (2, 16, 8, false),
-        (3, 16, 8, false),
-        (4, 8, 32, false),
-        (5, 8, 32, true),
-        (6, 8, 16, false),
+    // Codes of keys meet tensor cores as subnormal halves, which are to count like others.
+    let subnormal = 2f64.powi(-23);
+    // (arg, bits an element, k, a is unsigned, what a is multiplied by)
+    for (arg, bits, k, unsigned, unit) in [
+        (0, 16, 16, false, 1.0),
+        (1, 16, 16, false, 1.0),
+        (1, 16, 16, false, subnormal),
+        (2, 16, 8, false, 1.0),
+        (3, 16, 8, false, 1.0),
+        (3, 16, 8, false, subnormal),
+        (4, 8, 32, false, 1.0),
+        (5, 8, 32, true, 1.0),
+        (6, 8, 16, false, 1.0),
     ] {
         let per_word = 32 / bits;
         let (mut a, mut b, mut c) = (vec![0f64; 16 * k], vec![0f64; k * 8], vec![0f64; 16 * 8]);
@@ -144,7 +149,8 @@ fn tensor_core_products(lab: &Lab) {
         if bits == 16 {
             // Small integers and halves: every product and sum is exact in any order.
             a.iter_mut().chain(&mut b).for_each(|x| *x = small(&mut rng) / 2.0);
-            c.iter_mut().for_each(|x| *x = small(&mut rng));
+            a.iter_mut().for_each(|x| *x *= unit);
+            c.iter_mut().for_each(|x| *x = small(&mut rng) * unit);
         } else {
             a.iter_mut().for_each(|x| *x = rng.below(256) as f64 - if unsigned { 0.0 } else { 128.0 });
             b.iter_mut().for_each(|x| *x = rng.below(256) as f64 - 128.0);
@@ -287,6 +293,33 @@ fn conversions(lab: &Lab) {
         let clamped = f64::from(x).clamp(-448.0, 448.0);
         let best = (0..=255u8).filter(|b| b & 0x7f != 0x7f).map(|b| (decode(b) - clamped).abs()).fold(f64::INFINITY, f64::min);
         assert_eq!((decode(byte) - clamped).abs(), best, "fp8 of {x} is {}", decode(byte));
+    }
+}
+
+fn half_arithmetic(lab: &Lab) {
+    // Of all sizes, subnormals among them, and whatever bits there are.
+    let mut rng = Rng::new(12);
+    let mut number = |size: i32| {
+        let x = rng.normals(2, 1.0);
+        u32::from(f16::from_f32(x[0] * 2f32.powi(size)).to_bits()) | u32::from(f16::from_f32(x[1]).to_bits()) << 16
+    };
+    let mut input: Vec<u32> = (0..600).flat_map(|i| [number(-24 + i % 36), number(i / 36 - 8), number(12 - i % 40)]).collect();
+    input.extend(words(&mut Rng::new(13), 3 * 400));
+    let Some(out) = arithmetic(lab, 19, &input) else { return };
+    for (x, out) in input.chunks(3).zip(&out) {
+        for shift in [0, 16] {
+            let half = |w: u32| f16::from_bits((w >> shift) as u16);
+            let [a, b, c] = [half(x[0]), half(x[1]), half(x[2])];
+            let same = |actual: f16, expected: f64| {
+                let expected = f16::from_f64(expected);
+                assert!(
+                    actual.to_bits() == expected.to_bits() || (actual.is_nan() && expected.is_nan()),
+                    "{a} {b} {c}: {actual}"
+                );
+            };
+            same(half(out[0]), a.to_f64() * b.to_f64() + c.to_f64());
+            same(half(out[1]), a.to_f64() * b.to_f64());
+        }
     }
 }
 

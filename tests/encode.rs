@@ -3,6 +3,7 @@
 use kvlar::{Buffer, Codec, Dtype, EncodeShape, Format};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::{decode_channels, decode_row, encode_channels, encode_row};
+use kvlar_tests::encode::EncodeCase;
 use kvlar_tests::pages::{DevicePages, Layout, Pages, RowFormat};
 use kvlar_tests::{Lab, on_every_device, reference_dtype};
 
@@ -15,60 +16,6 @@ on_every_device!(
     extremes,
     rows_beyond_a_length_decode_to_zero
 );
-
-struct Case {
-    stored: RowFormat,
-    dtype: Dtype,
-    layout: Layout,
-    dim: usize,
-    rows: usize,
-}
-
-impl Case {
-    fn shape(&self, heads: usize) -> EncodeShape {
-        EncodeShape { format: self.stored.format, dtype: self.dtype, seqs: 2, heads, rows: self.rows, dim: self.dim }
-    }
-
-    /// Encodes, compares the bytes, decodes, compares the values.
-    fn check(&self, lab: &Lab, values: &[f32]) {
-        let heads = values.len() / (2 * self.rows * self.dim);
-        let (stored, dim) = (&self.stored, self.dim);
-        let plan = self.shape(heads).plan(&lab.device).expect("a plan");
-        let pages = Pages::new(&mut Rng::new(3), self.layout, 2, heads, self.rows, &[self.rows; 2]);
-        let on_device = DevicePages::upload(lab, &pages);
-        let x = lab.upload_as(values, self.dtype);
-        let mut pool = lab.poisoned(pages.pool_bytes(stored, dim));
-        let rows = on_device.rows();
-        let scales = stored.upload(lab);
-        let scales = scales.as_ref().map(Buffer::view);
-        plan.encode(&lab.stream, x.view(), &rows, &pages.pool(pool.view_mut(), stored, dim), scales).expect("encode");
-        let bytes: Vec<u8> = lab.download(&pool);
-
-        let rounded = reference_dtype(self.dtype).round_all(values);
-        let mut expected = vec![0xffu8; bytes.len()];
-        let mut decoded = Vec::new();
-        for (i, head) in rounded.chunks(self.rows * dim).enumerate() {
-            decoded.extend(pages.store_all(&mut expected, (i / heads, i % heads), head, dim, stored));
-        }
-        if let Some(i) = (0..bytes.len()).find(|&i| bytes[i] != expected[i]) {
-            // A NaN has many patterns; only its being one is defined.
-            let nan = |x: &[u8]| {
-                half::f16::from_le_bytes([x[i & !1], x[i | 1]]).is_nan()
-                    || half::bf16::from_le_bytes([x[i & !1], x[i | 1]]).is_nan()
-            };
-            assert!(nan(&bytes) && nan(&expected), "{stored:?} d={dim}: byte {i} is {} instead of {}", bytes[i], expected[i]);
-        }
-        let mut out = lab.poisoned(values.len() * 4);
-        plan.decode(&lab.stream, &rows, &pages.pool(pool.view(), stored, dim), scales, &mut out.view_mut()).expect("decode");
-        let actual: Vec<f32> = lab.download(&out);
-        for (i, (a, e)) in actual.iter().zip(&decoded).enumerate() {
-            assert!(
-                a.to_bits() == e.to_bits() || (a.is_nan() && e.is_nan()),
-                "{stored:?} d={dim}: value {i} is {a} instead of {e}"
-            );
-        }
-    }
-}
 
 /// Codecs with scales and zeros of rows.
 const INTEGERS: [Codec; 3] = [Codec::Int8, Codec::Int4, Codec::Int2];
@@ -109,7 +56,7 @@ fn round_trips(lab: &Lab) {
                     if codec == Codec::Fp8 && rng.below(3) > 0 {
                         stored.scales = (0..heads).map(|h| scale * 0.01 * (h + 1) as f32).collect();
                     }
-                    Case { stored, dtype, layout, dim, rows }.check(lab, &values);
+                    EncodeCase { stored, dtype, layout, dim, rows }.check(lab, &values);
                 }
             }
         }
@@ -132,7 +79,7 @@ fn fp8_numbers(lab: &Lab) {
     let rows = values.len() / 64;
     for scales in [vec![], vec![0.37], vec![1e-3], vec![64.0]] {
         let stored = RowFormat { scales, ..Codec::Fp8.into() };
-        Case { stored, dtype: Dtype::F32, layout: Layout::Contiguous, dim: 32, rows }.check(lab, &values);
+        EncodeCase { stored, dtype: Dtype::F32, layout: Layout::Contiguous, dim: 32, rows }.check(lab, &values);
     }
 }
 
@@ -144,7 +91,7 @@ fn non_finite_values(lab: &Lab) {
         values[128] = f32::NEG_INFINITY;
         values[200] = 1e30; // beyond f16: a scale that cannot be stored
         let group = if codec.is_channel_wise() { 3 } else { 16 };
-        Case { stored: grouped(codec, group), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 64, rows: 9 }
+        EncodeCase { stored: grouped(codec, group), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 64, rows: 9 }
             .check(lab, &values);
     }
     // The rest of a row is unaffected.
@@ -160,7 +107,8 @@ fn non_finite_values(lab: &Lab) {
 fn constant_groups(lab: &Lab) {
     let values: Vec<f32> = (0..2 * 4 * 32).map(|i| [0.0, -0.0, 1.5, -2.7, 1e-6, 3e4, 0.1, 7.0][i / 16 % 8]).collect();
     for codec in INTEGERS {
-        Case { stored: grouped(codec, 16), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 32, rows: 4 }.check(lab, &values);
+        EncodeCase { stored: grouped(codec, 16), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 32, rows: 4 }
+            .check(lab, &values);
     }
 }
 
@@ -172,7 +120,7 @@ fn channels(lab: &Lab) {
     for (codec, group) in CHANNELS.into_iter().flat_map(|c| [4, 8, 16].map(|g| (c, g))) {
         let row = |row: usize| (0..16).map(move |c| low[c % 8] + (high[c % 8] - low[c % 8]) * at[(row + c) % 8]);
         let values: Vec<f32> = (0..2 * 16).flat_map(row).collect();
-        Case { stored: grouped(codec, group), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 16, rows: 16 }
+        EncodeCase { stored: grouped(codec, group), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 16, rows: 16 }
             .check(lab, &values);
     }
     // A channel that is not finite spoils that channel of its group, and nothing else.
@@ -191,7 +139,7 @@ fn parts_of_groups_are_refused() {
     let refused = |rows: usize, layout: Layout, what: &[&str]| {
         let pages = Pages::new(&mut Rng::new(3), layout, 2, 1, rows, &[rows; 2]);
         let (on_device, dim) = (DevicePages::upload(&lab, &pages), 64);
-        let case = Case { stored: stored.clone(), dtype: Dtype::F32, layout, dim, rows };
+        let case = EncodeCase { stored: stored.clone(), dtype: Dtype::F32, layout, dim, rows };
         let (x, mut pool) = (lab.poisoned(2 * rows * dim * 4), lab.poisoned(2 * pages.pool_bytes(&stored, dim)));
         let plan = case.shape(1).plan(&lab.device).unwrap();
         let e = plan.encode(&lab.stream, x.view(), &on_device.rows(), &pages.pool(pool.view_mut(), &stored, dim), None);
@@ -213,7 +161,8 @@ fn extremes(lab: &Lab) {
         values.extend((0..16).map(|i| low + (high - low) * [0.0, 1.0, 0.5, 0.25, 0.1, 0.9, 0.501, 0.499][i % 8]));
     }
     for codec in INTEGERS {
-        Case { stored: grouped(codec, 16), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 16, rows: 8 }.check(lab, &values);
+        EncodeCase { stored: grouped(codec, 16), dtype: Dtype::F32, layout: Layout::Contiguous, dim: 16, rows: 8 }
+            .check(lab, &values);
     }
 }
 

@@ -29,6 +29,13 @@ __device__ constexpr int key_weight(int bits, int k, int column) {
   return bits == 8 ? 1 : bits == 4 ? (half ? 16 : 1) : 1 << (2 * ((2 * k + half) % 4));
 }
 
+// How queries meet the codes of token-wise keys.
+template <int D, int kBits, bool kFp8> struct RowKeys {
+  static constexpr float kMagic = kFp8 ? 0.f : 1024.f;  // what a code has too much (codes.cuh)
+  __device__ static constexpr int dim(int k, int column) { return key_dim<D>(kBits, kFp8, k, column); }
+  __device__ static constexpr int weight(int k, int column) { return key_weight(kBits, k, column); }
+};
+
 __device__ __forceinline__ uint32_t word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 // s[b] += codes of rows 16b .. of the 32 rows from `row` on, times q.

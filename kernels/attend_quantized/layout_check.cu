@@ -1,4 +1,5 @@
 // Compile-time checks of layout.cuh: no entry points, nothing at run time.
+#include "attend_quantized/channel_keys.cuh"
 #include "attend_quantized/values.cuh"
 #include "device/layout_check.cuh"
 
@@ -39,18 +40,37 @@ template <int D, int kBits> constexpr bool check() {
 template <int D> constexpr bool check_all() { return check<D, 8>() && check<D, 4>() && check<D, 2>(); }
 static_assert(check_all<64>() && check_all<128>() && check_all<256>());
 
+// Scales and zeros of channels: lanes of equal c read the same four.
+template <int D, int kBits> constexpr bool channels_are_conflict_free() {
+  using Keys = ChannelKeys<D, kBits>;
+  for (int u = 0; u < Keys::kUnits; ++u)
+    for (int w = 0; w < Keys::kWords; ++w)
+      for (int i = 0; i < Keys::kCodes / 4; ++i)
+        for (int a = 0; a < 4; ++a)
+          for (int b = 0; b < a; ++b) {
+            const int x = channel_chunk_at(Keys::first(u, w, a) / 4 + i), y = channel_chunk_at(Keys::first(u, w, b) / 4 + i);
+            if (x % 128 == y % 128) return false;
+          }
+  return places_every_chunk_once<1, D / 4>([](int, int c) { return channel_chunk_at(c); });
+}
+template <int D> constexpr bool all_channels() { return channels_are_conflict_free<D, 4>() && channels_are_conflict_free<D, 2>(); }
+static_assert(all_channels<64>() && all_channels<128>() && all_channels<256>());
+
 // The contraction meets every dimension once.
-template <int D> constexpr bool covers(int bits, bool fp8) {
+template <int D, class Keys> constexpr bool covers() {
   bool seen[D] = {};
   for (int k = 0; k < D / 16; ++k)
     for (int column = 0; column < 16; ++column) {
-      const int dim = key_dim<D>(bits, fp8, k, column);
+      const int dim = Keys::dim(k, column);
       if (dim < 0 || dim >= D || seen[dim]) return false;
       seen[dim] = true;
     }
   return true;
 }
-template <int D> constexpr bool covers_all() { return covers<D>(8, false) && covers<D>(8, true) && covers<D>(4, false) && covers<D>(2, false); }
+template <int D> constexpr bool covers_all() {
+  return covers<D, RowKeys<D, 8, false>>() && covers<D, RowKeys<D, 8, true>>() && covers<D, RowKeys<D, 4, false>>() &&
+         covers<D, RowKeys<D, 2, false>>() && covers<D, ChannelKeys<D, 4>>() && covers<D, ChannelKeys<D, 2>>();
+}
 static_assert(covers_all<64>() && covers_all<128>() && covers_all<256>());
 
 }  // namespace

@@ -53,13 +53,12 @@ template <int D, int NT> struct Queries {
   }
 
   __device__ void load_fragments(const float* scratch, uint32_t codec) {
-    if (codec == KVLAR_CODEC_INT4) permute<4, false>(scratch);
-    else if (codec == KVLAR_CODEC_INT2) permute<2, false>(scratch);
-    else if (codec == KVLAR_CODEC_FP8) permute<8, true>(scratch);
-    else permute<8, false>(scratch);
+    if (codec == KVLAR_CODEC_INT4) permute<RowKeys<D, 4, false>>(scratch);
+    else if (codec == KVLAR_CODEC_INT2) permute<RowKeys<D, 2, false>>(scratch);
+    else if (codec == KVLAR_CODEC_FP8) permute<RowKeys<D, 8, true>>(scratch);
+    else permute<RowKeys<D, 8, false>>(scratch);
   }
 
- private:
   // Eight dims a lane of a row of q, rotated; zeros where there is none.
   __device__ static void load(float (&x)[8], const attend::Columns<NT>& columns, const uint16_t* row) {
     const KvlarAttend& p = columns.p;
@@ -75,7 +74,8 @@ template <int D, int NT> struct Queries {
   }
 
   // fp16 holds a column times the power of two that brings its largest dim below 1, divided by the weights of the codes.
-  template <int kBits, bool kFp8> __device__ void permute(const float* scratch) {
+  // `Keys` says where dims meet codes.
+  template <class Keys> __device__ void permute(const float* scratch) {
     const Lane at;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
@@ -94,9 +94,8 @@ template <int D, int NT> struct Queries {
       for (int k = 0; k < kSteps; ++k)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          constexpr auto dim = [](int k, int column) { return key_dim<D>(kBits, kFp8, k, column); };
-          const float weight = float(key_weight(kBits, k, 8 * h));
-          const float x = row[dim(k, 8 * h + 2 * at.c)] * down, y = row[dim(k, 8 * h + 2 * at.c + 1)] * down;
+          const float weight = float(Keys::weight(k, 8 * h));
+          const float x = row[Keys::dim(k, 8 * h + 2 * at.c)] * down, y = row[Keys::dim(k, 8 * h + 2 * at.c + 1)] * down;
           b[k][n][h] = Half16<__half>::pack(x / weight, y / weight);
           const float2 rounded = Half16<__half>::unpack(b[k][n][h]);
           all += rounded.x + rounded.y;
@@ -111,7 +110,7 @@ template <int D, int NT> struct Queries {
       for (int e = 0; e < 2; ++e) {  // from the lanes of column 2c + e as a B column to those as a D column
         const int lane = 4 * (2 * at.c + e);
         sum[n][e] = __shfl_sync(0xffffffffu, coded, lane);
-        magic[n][e] = kFp8 ? 0.f : 1024.f * __shfl_sync(0xffffffffu, all, lane);
+        magic[n][e] = Keys::kMagic * __shfl_sync(0xffffffffu, all, lane);
         scale[n][e] = __shfl_sync(0xffffffffu, multiplier, lane);
       }
     }

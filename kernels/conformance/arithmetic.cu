@@ -38,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(64) kvlar_conformance_arithmetic(co
     }
     case 16: r = uint32_t(__popc(x)), s = uint32_t(__clz(int(y))); break;
     case 17: r = __funnelshift_l(x, y, z), s = __funnelshift_r(x, y, z); break;
+    case 19: r = ptx::fma_f16x2(x, y, z), s = ptx::mul_f16x2(x, y); break;
     default: r = __float_as_uint(__fsub_rn(a, b)), s = __float_as_uint(__fmul_rn(a, b)); break;
   }
   p.out[2 * i] = r;

@@ -128,6 +128,24 @@ PTX_FN float tanh_approx(float x) { return tanhf(x); }
 PTX_FN uint32_t pack_bf16(float low, float high) { return simt::float_to_bf16(low) | uint32_t(simt::float_to_bf16(high)) << 16; }
 PTX_FN uint32_t pack_f16(float low, float high) { return simt::float_to_half(low) | uint32_t(simt::float_to_half(high)) << 16; }
 PTX_FN float2 unpack_f16(uint32_t x) { return {simt::half_to_float(uint16_t(x)), simt::half_to_float(uint16_t(x >> 16))}; }
+PTX_FN uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+  const float2 x = unpack_f16(a), y = unpack_f16(b);
+  return pack_f16(x.x * y.x, x.y * y.y);  // exact before it is rounded
+}
+// a b + c is exact in double wherever that decides how a half is rounded; to odd on the way to float, so that it is once.
+PTX_FN uint16_t fma_f16(float a, float b, float c) {
+  const double exact = double(a) * b + c;
+  float rounded = float(exact);
+  if (double(rounded) != exact && rounded == rounded) {
+    if (std::fabs(double(rounded)) > std::fabs(exact)) rounded = std::nextafterf(rounded, 0.f);
+    rounded = __uint_as_float(__float_as_uint(rounded) | 1);
+  }
+  return simt::float_to_half(rounded);
+}
+PTX_FN uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const float2 x = unpack_f16(a), y = unpack_f16(b), z = unpack_f16(c);
+  return fma_f16(x.x, y.x, z.x) | uint32_t(fma_f16(x.y, y.y, z.y)) << 16;
+}
 template <int LUT> PTX_FN uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r = 0;
   for (int i = 0; i < 8; ++i)

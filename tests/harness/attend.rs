@@ -68,6 +68,7 @@ pub struct AttendCase {
     pub constant: bool,
     /// Size of the queries: logits are about as large.
     pub q_size: f32,
+    pub key_size: f32,
     pub seed: u64,
 }
 
@@ -97,6 +98,7 @@ impl AttendCase {
             nan_value: false,
             constant: false,
             q_size: 1.0,
+            key_size: 1.0,
             seed: 1,
         }
     }
@@ -186,7 +188,7 @@ impl AttendData {
             for (seq, head) in (0..b).flat_map(|s| (0..hk).map(move |h| (s, h))) {
                 let mut given = HeadData::default();
                 for row in 0..pages.length(seq, head) {
-                    let (mut k, mut v) = (rng.normals(d, 1.0), rng.normals(dv, 1.0));
+                    let (mut k, mut v) = (rng.normals(d, case.key_size), rng.normals(dv, 1.0));
                     if case.constant {
                         k = vec![k[0]; d];
                         v = vec![v[0]; dv];
@@ -301,8 +303,16 @@ impl AttendData {
             Tolerance { absolute: most(|t| t.absolute), relative: most(|t| t.relative), cosine: most(|t| t.cosine) }
         };
         let of = |f: &dyn Fn(&SegmentCase) -> Tolerance| loosest(c.segments.iter().map(f).collect());
-        let out = of(&|s| Tolerance::attend(dtype, s.values.format.codec.reference(), rows, 4.0));
-        (heads::rounded_to(c.out_dtype, out), of(&|s| Tolerance::lse(s.keys.format.codec.reference())))
+        let logit = f64::from(c.q_size * c.key_size);
+        let out = of(&|s| match s.keys.format.codec.is_channel_wise() {
+            true => Tolerance::attend_channels(rows, 4.0, logit),
+            false => Tolerance::attend(dtype, s.values.format.codec.reference(), rows, 4.0),
+        });
+        let lse = of(&|s| match s.keys.format.codec.is_channel_wise() {
+            true => Tolerance::lse_channels(logit),
+            false => Tolerance::lse(s.keys.format.codec.reference()),
+        });
+        (heads::rounded_to(c.out_dtype, out), lse)
     }
 }
 

@@ -9,6 +9,8 @@ pub mod append;
 #[allow(missing_docs)]
 pub mod attend;
 #[allow(missing_docs)]
+pub mod encode;
+#[allow(missing_docs)]
 pub mod heads;
 #[allow(missing_docs)]
 pub mod latents;

@@ -40,7 +40,7 @@ const BUGS: &[Bug] = &[
     bug(
         "the codes' 1024 forgotten in scores",
         "attend_quantized/queries.cuh",
-        "1024.f * __shfl_sync(0xffffffffu, all, lane)",
+        "Keys::kMagic * __shfl_sync(0xffffffffu, all, lane)",
         "0.f * __shfl_sync(0xffffffffu, all, lane)",
     ),
     bug(
@@ -61,8 +61,8 @@ const BUGS: &[Bug] = &[
     bug(
         "sums of codes and of values mixed",
         "attend_quantized/warp.cuh",
-        "      settle();\n      if (p.q_dtype",
-        "      if (p.q_dtype",
+        "      settle();\n      Base::consume_dense",
+        "      Base::consume_dense",
     ),
     bug("sums of values enter as they are", "attend_quantized/warp.cuh", "*= value_weight(p.value_codec, i, e / 2);", "*= 1.f;"),
     bug("weights not raised with the maximum", "attend_quantized/warp.cuh", "weight[n][e] *= factor;", ""),

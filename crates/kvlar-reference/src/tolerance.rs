@@ -42,6 +42,24 @@ impl Tolerance {
         Self { absolute: plain.absolute + magnitude * moved, relative: u + moved, cosine: 4.0 * (u + moved).powi(2) + 1e-9 }
     }
 
+    /// Attention output over channel-wise keys and values in groups: weights and decoded values are each rounded to f16, so
+    /// are queries times scales. Codes times scale count from the zero of a group of 32 rows or more, about two standard
+    /// deviations below the mean: a logit is off by u/√3 · 2.2 `logit` where a logit's own standard deviation is `logit`.
+    /// Five of those move the output as in [`Tolerance::attend_lowrank`].
+    pub fn attend_channels(rows: usize, magnitude: f64, logit: f64) -> Self {
+        let u = Dtype::F16.unit_roundoff();
+        let plain = Self::attend(Dtype::F16, Codec::F16, rows, magnitude);
+        let moved = 3.2 * u * logit;
+        let absolute = plain.absolute + magnitude * (u + moved);
+        Self { absolute, relative: 2.0 * u + moved, cosine: 4.0 * (2.0 * u + moved).powi(2) + 1e-9 }
+    }
+
+    /// lse over channel-wise keys: five standard deviations of a logit's error, see [`Tolerance::attend_channels`].
+    pub fn lse_channels(logit: f64) -> Self {
+        let u = Dtype::F16.unit_roundoff();
+        Self { absolute: 1e-3 + 6.4 * u * logit, relative: 1e-5 + 0.1 * u, cosine: 1e-6 + u * u }
+    }
+
     /// lse over rebuilt keys: five standard deviations of a logit's error, see [`Tolerance::attend_lowrank`].
     pub fn lse_lowrank(dtype: Dtype, logit: f64) -> Self {
         let u = dtype.unit_roundoff();

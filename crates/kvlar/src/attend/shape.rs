@@ -2,7 +2,7 @@
 
 use super::MAX_SEGMENTS;
 use super::plan::AttendPlan;
-use super::tiling::{Tiling, ctas_per_sm};
+use super::tiling::{Rows, Tiling, ctas_per_sm};
 use crate::append::check_dim;
 use crate::device::Launch;
 use crate::error::{invalid, unsupported};
@@ -152,7 +152,11 @@ impl AttendShape {
                     let rotated = if format.hadamard { "rotated " } else { "" };
                     return unsupported("attend", format!("{rotated}{:?} rows for {} q", format.codec, self.dtype));
                 }
-                if format.codec.reference().is_integer() && format.group_of(dim) != dim {
+                if format.codec.reference().is_integer()
+                    && !s.keys.codec.is_channel_wise()
+                    && !format.codec.is_channel_wise()
+                    && format.group_of(dim) != dim
+                {
                     return unsupported(
                         "attend",
                         format!(
@@ -171,6 +175,7 @@ impl AttendShape {
             if s.values.hadamard {
                 return unsupported("attend", "rotated values: keys may be (decode them first)");
             }
+            self.check_channels(&s)?;
             if let Some(other) = quantized
                 && (other.keys, other.values) != (s.keys, s.values)
             {
@@ -184,6 +189,32 @@ impl AttendShape {
         Ok(quantized)
     }
 
+    /// Refuses channel-wise rows without a kernel.
+    fn check_channels(&self, s: &SegmentShape) -> Result<()> {
+        if s.values.codec.is_channel_wise() {
+            return unsupported("attend", format!("{:?} values: keys may be channel-wise (decode them first)", s.values.codec));
+        }
+        if !s.keys.codec.is_channel_wise() {
+            return Ok(());
+        }
+        let rows = s.keys.group_of(self.head_dim);
+        if !rows.is_multiple_of(32) {
+            return unsupported("attend", format!("channel-wise keys in groups of {rows} rows: multiples of 32 are"));
+        }
+        if !s.values.codec.reference().is_integer() {
+            return unsupported("attend", format!("{:?} keys beside {:?} values", s.keys.codec, s.values.codec));
+        }
+        let (group, run) = (s.values.group_of(self.value_dim), self.tiling(Rows::ChannelWise { value_scales: 1 }).value_run());
+        if group != self.value_dim && !group.is_multiple_of(run) {
+            return unsupported("attend", format!("values with a scale for every {group} values: multiples of {run} are"));
+        }
+        Ok(())
+    }
+
+    fn tiling(&self, rows: Rows) -> Tiling {
+        Tiling::of(self.head_dim.max(self.value_dim), self.group() * self.query_rows, rows)
+    }
+
     /// Validates, and picks the kernel, its grid and how much scratch it needs.
     ///
     /// # Errors
@@ -192,7 +223,13 @@ impl AttendShape {
         self.check()?;
         let quantized = self.check_formats()?;
         let packed = self.group() * self.query_rows;
-        let tiling = Tiling::of(self.head_dim.max(self.value_dim), packed, quantized.is_some());
+        let tiling = self.tiling(match quantized {
+            None => Rows::Dense,
+            Some(s) if s.keys.codec.is_channel_wise() => {
+                Rows::ChannelWise { value_scales: self.value_dim / s.values.group_of(self.value_dim) }
+            }
+            Some(_) => Rows::TokenWise,
+        });
         let info = device.info();
         let stage_bytes = tiling.stage_bytes(self.segments());
         let shared = tiling.shared_bytes(stage_bytes, info);

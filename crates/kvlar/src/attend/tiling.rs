@@ -1,8 +1,19 @@
 //! Which kernel serves a shape, and its tile shapes: the mirror of `kernels/attend/tiles.cuh` and
-//! `kernels/attend_quantized/warp.cuh`, to which a test of the ledger holds it.
+//! `kernels/attend_quantized/`, to which a test of the ledger holds it.
 
 use super::SegmentShape;
 use crate::{Codec, DeviceInfo, Dtype};
+
+/// What rows there are beside those that are stored as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// None.
+    Dense,
+    /// Keys and values with a scale and zero a row, or fp8.
+    TokenWise,
+    /// Channel-wise keys, and values with so many scales and zeros a row.
+    ChannelWise { value_scales: usize },
+}
 
 /// One template instantiation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,8 +22,8 @@ pub(crate) struct Tiling {
     pub dim: usize,
     /// Packed (query row, head) columns a query tile: 8 or 16.
     pub columns: usize,
-    /// Whether there are rows that are not stored as they are.
-    pub quantized: bool,
+    /// What it attends over.
+    pub rows: Rows,
 }
 
 /// Where the parts of a tile lie in a stage of the ring; bytes.
@@ -25,23 +36,34 @@ pub(crate) struct Stage {
     pub bytes: usize,
 }
 
-/// The attend kernels, by type, template head dimension and columns; those of quantized rows serve both types.
-const ENTRIES: [(Option<Dtype>, usize, usize, &str); 15] = [
-    (Some(Dtype::Bf16), 64, 8, "kvlar_attend_bf16_d64_n8"),
-    (Some(Dtype::Bf16), 64, 16, "kvlar_attend_bf16_d64_n16"),
-    (Some(Dtype::Bf16), 128, 8, "kvlar_attend_bf16_d128_n8"),
-    (Some(Dtype::Bf16), 128, 16, "kvlar_attend_bf16_d128_n16"),
-    (Some(Dtype::Bf16), 256, 8, "kvlar_attend_bf16_d256_n8"),
-    (Some(Dtype::F16), 64, 8, "kvlar_attend_f16_d64_n8"),
-    (Some(Dtype::F16), 64, 16, "kvlar_attend_f16_d64_n16"),
-    (Some(Dtype::F16), 128, 8, "kvlar_attend_f16_d128_n8"),
-    (Some(Dtype::F16), 128, 16, "kvlar_attend_f16_d128_n16"),
-    (Some(Dtype::F16), 256, 8, "kvlar_attend_f16_d256_n8"),
-    (None, 64, 8, "kvlar_attend_quantized_d64_n8"),
-    (None, 64, 16, "kvlar_attend_quantized_d64_n16"),
-    (None, 128, 8, "kvlar_attend_quantized_d128_n8"),
-    (None, 128, 16, "kvlar_attend_quantized_d128_n16"),
-    (None, 256, 8, "kvlar_attend_quantized_d256_n8"),
+/// What kernels serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Serves {
+    Dense(Dtype),
+    TokenWise,
+    ChannelWise,
+}
+
+/// The attend kernels, by template head dimension and columns; those of quantized rows serve both types of q.
+const ENTRIES: [(Serves, usize, usize, &str); 18] = [
+    (Serves::Dense(Dtype::Bf16), 64, 8, "kvlar_attend_bf16_d64_n8"),
+    (Serves::Dense(Dtype::Bf16), 64, 16, "kvlar_attend_bf16_d64_n16"),
+    (Serves::Dense(Dtype::Bf16), 128, 8, "kvlar_attend_bf16_d128_n8"),
+    (Serves::Dense(Dtype::Bf16), 128, 16, "kvlar_attend_bf16_d128_n16"),
+    (Serves::Dense(Dtype::Bf16), 256, 8, "kvlar_attend_bf16_d256_n8"),
+    (Serves::Dense(Dtype::F16), 64, 8, "kvlar_attend_f16_d64_n8"),
+    (Serves::Dense(Dtype::F16), 64, 16, "kvlar_attend_f16_d64_n16"),
+    (Serves::Dense(Dtype::F16), 128, 8, "kvlar_attend_f16_d128_n8"),
+    (Serves::Dense(Dtype::F16), 128, 16, "kvlar_attend_f16_d128_n16"),
+    (Serves::Dense(Dtype::F16), 256, 8, "kvlar_attend_f16_d256_n8"),
+    (Serves::TokenWise, 64, 8, "kvlar_attend_quantized_d64_n8"),
+    (Serves::TokenWise, 64, 16, "kvlar_attend_quantized_d64_n16"),
+    (Serves::TokenWise, 128, 8, "kvlar_attend_quantized_d128_n8"),
+    (Serves::TokenWise, 128, 16, "kvlar_attend_quantized_d128_n16"),
+    (Serves::TokenWise, 256, 8, "kvlar_attend_quantized_d256_n8"),
+    (Serves::ChannelWise, 64, 8, "kvlar_attend_quantized_channels_d64_n8"),
+    (Serves::ChannelWise, 128, 8, "kvlar_attend_quantized_channels_d128_n8"),
+    (Serves::ChannelWise, 256, 8, "kvlar_attend_quantized_channels_d256_n8"),
 ];
 
 /// Bits of a stored value.
@@ -50,20 +72,32 @@ fn bits(codec: Codec) -> usize {
 }
 
 impl Tiling {
-    /// The narrowest kernel that holds the dimensions; 16 columns only where more than 8 are in use.
-    pub fn of(dim: usize, packed_columns: usize, quantized: bool) -> Self {
+    /// The narrowest kernel that holds the dimensions; 16 columns only where more than 8 are in use (channel-wise: 8, for
+    /// registers).
+    pub fn of(dim: usize, packed_columns: usize, rows: Rows) -> Self {
         let dim = [64, 128].into_iter().find(|&d| dim <= d).unwrap_or(256);
-        Self { dim, columns: if packed_columns > 8 && dim < 256 { 16 } else { 8 }, quantized }
+        let wide = packed_columns > 8 && dim < 256 && !matches!(rows, Rows::ChannelWise { .. });
+        Self { dim, columns: if wide { 16 } else { 8 }, rows }
     }
 
     pub fn entry(&self, dtype: Dtype) -> Option<&'static str> {
-        let dtype = (!self.quantized).then_some(dtype);
-        ENTRIES.iter().find(|e| (e.0, e.1, e.2) == (dtype, self.dim, self.columns)).map(|e| e.3)
+        let serves = match self.rows {
+            Rows::Dense => Serves::Dense(dtype),
+            Rows::TokenWise => Serves::TokenWise,
+            Rows::ChannelWise { .. } => Serves::ChannelWise,
+        };
+        ENTRIES.iter().find(|e| (e.0, e.1, e.2) == (serves, self.dim, self.columns)).map(|e| e.3)
     }
 
     /// The activation type of an entry point; `Some(None)` where its parameters say it.
     pub fn dtype_of(entry: &str) -> Option<Option<Dtype>> {
-        ENTRIES.iter().find(|e| e.3 == entry).map(|e| e.0)
+        let dtype = |serves| if let Serves::Dense(dtype) = serves { Some(dtype) } else { None };
+        ENTRIES.iter().find(|e| e.3 == entry).map(|e| dtype(e.0))
+    }
+
+    /// Neighbouring value dimensions of a lane: they share a scale and zero.
+    pub fn value_run(&self) -> usize {
+        if self.dim == 64 { 8 } else { 16 }
     }
 
     pub fn warps(&self) -> usize {
@@ -82,11 +116,15 @@ impl Tiling {
     pub fn stage(&self, segment: &SegmentShape) -> Stage {
         let rows = self.tile_rows(segment);
         let side = |codec: Codec| rows * self.dim * bits(codec) / 8;
-        let params = |codec: Codec| if codec.reference().is_integer() { 4 * rows } else { 0 };
         let (keys, values) = (segment.keys.codec, segment.values.codec);
+        let params = |codec: Codec, scales: usize| if codec.reference().is_integer() { 4 * rows * scales } else { 0 };
+        let (of_keys, of_values) = match self.rows {
+            Rows::ChannelWise { value_scales } if !segment.is_dense() => (4 * self.dim * rows / 32, params(values, value_scales)),
+            _ => (params(keys, 1), params(values, 1)),
+        };
         let key_params = side(keys) + side(values);
-        let value_params = key_params + params(keys);
-        let positions = value_params + params(values);
+        let value_params = key_params + of_keys;
+        let positions = value_params + of_values;
         Stage { values: side(keys), key_params, value_params, positions, bytes: positions + 4 * rows }
     }
 
@@ -130,7 +168,12 @@ mod tests {
     fn shared_memory_matches_the_headers_figures() {
         let info = crate::Device::reference().info().clone();
         let shared = |dim, columns, keys: Codec, values: Codec, info: &DeviceInfo| {
-            let tiling = Tiling { dim, columns, quantized: keys.dense().is_none() };
+            let rows = match keys {
+                Codec::Int4Channel | Codec::Int2Channel => Rows::ChannelWise { value_scales: dim / 32 },
+                _ if keys.dense().is_some() => Rows::Dense,
+                _ => Rows::TokenWise,
+            };
+            let tiling = Tiling { dim, columns, rows };
             let segment = SegmentShape { keys: keys.into(), values: values.into(), max_rows: 1 };
             tiling.shared_bytes(tiling.stage(&segment).bytes, info)
         };
@@ -139,6 +182,8 @@ mod tests {
         assert_eq!(shared(128, 8, Codec::Int4, Codec::Int4, &info), 4 * 3 * (8192 + 12 * 64));
         assert_eq!(shared(128, 8, Codec::Int8, Codec::Int4, &info), 4 * 3 * (6144 + 12 * 32));
         assert_eq!(shared(128, 8, Codec::Fp8, Codec::Fp8, &info), 4 * 3 * (8192 + 4 * 32));
+        let kivi = shared(128, 8, Codec::Int2Channel, Codec::Int2, &info);
+        assert_eq!(kivi, 4 * 3 * (4096 + 2 * 512 + 64 * (4 * 4 + 4)));
         let ada = DeviceInfo { compute_capability: Some((8, 9)), shared_per_sm: 100 << 10, shared_per_block: 99 << 10, ..info };
         for (dim, columns) in [(64, 8), (64, 16), (128, 8), (128, 16), (256, 8)] {
             for codec in Codec::ALL {

@@ -1,0 +1,129 @@
+// What warps of decode attention over quantized rows share: their ring of tiles, and the rows that are stored as they are
+// beside them.
+#pragma once
+#include "attend/columns.cuh"
+#include "attend/dense_tile.cuh"
+#include "attend/state.cuh"
+#include "attend_quantized/copy.cuh"
+
+namespace kvlar::attend_quantized {
+
+template <int D, int NT> struct WarpRows : attend::Columns<NT> {
+  using Base = attend::Columns<NT>;
+  using Base::at, Base::lane, Base::p, Base::shared;
+  using Dims = attend::OutputDims<D, true>;
+  static constexpr int kDim = D, kTiles = NT, kWarps = attend::warps_of(D), kThreads = 32 * kWarps, kSteps = D / 16;
+  static constexpr int kDenseRows = attend::Tiling<D>::kRows, kDenseBlocks = kDenseRows / 16;
+  static constexpr int kLeastShared = kWarps * 8 * NT * (D + 6) * 4;  // the merge needs it, the launcher allocates it
+  static constexpr bool kPrepares = true;
+
+  unsigned char* const ring;
+  attend::ColumnState<D, NT> state;
+
+  __device__ WarpRows(const KvlarAttend& params, attend::SharedUnit& unit, unsigned char* raw)
+      : Base(params, unit), ring(raw + (threadIdx.x / 32) * params.stages * params.stage_bytes) {}
+
+  // ---- rows
+
+  __device__ __forceinline__ bool holds_codes(const KvlarSegment& s) const { return s.key_format.codec > KVLAR_CODEC_F16; }
+
+  __device__ __forceinline__ void place_tile(int tile, TileRows& rows) const {
+    Base::place(tile, rows, [this](int segment) { return int(p.segments[segment].tile_rows); });
+  }
+  __device__ __forceinline__ void find(int tile, TileRows& rows) const {
+    place_tile(tile, rows);
+    Base::template find_pages<4>(rows);
+  }
+
+  __device__ static __forceinline__ int bits_of(uint32_t codec) {
+    return codec == KVLAR_CODEC_INT4 || codec == KVLAR_CODEC_INT4_CHANNEL   ? 4
+           : codec == KVLAR_CODEC_INT2 || codec == KVLAR_CODEC_INT2_CHANNEL ? 2
+           : codec > KVLAR_CODEC_F16                                          ? 8
+                                                                              : 16;
+  }
+
+  // Keys or values of a tile, without what scales them.
+  __device__ __forceinline__ void copy_side(const TileRows& rows, const KvlarSegment& s, bool values, ptx::smem to) const {
+    const KvlarPool& pool = values ? s.values : s.keys;
+    const char* base = values ? shared.values[rows.segment] : shared.keys[rows.segment];
+    const int dim = values ? int(p.value_dim) : int(p.head_dim), bits = bits_of(values ? s.value_format.codec : s.key_format.codec);
+    const int mask = (1 << s.rows.page_rows_log2) - 1, blocks = int(s.tile_rows) / 16;
+    if (bits == 16) {
+      if (rows.valid == kDenseRows && dim == D)
+        attend::copy_rows<D / 8, kDenseRows, attend::DenseLayout<D>, false>(lane, to, base, pool, rows, mask, dim / 8);
+      else
+        attend::copy_rows<D / 8, kDenseRows, attend::DenseLayout<D>, true>(lane, to, base, pool, rows, mask, dim / 8);
+      return;
+    }
+    if (rows.valid < 16 * blocks || dim != D) {
+      copy_part(lane, to, base, pool, rows, mask, blocks, log_chunks<D>(bits), (dim * bits / 8 + 15) / 16);
+    } else if (bits == 4) {
+      copy_whole<log_chunks<D>(4)>(lane, to, base, pool, rows, mask, blocks);
+    } else if (bits == 8) {
+      copy_whole<log_chunks<D>(8)>(lane, to, base, pool, rows, mask, blocks);
+    } else {
+      copy_whole<log_chunks<D>(2)>(lane, to, base, pool, rows, mask, blocks);
+    }
+  }
+
+  __device__ __forceinline__ void copy_tile_positions(const TileRows& rows, const KvlarSegment& s, ptx::smem to) const {
+    if (!s.rows.positions) return;
+    if (s.tile_rows == 64) Base::template copy_positions<64>(rows, to + s.stage_positions);
+    else if (s.tile_rows == 32) Base::template copy_positions<32>(rows, to + s.stage_positions);
+    else Base::template copy_positions<16>(rows, to + s.stage_positions);
+  }
+
+  // ---- rows that are stored as they are
+
+  __device__ __forceinline__ void consume_dense(const unsigned char* tile, const KvlarSegment& segment, const TileRows& rows) {
+    if (p.q_dtype == KVLAR_DTYPE_F16) consume_dense_as<__half>(tile, segment, rows); else consume_dense_as<__nv_bfloat16>(tile, segment, rows);
+  }
+
+  template <class T> __device__ __forceinline__ void consume_dense_as(const unsigned char* tile, const KvlarSegment& segment, const TileRows& rows) {
+    const ptx::smem tile_s = ptx::to_smem(tile);
+    float s[kDenseBlocks][NT][4] = {};
+    const uint16_t* query[NT];  // loaded anew each time: few tiles are stored as they are, and registers are scarce
+#pragma unroll
+    for (int n = 0; n < NT; ++n) query[n] = Base::query(8 * n + at.g);
+#pragma unroll 1
+    for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+      for (int b = 0; b < kDenseBlocks; ++b) {
+        uint32_t a[4];
+        ptx::ldmatrix_x4(a, tile_s + uint32_t(attend::DenseLayout<D>::at(16 * b + (lane & 15), 2 * k + (lane >> 4))));
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          const int dim = 16 * k + 2 * at.c;
+          const uint32_t q[2] = {Base::two_dims(query[n], dim, int(p.head_dim)), Base::two_dims(query[n], dim + 8, int(p.head_dim))};
+          Half16<T>::mma(s[b][n], a, q);
+        }
+      }
+    attend::to_logits(s, p);
+    const int first = shared.unit.first_row[rows.segment] + rows.row;
+    if (!Base::all_visible(rows, first, kDenseRows)) hide(s, tile + segment.stage_positions, segment, rows, 0, first);
+    uint32_t weights[kDenseBlocks][NT][2];
+    attend::weigh<T>(weights, state, s);
+    attend::DenseTile<D, NT, T>::template add_values<true>(state.o, tile + segment.stage_values, tile_s + segment.stage_values, weights);
+  }
+
+  // Hides rows from the columns that must not see them, of the blocks from row `row` of the tile on.
+  template <int kBlocks>
+  __device__ __forceinline__ void hide(float (&s)[kBlocks][NT][4], const unsigned char* positions, const KvlarSegment& segment, const TileRows& rows,
+                                       int row, int first) const {
+    const bool stored = segment.rows.positions != nullptr;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int r = row + 16 * b + 8 * h + at.g;
+        const int position = stored ? reinterpret_cast<const int32_t*>(positions)[r] : first + r;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (Base::hidden(r, rows.valid, position, n, e)) s[b][n][2 * h + e] = -INFINITY;
+      }
+  }
+};
+
+}  // namespace kvlar::attend_quantized
