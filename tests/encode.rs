@@ -1,11 +1,11 @@
 //! encode and decode, bit for bit.
 
-use kvlar::{Buffer, Codec, Dtype, EncodeShape, Format};
+use kvlar::{Codec, Dtype, EncodeShape, Format};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::{decode_channels, decode_row, encode_channels, encode_row};
 use kvlar_tests::encode::EncodeCase;
 use kvlar_tests::pages::{DevicePages, Layout, Pages, RowFormat};
-use kvlar_tests::{Lab, on_every_device, reference_dtype};
+use kvlar_tests::{Lab, on_every_device};
 
 on_every_device!(
     round_trips,

@@ -51,6 +51,10 @@ fn emulated_kernels_agree_with_the_reference() {
         with(&pair("int4", "int4"), &[("group", "8")]),
         with(&pair("int4", "int8+hadamard"), &exact).ints("lengths", &[b], &[t as i32, 20]),
         with(&pair("int4", "bf16"), &[("dtype", "bf16")]),
+        pair("int4-channel", "int4"),
+        with(&pair("int2-channel+hadamard", "int4"), &exact).ints("lengths", &[b, hk], &ragged),
+        with(&pair("int4-channel", "int8"), &[("group", "8"), ("sink_rows", "1")]),
+        with(&pair("int4-channel", "int2-channel"), &[("group", "16"), ("recent_rows", "5")]),
     ] {
         let (on_cpu, emulated) = (reference("attend_quantized", &case), run("attend_quantized", "simt", &case, &[]));
         for name in ["k_decoded", "v_decoded"] {

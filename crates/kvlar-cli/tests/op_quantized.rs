@@ -253,7 +253,6 @@ fn wrong_attend_quantized_input_is_named() {
     for backend in ["reference", "simt"] {
         run("attend_quantized", backend, &spoiled, &[]).fails(2, "codebooks: a centroid holds NaN");
     }
-    unsupported_on_devices("attend_quantized", &with(&bare, &[("key_codec", "int4-channel"), ("value_codec", "int4")]));
 }
 
 fn scan_case() -> Case {
@@ -433,8 +432,7 @@ fn encode_knows_every_codec() {
     );
     let odd = Case::default().floats("x", &[2, 12], &x[..24]).key("codec", "int8+hadamard");
     reference("encode", &odd).fails(2, "codec: hadamard: 12");
-    unsupported_on_devices("encode", &with(&case, &[("codec", "int4-channel")]));
-    for codec in ["bf16", "f16", "fp8", "int8", "int4", "int2", "int4+hadamard"] {
+    for codec in ["bf16", "f16", "fp8", "int8", "int4", "int2", "int4+hadamard", "int4-channel", "int2-channel+hadamard"] {
         if backends().contains(&"simt") {
             let case = with(&case, &[("codec", codec), ("group", "16")]);
             let (on_cpu, emulated) = (reference("encode", &case), run("encode", "simt", &case, &[]));

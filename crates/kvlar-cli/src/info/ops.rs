@@ -19,7 +19,6 @@ pub struct Op {
 }
 
 const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
-const CODECS: [Codec; 6] = Codec::ALL;
 const LATENTS: [Latents; 4] = [Latents::Dtype, Latents::Int8, Latents::Int8Basis, Latents::Int4];
 /// Head dimension where another size is asked for.
 const DIM: usize = 128;
@@ -30,6 +29,12 @@ fn names<T: Copy + Debug>(all: &[T], planned: impl Fn(T) -> bool) -> String {
     found.collect::<Vec<_>>().join(", ")
 }
 
+/// Codecs that are planned, whichever type activations have.
+fn codecs(planned: impl Fn(Dtype, Codec) -> bool) -> String {
+    let found = Codec::ALL.into_iter().filter(|&c| DTYPES.into_iter().any(|t| planned(t, c)));
+    found.map(|c| c.reference().to_string()).collect::<Vec<_>>().join(", ")
+}
+
 /// The largest multiple of `step` up to `end` that is planned.
 fn most(step: usize, end: usize, planned: impl Fn(usize) -> bool) -> usize {
     (1..=end / step).map(|i| i * step).filter(|&n| planned(n)).max().unwrap_or(0)
@@ -37,11 +42,6 @@ fn most(step: usize, end: usize, planned: impl Fn(usize) -> bool) -> usize {
 
 fn head_dims(planned: impl Fn(usize) -> bool) -> String {
     format!("head dimension to {}", most(8, 1024, planned))
-}
-
-/// A codec beside which rows of a type are planned, whichever type that is.
-fn any_type(planned: impl Fn(Dtype) -> bool) -> bool {
-    DTYPES.into_iter().any(planned)
 }
 
 fn append(device: &Device) -> Op {
@@ -55,7 +55,7 @@ fn append(device: &Device) -> Op {
     Op {
         name: "append",
         types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
-        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM))),
+        stored: codecs(|t, c| planned(t, c, DIM)),
         limits: head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d)),
     }
 }
@@ -69,18 +69,22 @@ fn append_lowrank(device: &Device) -> Op {
     Op {
         name: "append_lowrank",
         types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM, 32)),
-        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM, 32))),
+        stored: codecs(|t, c| planned(t, c, DIM, 32)),
         limits: format!("{}, rank to {rank}", head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d, 32))),
     }
 }
 
 fn attend(device: &Device) -> Op {
-    let planned =
-        |dtype, codec, dim| AttendShape::new(dtype, 1, (1, 1), 1, dim, SegmentShape::new(codec, 64)).plan(device).is_ok();
+    // Channel-wise codecs are for keys.
+    let planned = |dtype, codec: Codec, dim| {
+        let values = if codec.is_channel_wise() { Codec::Int4 } else { codec };
+        let rows = SegmentShape { keys: codec.into(), values: values.into(), max_rows: 64 };
+        AttendShape::new(dtype, 1, (1, 1), 1, dim, rows).plan(device).is_ok()
+    };
     Op {
         name: "attend",
         types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
-        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM))),
+        stored: codecs(|t, c| planned(t, c, DIM)),
         limits: format!("{}, 1 to {MAX_SEGMENTS} segments", head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d))),
     }
 }
@@ -119,7 +123,7 @@ fn encode(device: &Device) -> Op {
     Op {
         name: "encode",
         types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
-        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM))),
+        stored: codecs(|t, c| planned(t, c, DIM)),
         limits: format!("{}; and decode", head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d))),
     }
 }

@@ -11,7 +11,7 @@ fn of<'a>(ops: &'a [Op], name: &str) -> &'a Op {
 /// An entry point's op: behind its name comes nothing, a type, what quantized rows share, or the schedule. So `kvlar_attend_lowrank_…` is none of `attend`.
 fn op_of(entry: &str, ops: &[Op]) -> Option<&'static str> {
     let rest = entry.strip_prefix("kvlar_")?;
-    let variant = |r: &str| r.is_empty() || ["_bf16", "_f16", "_quantized", "_schedule"].iter().any(|v| r.starts_with(v));
+    let variant = |r: &str| r.is_empty() || ["_bf16", "_f16", "_quantized", "_channels", "_schedule"].iter().any(|v| r.starts_with(v));
     ops.iter().find(|o| rest.strip_prefix(o.name).is_some_and(variant)).map(|o| o.name)
 }
 
@@ -33,8 +33,9 @@ fn types_codecs_and_limits_are_those_of_the_launchers() {
         assert_eq!(of(&all, name).types, "bf16, f16", "{name}");
         assert!(of(&all, name).limits.contains("head dimension to 256"), "{}", of(&all, name).limits);
     }
-    for name in ["append", "attend", "encode"] {
-        assert_eq!(of(&all, name).stored, "bf16, f16, fp8, int8, int4, int2", "{name}");
+    assert_eq!(of(&all, "append").stored, "bf16, f16, fp8, int8, int4, int2");
+    for name in ["attend", "encode"] {
+        assert_eq!(of(&all, name).stored, "bf16, f16, fp8, int8, int4, int2, int4-channel, int2-channel", "{name}");
     }
     assert_eq!(of(&all, "append_lowrank").stored, "bf16, f16, int8, int4");
     assert_eq!(of(&all, "encode").types, "bf16, f16, f32");
@@ -53,7 +54,7 @@ fn kernels_have_no_int4_latents_and_a_bound_of_query_rows() {
         Err(e) => return eprintln!("skipped: {e}"),
     };
     let all = ops(&device);
-    assert_eq!(of(&all, "attend").stored, "bf16, f16, fp8, int8, int4, int2");
+    assert_eq!(of(&all, "attend").stored, "bf16, f16, fp8, int8, int4, int2, int4-channel, int2-channel");
     assert_eq!(of(&all, "append_lowrank").stored, "bf16, f16, int8");
     assert_eq!(of(&all, "attend_lowrank").stored, "latents dtype, int8, int8basis");
     assert!(of(&all, "attend_lowrank").limits.contains("query rows to 8"), "{}", of(&all, "attend_lowrank").limits);

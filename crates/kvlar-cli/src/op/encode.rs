@@ -25,30 +25,41 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
         let rows = quantize_rows(&values, d, &head[0], Tiers::none(dtype))?;
         (rows.decoded, rows.bytes)
     } else {
-        on_device(&values, &stored, n, d, backend)?
+        on_device(&values, &stored, (n, d), dtype, backend)?
     };
     Ok(Output::default().floats("decoded", &[n, d], &decoded).integer("bytes", bytes as i64))
 }
 
 /// Decoded rows, and the bytes that they took.
-fn on_device(values: &[f32], stored: &Stored, n: usize, d: usize, backend: Backend) -> Result<(Vec<f32>, usize)> {
+fn on_device(
+    values: &[f32],
+    stored: &Stored,
+    (n, d): (usize, usize),
+    dtype: kvlar_reference::Dtype,
+    backend: Backend,
+) -> Result<(Vec<f32>, usize)> {
     let format = stored.launched()?;
     let lab = Lab::open(backend, Dtype::Bf16)?;
-    let plan = EncodeShape { format, dtype: Dtype::F32, seqs: 1, heads: 1, rows: n, dim: d }.plan(&lab.device)?;
-    if n == 0 {
-        return Ok((Vec::new(), 0));
+    // Channel-wise, what is left after the whole groups stays as it is.
+    let group = if format.codec.is_channel_wise() { format.group_of(d) } else { 1 };
+    let left = n % group;
+    let plan = EncodeShape { format, dtype: Dtype::F32, seqs: 1, heads: 1, rows: n - left, dim: d }.plan(&lab.device)?;
+    let bytes = stored.storage().format.stored_bytes(n, d, dtype, 0);
+    if n == left {
+        return Ok((values.to_vec(), bytes));
     }
-    let x = lab.upload(values)?;
-    let (row, params) = (format.row_bytes(d), format.params_bytes(d));
-    let mut held = lab.device.alloc(n * (row + params))?;
-    let mut out = lab.device.alloc(4 * n * d)?;
-    let rows = Rows::contiguous(None, n);
-    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n, row, params), None)?;
-    plan.decode(&lab.stream, &rows, &pool(held.view(), n, row, params), None, &mut out.view_mut())?;
-    Ok((lab.download(&out)?, n * (row + params)))
+    let (x, held_bytes) = (lab.upload(&values[..(n - left) * d])?, format.stored(d));
+    let mut held = lab.device.alloc(held_bytes.bytes(n - left))?;
+    let mut out = lab.device.alloc(4 * (n - left) * d)?;
+    let rows = Rows::contiguous(None, n - left);
+    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n - left, held_bytes), None)?;
+    plan.decode(&lab.stream, &rows, &pool(held.view(), n - left, held_bytes), None, &mut out.view_mut())?;
+    let mut decoded: Vec<f32> = lab.download(&out)?;
+    decoded.extend_from_slice(&values[(n - left) * d..]);
+    Ok((decoded, bytes))
 }
 
 /// `n` rows, then their scales and zeros.
-fn pool<M: kvlar::Memory>(data: M, n: usize, row: usize, params: usize) -> Pool<M> {
-    Pool { params_offset: n * row, params_stride: params, ..Pool::contiguous(data, 1, n, row) }
+fn pool<M: kvlar::Memory>(data: M, n: usize, stored: kvlar::Stored) -> Pool<M> {
+    Pool { params_offset: n * stored.row, params_stride: stored.params, ..Pool::contiguous(data, 1, n, stored.row) }
 }

@@ -1,8 +1,7 @@
 //! On a device: fused where a kernel takes the pair of formats, else decoded first and attended densely.
 
+use super::super::Result;
 use super::super::attend::Lab;
-use super::super::formats::Stored;
-use super::super::{OpError, Result};
 use super::{Dims, Inputs, Outputs};
 use crate::backend::Backend;
 use kvlar::{
@@ -26,35 +25,37 @@ impl Inputs {
         }
     }
 
-    /// Sinks, body, recent rows of each (sequence, head).
-    fn parts(&self) -> [Part; 3] {
-        let heads = self.dims.b * self.dims.hk;
-        let part = |of: &dyn Fn(usize) -> (usize, usize)| {
-            let all: Vec<_> = (0..heads).map(|h| of(self.length(h))).collect();
-            Part { first: all.iter().map(|x| x.0).collect(), len: all.iter().map(|x| (x.1 - x.0) as i32).collect() }
-        };
-        let sinks = |n: usize| self.sink_rows.min(n);
-        let recent = |n: usize| n - self.recent_rows.min(n - sinks(n));
-        [part(&|n| (0, sinks(n))), part(&|n| (sinks(n), recent(n))), part(&|n| (recent(n), n))]
+    /// Rows of each (sequence, head), from what `of` its length says.
+    fn part(&self, of: impl Fn(usize) -> (usize, usize)) -> Part {
+        let all: Vec<_> = (0..self.dims.b * self.dims.hk).map(|h| of(self.length(h))).collect();
+        Part { first: all.iter().map(|x| x.0).collect(), len: all.iter().map(|x| (x.1 - x.0) as i32).collect() }
     }
 
-    /// A part's rows of `x [B, Hk, T, dim]`, moved to the start of each head; zeros behind them.
-    fn gathered(&self, part: &Part, x: &[f32], dim: usize) -> Vec<f32> {
-        let t = self.dims.t;
-        let mut all = vec![0f32; part.len.len() * t.max(1) * dim];
+    /// Of `n` rows, those that are encoded on one side: behind the sinks, before the recent rows; channel-wise, whole groups.
+    fn encoded(&self, side: &Side<'_>, n: usize) -> (usize, usize) {
+        let start = self.sink_rows.min(n);
+        let mut end = n.saturating_sub(self.recent_rows).max(start);
+        if side.format.codec.is_channel_wise() {
+            end -= (end - start) % side.format.group_of(side.dim);
+        }
+        (start, end)
+    }
+
+    /// A part's rows of `x [B, Hk, T, dim]`, moved to the start of each head's `rows`; zeros behind them.
+    fn gathered(&self, part: &Part, x: &[f32], (rows, dim): (usize, usize)) -> Vec<f32> {
+        let mut all = vec![0f32; part.len.len() * rows * dim];
         for (head, (&first, &len)) in part.first.iter().zip(&part.len).enumerate() {
-            let from = &x[(head * t + first) * dim..][..len as usize * dim];
-            all[head * t.max(1) * dim..][..from.len()].copy_from_slice(from);
+            let from = &x[(head * self.dims.t + first) * dim..][..len as usize * dim];
+            all[head * rows * dim..][..from.len()].copy_from_slice(from);
         }
         all
     }
 
     /// Puts decoded rows of a part back to where they were in `to [B, Hk, T, dim]`.
-    fn scatter(&self, part: &Part, decoded: &[f32], dim: usize, to: &mut [f32]) {
-        let t = self.dims.t;
+    fn scatter(&self, part: &Part, decoded: &[f32], (rows, dim): (usize, usize), to: &mut [f32]) {
         for (head, (&first, &len)) in part.first.iter().zip(&part.len).enumerate() {
-            let from = &decoded[head * t.max(1) * dim..][..len as usize * dim];
-            to[(head * t + first) * dim..][..from.len()].copy_from_slice(from);
+            let from = &decoded[head * rows * dim..][..len as usize * dim];
+            to[(head * self.dims.t + first) * dim..][..from.len()].copy_from_slice(from);
         }
     }
 
@@ -73,32 +74,51 @@ impl Inputs {
     }
 }
 
-/// Rows of one part on the device.
-struct Uploaded {
+/// Keys, or values.
+#[derive(Clone, Copy)]
+struct Side<'a> {
+    format: Format,
+    dim: usize,
+    /// Of fp8 rows.
+    scales: Option<&'a Buffer>,
+}
+
+impl Side<'_> {
+    /// Rows of a head of which up to `t` are held: whole groups.
+    fn capacity(&self, t: usize) -> usize {
+        let group = if self.format.codec.is_channel_wise() { self.format.group_of(self.dim) } else { 1 };
+        t.max(1).next_multiple_of(group)
+    }
+
+    /// `[B, Hk]` rows next to each other, then their scales and zeros.
+    fn pool<M: kvlar::Memory>(&self, data: M, heads: usize, t: usize) -> Pool<M> {
+        let (rows, stored) = (self.capacity(t), self.format.stored(self.dim));
+        let head_stride = stored.bytes(rows).next_multiple_of(16);
+        Pool {
+            seq_stride: heads * head_stride,
+            head_stride,
+            params_offset: rows * stored.row,
+            params_stride: stored.params,
+            ..Pool::contiguous(data, heads, rows, stored.row)
+        }
+    }
+
+    fn bytes(&self, heads: usize, t: usize) -> usize {
+        heads * self.format.stored(self.dim).bytes(self.capacity(t)).next_multiple_of(16)
+    }
+}
+
+/// A segment on the device.
+struct Uploaded<'a> {
     lengths: Buffer,
     positions: Option<Buffer>,
-    formats: [Format; 2],
-    keys: Buffer,
-    values: Buffer,
+    sides: [Side<'a>; 2],
+    stored: [Buffer; 2],
 }
 
 struct Session<'a> {
     i: &'a Inputs,
-    lab: Lab,
-    scales: [Option<Buffer>; 2],
-}
-
-/// `[B, Hk]` rows next to each other, then their scales and zeros.
-fn pool<M: kvlar::Memory>(data: M, (heads, rows): (usize, usize), format: Format, dim: usize) -> Pool<M> {
-    let (row, params) = (format.row_bytes(dim), format.params_bytes(dim));
-    let head_stride = (rows * (row + params)).next_multiple_of(16);
-    Pool {
-        seq_stride: heads * head_stride,
-        head_stride,
-        params_offset: rows * row,
-        params_stride: params,
-        ..Pool::contiguous(data, heads, rows, row)
-    }
+    lab: &'a Lab,
 }
 
 impl Session<'_> {
@@ -114,43 +134,34 @@ impl Session<'_> {
         }
     }
 
-    /// Encodes dense rows `[B, Hk, T, dim]`; gives them and what they decode to.
-    fn encode(
-        &self,
-        x: &[f32],
-        lengths: View<'_>,
-        format: Format,
-        dim: usize,
-        scales: Option<View<'_>>,
-    ) -> Result<(Buffer, Vec<f32>)> {
-        let Dims { b, hk, t, .. } = self.i.dims;
-        let rows = t.max(1);
-        let bytes = b * hk * (rows * (format.row_bytes(dim) + format.params_bytes(dim))).next_multiple_of(16);
-        let (mut stored, mut out) = (self.lab.device.alloc(bytes)?, self.lab.device.alloc(4 * b * hk * rows * dim)?);
-        let plan = EncodeShape { format, dtype: Dtype::F32, seqs: b, heads: hk, rows, dim }.plan(&self.lab.device)?;
-        let (x, shape) = (self.lab.upload(x)?, (hk, rows));
-        plan.encode(&self.lab.stream, x.view(), &self.rows(lengths, None), &pool(stored.view_mut(), shape, format, dim), scales)?;
-        let held = self.rows(lengths, None);
-        plan.decode(&self.lab.stream, &held, &pool(stored.view(), shape, format, dim), scales, &mut out.view_mut())?;
-        let decoded = self.lab.download(&out)?;
-        Ok((stored, decoded))
+    /// Encodes a part's rows of `x [B, Hk, T, dim]` at the start of each head; gives them, and puts what they decode to at
+    /// their places in `decoded`.
+    fn encode(&self, part: &Part, x: &[f32], side: &Side<'_>, decoded: &mut [f32]) -> Result<Buffer> {
+        let (Dims { b, hk, t, .. }, lab) = (self.i.dims, self.lab);
+        let (shape, scales) = ((side.capacity(t), side.dim), side.scales.map(Buffer::view));
+        let encode = EncodeShape { format: side.format, dtype: Dtype::F32, seqs: b, heads: hk, rows: shape.0, dim: side.dim };
+        let plan = encode.plan(&lab.device)?;
+        let mut stored = lab.device.alloc(b * side.bytes(hk, t))?;
+        let mut out = lab.device.alloc(4 * b * hk * shape.0 * shape.1)?;
+        let rows = Rows::contiguous(None, shape.0);
+        let x = lab.upload(&self.i.gathered(part, x, shape))?;
+        plan.encode(&lab.stream, x.view(), &rows, &side.pool(stored.view_mut(), hk, t), scales)?;
+        plan.decode(&lab.stream, &rows, &side.pool(stored.view(), hk, t), scales, &mut out.view_mut())?;
+        self.i.scatter(part, &lab.download(&out)?, shape, decoded);
+        Ok(stored)
     }
 
-    fn upload(&self, part: &Part, formats: [Format; 2], decoded: [&mut [f32]; 2]) -> Result<Uploaded> {
-        let (i, [d, dv]) = (self.i, [self.i.dims.d, self.i.dims.dv]);
-        let lengths = self.lab.upload(&part.len)?;
-        let mut sides = Vec::new();
-        for (((format, dim), x), (scales, to)) in
-            formats.into_iter().zip([d, dv]).zip([&i.k, &i.v]).zip(self.scales.iter().zip(decoded))
-        {
-            let scales = scales.as_ref().filter(|_| format.codec == Codec::Fp8).map(Buffer::view);
-            let (stored, rows) = self.encode(&i.gathered(part, x, dim), lengths.view(), format, dim, scales)?;
-            i.scatter(part, &rows, dim, to);
-            sides.push(stored);
-        }
-        let [keys, values] = <[Buffer; 2]>::try_from(sides).map_err(|_| OpError::Other("two sides".into()))?;
-        let positions = i.positions(part).map(|p| self.lab.upload(&p)).transpose()?;
-        Ok(Uploaded { lengths, positions, formats, keys, values })
+    /// A segment of a part's rows; of `k` and `v` as they are encoded already.
+    fn segment<'b>(&self, part: &Part, sides: [Side<'b>; 2], stored: [Buffer; 2]) -> Result<Uploaded<'b>> {
+        let positions = self.i.positions(part).map(|p| self.lab.upload(&p)).transpose()?;
+        Ok(Uploaded { lengths: self.lab.upload(&part.len)?, positions, sides, stored })
+    }
+
+    /// A segment of a part's rows that are stored as they are in `k` and `v`.
+    fn exact<'b>(&self, part: &Part, sides: [Side<'b>; 2], [k, v]: [&[f32]; 2]) -> Result<Uploaded<'b>> {
+        let mut unused = [vec![0f32; k.len()], vec![0f32; v.len()]];
+        let stored = [self.encode(part, k, &sides[0], &mut unused[0])?, self.encode(part, v, &sides[1], &mut unused[1])?];
+        self.segment(part, sides, stored)
     }
 
     fn plan(&self, parts: &[[Format; 2]], int8_queries: bool) -> kvlar::Result<AttendPlan> {
@@ -173,21 +184,16 @@ impl Session<'_> {
         .plan(&self.lab.device)
     }
 
-    /// Attends over the parts, one segment each.
-    fn attend(&self, plan: &AttendPlan, parts: &[Uploaded]) -> Result<(Vec<f32>, Vec<f32>)> {
-        let (Dims { b, hq, hk, s, t, d, dv }, c, lab) = (self.i.dims, &self.i.common, &self.lab);
-        let shape = (hk, t.max(1));
+    /// Attends over the segments.
+    fn attend(&self, plan: &AttendPlan, parts: &[Uploaded<'_>]) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (Dims { b, hq, hk, s, t, dv, .. }, c, lab) = (self.i.dims, &self.i.common, self.lab);
         let segments: Vec<Segment<'_>> = parts
             .iter()
-            .map(|p| {
-                let scales =
-                    |side: usize| self.scales[side].as_ref().filter(|_| p.formats[side].codec == Codec::Fp8).map(Buffer::view);
-                Segment {
-                    rows: self.rows(p.lengths.view(), p.positions.as_ref().map(Buffer::view)),
-                    keys: pool(p.keys.view(), shape, p.formats[0], d),
-                    values: pool(p.values.view(), shape, p.formats[1], dv),
-                    tables: Tables { keys: scales(0), values: scales(1) },
-                }
+            .map(|p| Segment {
+                rows: self.rows(p.lengths.view(), p.positions.as_ref().map(Buffer::view)),
+                keys: p.sides[0].pool(p.stored[0].view(), hk, t),
+                values: p.sides[1].pool(p.stored[1].view(), hk, t),
+                tables: Tables { keys: p.sides[0].scales.map(Buffer::view), values: p.sides[1].scales.map(Buffer::view) },
             })
             .collect();
         let q = lab.upload_as(&self.i.q, c.dtype)?;
@@ -212,39 +218,48 @@ impl Session<'_> {
     }
 }
 
-/// Encodes the body, decodes it for the report, and attends.
+/// Encodes what is not exact, decodes it for the report, and attends.
 pub fn run(i: &Inputs, backend: Backend) -> Result<Outputs> {
-    let Dims { b, hq, hk, s, t, d, dv } = i.dims;
+    let Dims { b, hq, s, t, d, dv, .. } = i.dims;
     let formats = [i.keys.launched()?, i.values.launched()?];
-    let lab = Lab::open(backend, i.common.dtype)?;
+    let lab = &Lab::open(backend, i.common.dtype)?;
     let native = Format::from(if i.common.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 });
-    let scale = |stored: &Stored| stored.upload_scales(&lab);
-    let scales = [scale(&i.keys)?, scale(&i.values)?];
-    let session = Session { i, lab, scales };
-    let exact = i.sink_rows + i.recent_rows > 0;
+    let scales = [i.keys.upload_scales(lab)?, i.values.upload_scales(lab)?];
+    let side = |format, dim, scales| Side { format, dim, scales };
+    let sides = [side(formats[0], d, scales[0].as_ref()), side(formats[1], dv, scales[1].as_ref())];
+    let plain = [side(native, d, None), side(native, dv, None)];
+    let session = Session { i, lab };
+    // Rows of whole groups leave some exact, beside those that are meant to be.
+    let exact = i.sink_rows + i.recent_rows > 0 || formats.iter().any(|f| f.codec.is_channel_wise());
     let kinds: &[[Format; 2]] = if exact { &[[native; 2], formats, [native; 2]] } else { &[formats] };
     let fused = session.plan(kinds, i.int8_query);
-    let (mut k_decoded, mut v_decoded) = (vec![0f32; b * hk * t * d], vec![0f32; b * hk * t * dv]);
+    let (mut k_decoded, mut v_decoded) = (i.k.clone(), i.v.clone());
+    for (x, dim) in [(&mut k_decoded, d), (&mut v_decoded, dv)] {
+        for (head, rows) in x.chunks_mut((t * dim).max(1)).enumerate() {
+            rows[i.length(head) * dim..].fill(0.0);
+        }
+    }
     if b * hq * s == 0 {
         return Ok(Outputs { out: Vec::new(), lse: Vec::new(), k_decoded, v_decoded });
     }
-    let [sinks, body, recent] = i.parts();
-    let parts = if exact { vec![sinks, body, recent] } else { vec![body] };
-    let mut uploaded = Vec::new();
-    for (part, kind) in parts.iter().zip(kinds) {
-        uploaded.push(session.upload(part, *kind, [&mut k_decoded, &mut v_decoded])?);
-    }
+    let [k, v] = sides.each_ref().map(|side| i.part(|n| i.encoded(side, n)));
+    let stored = [session.encode(&k, &i.k, &sides[0], &mut k_decoded)?, session.encode(&v, &i.v, &sides[1], &mut v_decoded)?];
     let (out, lse) = match fused {
-        Ok(plan) => session.attend(&plan, &uploaded)?,
+        Ok(plan) => {
+            let end = |n: usize| i.encoded(&sides[0], n).1.min(i.encoded(&sides[1], n).1);
+            let mut segments = vec![session.segment(&i.part(|n| (i.encoded(&sides[0], n).0, end(n))), sides, stored)?];
+            if exact {
+                // Behind the body one side may be encoded: what it decodes to is stored as it is.
+                let rows = [&k_decoded[..], &v_decoded[..]];
+                segments.insert(0, session.exact(&i.part(|n| (0, i.sink_rows.min(n))), plain, rows)?);
+                segments.push(session.exact(&i.part(|n| (end(n), n)), plain, rows)?);
+            }
+            session.attend(&plan, &segments)?
+        }
         Err(kvlar::Error::Unsupported { .. }) if !i.int8_query => {
             // Decoded rows, as they would be stored without a codec.
-            let all = Part { first: vec![0; b * hk], len: (0..b * hk).map(|h| i.length(h) as i32).collect() };
-            let decoded = Inputs { k: k_decoded.clone(), v: v_decoded.clone(), ..i.clone() };
-            let dense = Session { i: &decoded, lab: session.lab, scales: [None, None] };
-            let plan = dense.plan(&[[native; 2]], false)?;
-            let (mut k, mut v) = (vec![0f32; k_decoded.len()], vec![0f32; v_decoded.len()]);
-            let rows = dense.upload(&all, [native; 2], [&mut k, &mut v])?;
-            dense.attend(&plan, &[rows])?
+            let plan = session.plan(&[[native; 2]], false)?;
+            session.attend(&plan, &[session.exact(&i.part(|n| (0, n)), plain, [&k_decoded, &v_decoded])?])?
         }
         Err(e) => return Err(e.into()),
     };
