@@ -310,6 +310,25 @@ typedef struct {
 } KvlarAppend;
 KVLAR_CHECK_SIZE(KvlarAppend, 376);
 
+// append_groups: append of rows that stay as they are for now, and rows that have stayed long enough encoded, several at a
+// time. Rows are counted from the first that is ever encoded; those before it (sinks) are negative.
+typedef struct {
+  KvlarAppend exact;             // where new rows stay; its formats are the type of k and v
+  KvlarRows rows;                // of encoded rows; lengths and positions are not used
+  KvlarPool key_pool;
+  KvlarPool value_pool;
+  KvlarFormat key_format;        // channel-wise: of groups of pack_rows rows
+  KvlarFormat value_format;
+  KVLAR_ADDR(const int32_t) source;   // [seqs][source_pages]: pages of exact.key_pool and value_pool that hold earlier rows
+  KVLAR_ADDR(const int32_t) packing;  // [seqs] (rows before this step, row that `source` begins with, first row to encode,
+                                      // how many, a multiple of pack_rows; the first too)
+  uint32_t source_pages;
+  uint32_t pack_rows;            // rows that are encoded together; pages hold multiples of it
+  uint32_t max_packs;            // of a sequence in one launch
+  uint32_t row_ctas;             // CTAs before those that encode
+} KvlarAppendGroups;
+KVLAR_CHECK_SIZE(KvlarAppendGroups, 632);
+
 // encode: dense rows to stored rows; decode: stored rows to dense fp32.
 typedef struct {
   KvlarRows rows;    // of encode only the table and the page size are used

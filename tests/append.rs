@@ -22,7 +22,7 @@ const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
 
 fn codecs_and_dims(lab: &Lab) {
     for dtype in DTYPES {
-        for codec in Codec::ALL {
+        for codec in Codec::ALL.into_iter().filter(|c| !c.is_channel_wise()) {
             for dim in [8, 64, 80, 96, 128, 256] {
                 Case::new(dtype, codec, dim).check(lab);
             }

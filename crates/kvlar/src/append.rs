@@ -152,6 +152,16 @@ impl AppendPlan {
     /// # Errors
     /// [`crate::Error::Bounds`], [`crate::Error::Alignment`], [`crate::Error::Invalid`] for arguments that do not fit the plan.
     pub fn launch(&self, stream: &Stream, args: &mut AppendArgs<'_>, workspace: &mut Workspace) -> Result<()> {
+        let params = self.params(args, workspace)?;
+        // SAFETY: every address was checked against the shape.
+        unsafe { self.launch_raw(stream, &params) }
+    }
+
+    /// Checks the arguments and gives the kernel's parameter struct.
+    ///
+    /// # Errors
+    /// Those of [`AppendPlan::launch`].
+    pub fn params(&self, args: &mut AppendArgs<'_>, workspace: &mut Workspace) -> Result<abi::KvlarAppend> {
         let s = &self.shape;
         let (tokens, heads) = (s.seqs * s.new_rows, s.kv_heads);
         let k_strides = args.k_strides.unwrap_or(Strides::heads_first(heads, s.new_rows, s.head_dim));
@@ -171,7 +181,7 @@ impl AppendPlan {
         let n = s.new_rows as i64;
         let (k_seq_stride, k_head_stride, k_row_stride) = k_strides.abi();
         let (v_seq_stride, v_head_stride, v_row_stride) = v_strides.abi();
-        let params = abi::KvlarAppend {
+        Ok(abi::KvlarAppend {
             rows: rows.abi(),
             key_pool: args.keys.abi(),
             value_pool: args.values.abi(),
@@ -197,9 +207,7 @@ impl AppendPlan {
             head_dim: s.head_dim as u32,
             value_dim: s.value_dim as u32,
             dtype: s.dtype.abi(),
-        };
-        // SAFETY: every address was checked against the shape above.
-        unsafe { self.launch_raw(stream, &params) }
+        })
     }
 
     /// Enqueues with the caller's own parameter struct, for engines with their own tensors and strides.

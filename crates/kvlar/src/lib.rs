@@ -20,6 +20,7 @@
 //! [`Device::reference`] (plain Rust, which interprets the same parameter structs).
 
 mod append;
+mod append_groups;
 mod append_lowrank;
 mod attend;
 mod attend_lowrank;
@@ -37,6 +38,7 @@ mod transcode;
 mod workspace;
 
 pub use append::{AppendArgs, AppendPlan, AppendShape, Rope};
+pub use append_groups::{AppendGroupsArgs, AppendGroupsPlan, AppendGroupsShape};
 pub use append_lowrank::{AppendLowrankArgs, AppendLowrankPlan, AppendLowrankShape, SideArgs, SideShape};
 pub use attend::{AttendArgs, AttendPlan, AttendShape, MAX_SEGMENTS, Schedule, Segment, SegmentShape, WorkList};
 pub use attend_lowrank::{

@@ -11,7 +11,8 @@ fn of<'a>(ops: &'a [Op], name: &str) -> &'a Op {
 /// An entry point's op: behind its name comes nothing, a type, what quantized rows share, or the schedule. So `kvlar_attend_lowrank_…` is none of `attend`.
 fn op_of(entry: &str, ops: &[Op]) -> Option<&'static str> {
     let rest = entry.strip_prefix("kvlar_")?;
-    let variant = |r: &str| r.is_empty() || ["_bf16", "_f16", "_quantized", "_channels", "_schedule"].iter().any(|v| r.starts_with(v));
+    let variant =
+        |r: &str| r.is_empty() || ["_bf16", "_f16", "_quantized", "_channels", "_schedule"].iter().any(|v| r.starts_with(v));
     ops.iter().find(|o| rest.strip_prefix(o.name).is_some_and(variant)).map(|o| o.name)
 }
 

@@ -24,6 +24,7 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
     match entry {
         "kvlar_attend_schedule" | "kvlar_attend_lowrank_schedule" => Ok(()), // rows are not shared among CTAs here
         "kvlar_append" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
+        "kvlar_append_groups" => unsafe { write::append_groups(&pod_read_unaligned::<abi::KvlarAppendGroups>(params)) },
         "kvlar_encode" => unsafe { write::encode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_encode_channels" => unsafe { write::encode_groups(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_decode" => unsafe { write::decode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },

@@ -1,7 +1,7 @@
 //! append, encode and decode.
 
 use super::memory::{dense, int, store_dense, write};
-use super::rows::{HeadRows, dtype, report};
+use super::rows::{HeadRows, Place, codec, dtype, report};
 use crate::{Result, abi};
 use kvlar_reference::{Rope, RopeLayout};
 
@@ -47,6 +47,88 @@ pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// # Safety
+/// As for [`super::run`].
+pub unsafe fn append_groups(p: &abi::KvlarAppendGroups) -> Result<()> {
+    let pack_rows = i64::from(p.pack_rows);
+    for (seq, head) in pairs(p.exact.seqs, p.exact.kv_heads) {
+        let [before, source_first, first, count] = [0, 1, 2, 3].map(|i| i64::from(unsafe { int(p.packing, 4 * seq + i) }));
+        for pack in 0..(count / pack_rows).min(i64::from(p.max_packs)) {
+            let first = first + pack * pack_rows;
+            if first + pack_rows > i64::from(p.rows.max_rows) {
+                unsafe { report(p.exact.status, abi::KVLAR_STATUS_BAD_SLOT) };
+                continue;
+            }
+            let keys = HeadRows { rows: &p.rows, pool: &p.key_pool, seq, head, status: p.exact.status };
+            let values = HeadRows { pool: &p.value_pool, ..keys };
+            let (Some(place), Some(_)) = (unsafe { keys.place(first as usize) }, unsafe { values.place(first as usize) }) else {
+                continue;
+            };
+            for (to, format, is_values) in [(keys, &p.key_format, false), (values, &p.value_format, true)] {
+                let row = |row| unsafe { packed_row(p, (seq, head), (before, source_first), row, is_values) };
+                let rows: Vec<Vec<f32>> = (first..first + pack_rows).map(row).collect::<Result<_>>()?;
+                if codec(format.codec)?.is_channel_wise() {
+                    let dim = rows.first().map_or(0, Vec::len);
+                    unsafe { to.store_group(place, &rows.concat(), format, dim)? };
+                    continue;
+                }
+                for (i, x) in rows.iter().enumerate() {
+                    let place = Place { in_page: place.in_page + i as i64, ..place };
+                    unsafe { to.store(place, x, format)? };
+                }
+            }
+        }
+    }
+    unsafe { append(&p.exact) }
+}
+
+/// A row that is encoded: of this step, rounded as if it had been stored, or of an earlier one.
+///
+/// # Safety
+/// As for [`super::run`].
+unsafe fn packed_row(
+    p: &abi::KvlarAppendGroups,
+    (seq, head): (i64, i64),
+    (before, source_first): (i64, i64),
+    row: i64,
+    values: bool,
+) -> Result<Vec<f32>> {
+    let (e, dtype) = (&p.exact, dtype(p.exact.dtype)?);
+    if row >= before {
+        let row = row - before;
+        if values {
+            return Ok(unsafe {
+                dense(e.v, seq * e.v_seq_stride + head * e.v_head_stride + row * e.v_row_stride, e.value_dim as usize, dtype)
+            });
+        }
+        let at = seq * e.k_seq_stride + head * e.k_head_stride + row * e.k_row_stride;
+        let k = unsafe { dense(e.k, at, e.head_dim as usize, dtype) };
+        let position = unsafe { int(e.positions, seq * i64::from(e.new_rows) + row) };
+        let rotated = unsafe { rope(&e.rope) }.rotate(&k, i64::from(position));
+        return Ok(rotated.into_iter().map(|x| if dtype == crate::Dtype::F16 { f16_of(x) } else { bf16_of(x) }).collect());
+    }
+    let (pool, format, dim) = match values {
+        true => (&e.value_pool, &e.value_format, e.value_dim as usize),
+        false => (&e.key_pool, &e.key_format, e.head_dim as usize),
+    };
+    let (index, log2) = (row - source_first, e.rows.page_rows_log2);
+    let page = i64::from(unsafe { int(p.source, seq * i64::from(p.source_pages) + (index >> log2)) });
+    if page < 0 || page >= i64::from(pool.page_count) {
+        unsafe { report(e.status, abi::KVLAR_STATUS_BAD_PAGE) };
+        return Ok(vec![0.0; dim]);
+    }
+    let place = Place { page, in_page: index & ((1 << log2) - 1) };
+    unsafe { HeadRows { rows: &e.rows, pool, seq, head, status: e.status }.load(place, format, dim) }
+}
+
+fn bf16_of(x: f32) -> f32 {
+    half::bf16::from_f32(x).to_f32()
+}
+
+fn f16_of(x: f32) -> f32 {
+    half::f16::from_f32(x).to_f32()
 }
 
 /// # Safety

@@ -1,0 +1,58 @@
+// The rows that append writes; see append.cu.
+#pragma once
+#include "device/rope.cuh"
+#include "device/row_codec.cuh"
+
+namespace kvlar {
+
+// A new key's dims of the lane, rotated to its position. `scratch` is the warp's.
+__device__ inline void load_new_key(float (&x)[kLaneDims], const KvlarAppend& p, int seq, int head, int row, float* scratch, int lane) {
+  const uint16_t* k = static_cast<const uint16_t*>(p.k) + seq * p.k_seq_stride + head * p.k_head_stride + row * p.k_row_stride;
+  load_dense(x, k, p.dtype, int(p.head_dim), lane);
+  if (p.rope.layout == KVLAR_ROPE_NONE) return;
+  const int position = __ldg(p.positions + int64_t(seq) * p.new_rows + row);
+#pragma unroll
+  for (int i = 0; i < kLaneDims; ++i) scratch[kLaneDims * lane + i] = x[i];
+  __syncwarp();
+  if (kLaneDims * lane < int(p.head_dim))
+#pragma unroll
+    for (int i = 0; i < kLaneDims; ++i) x[i] = rotated(p.rope, scratch, kLaneDims * lane + i, position);
+  __syncwarp();
+}
+
+__device__ inline void load_new_value(float (&x)[kLaneDims], const KvlarAppend& p, int seq, int head, int row, int lane) {
+  const uint16_t* v = static_cast<const uint16_t*>(p.v) + seq * p.v_seq_stride + head * p.v_head_stride + row * p.v_row_stride;
+  load_dense(x, v, p.dtype, int(p.value_dim), lane);
+}
+
+// The warp's row of one head, of those that CTA `cta` takes. No barriers of the CTA: warps without a row return.
+__device__ inline void append_row(const KvlarAppend& p, int64_t cta, float (&scratch)[4][kMaxDim]) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int64_t index = cta * 4 + warp;
+  if (index >= int64_t(p.seqs) * p.kv_heads * p.new_rows) return;
+  const int row = int(index % p.new_rows), head = int(index / p.new_rows % p.kv_heads), seq = int(index / p.new_rows / p.kv_heads);
+  const int slot = __ldg(p.slots + seq * p.slot_seq_stride + head * p.slot_head_stride + row);
+  if (slot < 0) return;
+  if (slot >= int(p.rows.max_rows)) {
+    if (p.status && lane == 0) atomicOr(p.status, uint32_t(KVLAR_STATUS_BAD_SLOT));
+    return;
+  }
+  const int page = checked_page(p.rows, min(p.key_pool.page_count, p.value_pool.page_count), seq, head, slot, p.status);
+  if (page < 0) return;
+  const int in_page = slot & ((1 << p.rows.page_rows_log2) - 1), position = __ldg(p.positions + int64_t(seq) * p.new_rows + row);
+
+  float x[kLaneDims];
+  load_new_key(x, p, seq, head, row, scratch[warp], lane);
+  store_row(place_row(p.key_pool, p.key_format, seq, head, page, in_page), p.key_format, head, x, scratch[warp], int(p.head_dim), lane);
+
+  load_new_value(x, p, seq, head, row, lane);
+  store_row(place_row(p.value_pool, p.value_format, seq, head, page, in_page), p.value_format, head, x, scratch[warp], int(p.value_dim), lane);
+
+  // One write a stored row: heads that share pages share its position.
+  const bool own_pages = p.rows.table_head_stride != 0 || p.rows.position_head_stride != 0;
+  if (p.rows.positions && lane == 0 && (head == 0 || own_pages))
+    p.rows.positions[seq * p.rows.position_seq_stride + head * p.rows.position_head_stride +
+                     (int64_t(page) << p.rows.page_rows_log2) + in_page] = position;
+}
+
+}  // namespace kvlar
