@@ -98,7 +98,7 @@ pub fn exact_plan(factor: f32, (sink_rows, recent_rows): (usize, usize)) -> Plan
         method: "recalkv".into(),
         fingerprint: "a model".into(),
         model: ModelShape { layers: LAYERS, layer, hidden: 64, rope: RopePairs { rotary_dim: 0, layout: PairLayout::Half } },
-        config: RecalkvConfig::default(),
+        config: RecalkvConfig::default().into(),
         sink_rows,
         recent_rows,
         layers: vec![
