@@ -97,6 +97,35 @@ fn a_batch_holds_one_work_list_a_pair_of_formats() {
     assert!(bytes(0, 1) > bytes(0, 0));
 }
 
+/// A step's work list is made anew: one batch for all steps gives what a new one for each does, once a
+/// sequence has more rows than a tile.
+#[test]
+fn batches_are_used_again() {
+    for device in devices() {
+        let stream = device.stream().unwrap();
+        let p = quantized([
+            (side(QuantizedCodec::Int8), side(QuantizedCodec::Int8)),
+            (side(QuantizedCodec::Int4), side(QuantizedCodec::Int4)),
+        ]);
+        let run = |again: bool| {
+            let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
+            let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
+            let (a, b) = (lab.create(), lab.create());
+            let mut batch = lab.cache.batch(BatchShape::new(2, 24, Q_HEADS)).unwrap();
+            let mut all = Vec::new();
+            for new in [[(a, 24), (b, 3)], [(b, 12), (a, 24)], [(a, 24), (b, 1)], [(b, 9), (a, 24)]] {
+                if !again {
+                    batch = lab.cache.batch(BatchShape::new(2, 24, Q_HEADS)).unwrap();
+                }
+                lab.extend_in(&mut batch, &new).unwrap();
+                all.extend(lab.outputs.concat());
+            }
+            all
+        };
+        assert_eq!(run(true), run(false));
+    }
+}
+
 #[test]
 fn what_no_cache_keeps_yet_is_named() {
     let device = Device::reference();
