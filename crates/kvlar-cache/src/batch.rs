@@ -3,6 +3,7 @@
 use crate::error::invalid;
 use crate::exact::ExactShape;
 use crate::layer::{Layer, native};
+use crate::quantized::QuantizedBatch;
 use crate::tables::Tables;
 use crate::{CacheConfig, Result, SeqId};
 use kvlar::{
@@ -64,6 +65,8 @@ pub struct Batch {
     pub(crate) lowrank: Vec<Option<LowrankPlans>>,
     /// Work lists of low-rank layers, and whether each is that of this step; layers that differ in ranks alone share one.
     pub(crate) lowrank_work: Vec<(WorkList, bool)>,
+    /// Of layers that keep codes as a plan says.
+    pub(crate) quantized: QuantizedBatch,
     /// Bytes of those lists and of `work`.
     work_bytes: usize,
     pub(crate) tables: Tables,
@@ -117,7 +120,8 @@ impl Batch {
             ..attend
         };
         let attend = attend_shape.plan(device)?;
-        let mut workspace = attend.workspace();
+        let quantized = QuantizedBatch::new(device, &config, append, attend_shape, layers)?;
+        let mut workspace = attend.workspace().max(quantized.workspace());
         let (mut lowrank, mut lists) = (Vec::new(), Vec::<(LowrankPlan, WorkList)>::new());
         for layer in layers {
             let Some(l) = &layer.lowrank else {
@@ -145,7 +149,10 @@ impl Batch {
             shape,
             cache,
             append: append.plan(device)?,
-            work_bytes: attend.work_list_bytes() + lists.iter().map(|(plan, _)| plan.work_list_bytes()).sum::<usize>(),
+            work_bytes: attend.work_list_bytes()
+                + quantized.work_bytes()
+                + lists.iter().map(|(plan, _)| plan.work_list_bytes()).sum::<usize>(),
+            quantized,
             append_exact: if exact.any() { Some(append_exact.plan(device)?) } else { None },
             work: attend.work_list(device)?,
             workspace: Workspace::new(device, workspace.max(WorkspaceSize::default()))?,

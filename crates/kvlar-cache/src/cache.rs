@@ -69,12 +69,14 @@ impl Cache {
         Ok(Self::of(device, config, ExactShape::default(), layers))
     }
 
-    /// Allocates a pool for rows as a plan says, and uploads its matrices. `config.keys` and
-    /// `config.values` are not used: dense layers keep the type of the model. Sink and recent rows of the plan stay exact beside latents, for `config.max_seqs` sequences
-    /// ([`Cache::exact_rows`]). Whether the plan was fitted to the model is for [`Plan::check_model`] to say.
+    /// Allocates a pool for rows as a plan says, and uploads its matrices and codebooks. `config.keys` and `config.values`
+    /// are not used: dense layers keep the type of the model, layers of codes each their own formats. Sink and recent rows of
+    /// the plan stay exact beside latents, for `config.max_seqs` sequences ([`Cache::exact_rows`]). Whether the plan was
+    /// fitted to the model is for [`Plan::check_model`] to say.
     ///
     /// # Errors
-    /// [`CacheError::Invalid`] also for a plan of another number of layers, kv heads or dimensions, whatever its layers keep.
+    /// [`CacheError::Invalid`] also for a plan of another number of layers, kv heads or dimensions, whatever its layers keep;
+    /// [`CacheError::Device`] also for formats without kernels, and for exact rows beside codes.
     pub fn planned(device: &Device, stream: &Stream, config: CacheConfig, plan: &Plan) -> Result<Self> {
         config.check()?;
         let own = native(config.dtype).into();
@@ -144,7 +146,7 @@ impl Cache {
         if self.exact.recent == 0 { usize::MAX } else { self.config.rollback_rows }
     }
 
-    /// Bytes that do not grow with tokens or sequences: bases, encoders, means.
+    /// Bytes that do not grow with tokens or sequences: bases, encoders, means, codebooks.
     pub fn fixed_bytes(&self) -> usize {
         self.layers.iter().map(Layer::fixed_bytes).sum()
     }

@@ -1,7 +1,10 @@
 //! How a layer keeps its rows: token-wise, or as latents.
 
+mod read;
+
 use crate::error::invalid;
 use crate::exact::{EXACT_PAGE_ROWS, ExactShape};
+use crate::quantized::QuantizedLayer;
 use crate::sequence::Kind;
 use crate::{CacheConfig, CacheError, Result};
 use half::{bf16, f16};
@@ -89,6 +92,8 @@ pub(crate) struct Layer {
     /// All rows.
     pub rows: Store,
     pub lowrank: Option<LowrankLayer>,
+    /// Where a plan says how rows are encoded.
+    pub quantized: Option<QuantizedLayer>,
 }
 
 /// The matrices of a low-rank layer, on the device.
@@ -97,6 +102,8 @@ pub(crate) struct LowrankLayer {
     /// Rows that are also kept as they are.
     pub exact: Option<Store>,
     sets: HeadSets,
+    /// Which latents each kv head's keys are made of.
+    group_of: Vec<i32>,
     latents: Latents,
     keys: DeviceFactors,
     /// Of an int8 basis.
@@ -126,7 +133,7 @@ impl Layer {
         let rows = |format, dim| RowFormat { format, heads: config.kv_heads, dim };
         let (keys, values) = (rows(config.keys, config.head_dim), rows(config.values, config.value_dim));
         let rows = Store::new(device, config.pages, config.page_rows, keys, values)?;
-        Ok(Self { rows, lowrank: None })
+        Ok(Self { rows, lowrank: None, quantized: None })
     }
 
     /// As a plan says. Keys that stay dense beside low-rank values become latents of full rank, one group a head: the same
@@ -139,8 +146,13 @@ impl Layer {
         layer: usize,
         plan: &Plan,
     ) -> Result<Self> {
+        if let Some(quantized) = QuantizedLayer::planned(device, stream, config, layer, plan)? {
+            let [keys, values] = quantized.formats;
+            let rows = Self::token_wise(device, &CacheConfig { keys, values, ..*config })?;
+            return Ok(Self { quantized: Some(quantized), ..rows });
+        }
         let pairs = plan.model.rope;
-        let int8_basis = plan.config.key_basis == KeyBasis::Int8;
+        let int8_basis = plan.key_basis() == KeyBasis::Int8;
         let plan = &plan.layers[layer];
         if plan.keys == Side::Dense && plan.values == Side::Dense {
             return Self::token_wise(device, config);
@@ -148,7 +160,8 @@ impl Layer {
         let identity;
         let keys = match &plan.keys {
             Side::LowRank(f) => f,
-            Side::Dense => {
+            // Codes were told apart above.
+            Side::Dense | Side::Quantized(_) => {
                 identity = identity_factors(config.kv_heads, config.head_dim);
                 &identity
             }
@@ -216,6 +229,7 @@ impl Layer {
         let lowrank = LowrankLayer {
             exact,
             sets: HeadSets::new(device, stream, &keys.group_of(), group_v.as_deref())?,
+            group_of: keys.group_of(),
             latents,
             bytes: matrices + [&mean, &key_scales].into_iter().flatten().map(Buffer::len).sum::<usize>(),
             keys: key_factors,
@@ -224,7 +238,7 @@ impl Layer {
             values: value_factors,
         };
         let rows = Store::new(device, config.pages, config.page_rows, key_rows, value_rows)?;
-        Ok(Self { rows, lowrank: Some(lowrank) })
+        Ok(Self { rows, lowrank: Some(lowrank), quantized: None })
     }
 
     /// Rows of a kind.
@@ -237,9 +251,9 @@ impl Layer {
         self.lowrank.as_ref()?.exact.as_ref()
     }
 
-    /// Bytes that do not grow: bases, encoders, means.
+    /// Bytes that do not grow: bases, encoders, means, codebooks.
     pub fn fixed_bytes(&self) -> usize {
-        self.lowrank.as_ref().map_or(0, |l| l.bytes)
+        self.lowrank.as_ref().map_or(0, |l| l.bytes) + self.quantized.as_ref().map_or(0, QuantizedLayer::bytes)
     }
 }
 

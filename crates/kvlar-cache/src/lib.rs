@@ -10,7 +10,7 @@
 //! sequences ([`cancel`](Cache::cancel): as if nothing had been).
 //!
 //! [`Cache::new`] keeps token-wise rows; [`Cache::planned`] keeps what a plan of `kvlar-calibrate` says, layer by layer:
-//! latents, and beside them a sequence's first and last rows as they were.
+//! latents, and beside them a sequence's first and last rows as they were, or codes of each layer's own format.
 
 mod batch;
 mod cache;
@@ -19,6 +19,7 @@ mod error;
 mod exact;
 mod layer;
 mod pages;
+mod quantized;
 mod sequence;
 mod step;
 mod tables;

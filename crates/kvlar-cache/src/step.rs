@@ -5,6 +5,7 @@ use crate::cache::{Cache, SeqId};
 use crate::error::invalid;
 use crate::layer::Layer;
 use crate::pages::PageBook;
+use crate::quantized::QuantizedLayer;
 use crate::sequence::Kind;
 use crate::{CacheError, Result};
 use kvlar::{AppendArgs, AttendArgs, LowrankArgs, Pool, Rope, Segment, Stream, Strides, View, ViewMut};
@@ -95,6 +96,7 @@ impl Cache {
         batch.active = new.to_vec();
         batch.scheduled = false;
         batch.lowrank_work.iter_mut().for_each(|(_, scheduled)| *scheduled = false);
+        batch.quantized.begin();
         Ok(())
     }
 
@@ -198,10 +200,12 @@ impl Cache {
             values: pools.1,
             tables: Default::default(),
         };
-        let Layer { rows, lowrank } = &mut self.layers[layer];
+        let Layer { rows, lowrank, quantized } = &mut self.layers[layer];
         let (Some(lowrank), Some(plans)) = (lowrank, batch.lowrank[layer]) else {
             let mut args = as_given(tables.slots.view(), tables.rows(config)?, rows.pools_mut());
-            return Ok(batch.append.launch(stream, &mut args, workspace)?);
+            args.tables = quantized.as_ref().map(QuantizedLayer::tables).unwrap_or_default();
+            let plan = batch.quantized.of(layer).map_or(&batch.append, |q| &q.append);
+            return Ok(plan.launch(stream, &mut args, workspace)?);
         };
         let mut args = lowrank.append_args(&new, tables.latents(config)?, tables.latent_slots(), rows.pools_mut());
         plans.append.launch(stream, &mut args, workspace)?;
@@ -219,10 +223,10 @@ impl Cache {
     pub fn attend(&self, stream: &Stream, batch: &mut Batch, layer: usize, args: Queries<'_>) -> Result<()> {
         self.check_step(batch, layer)?;
         let config = &self.config;
-        let Layer { rows, lowrank } = &self.layers[layer];
+        let Layer { rows, lowrank, quantized } = &self.layers[layer];
         let tables = &batch.tables;
-        let segment =
-            |rows, pools: (Pool<_>, Pool<_>)| Segment { rows, keys: pools.0, values: pools.1, tables: Default::default() };
+        let shared = quantized.as_ref().map(QuantizedLayer::tables).unwrap_or_default();
+        let segment = |rows, pools: (Pool<_>, Pool<_>)| Segment { rows, keys: pools.0, values: pools.1, tables: shared };
         let mut segments = Vec::with_capacity(kvlar::MAX_SEGMENTS);
         match lowrank {
             None => segments.push(segment(tables.rows(config)?, rows.pools())),
@@ -257,6 +261,13 @@ impl Cache {
                 *scheduled = true;
             }
             return Ok(plan.launch(stream, &mut args, work, &mut batch.workspace)?);
+        }
+        if let Some(q) = batch.quantized.of_mut(layer) {
+            if !q.scheduled {
+                q.attend.schedule(stream, &args, &mut q.work, &mut batch.workspace)?;
+                q.scheduled = true;
+            }
+            return Ok(q.attend.launch(stream, &mut args, &q.work, &mut batch.workspace)?);
         }
         if !batch.scheduled {
             batch.attend.schedule(stream, &args, &mut batch.work, &mut batch.workspace)?;

@@ -3,7 +3,7 @@
 use crate::lab::{DIM, HEADS, LAYERS, Lab, PAGE, Q_HEADS, config, exact_plan, plan};
 use kvlar::{Codec, Device, SimtOptions};
 use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, Queries, SeqId};
-use kvlar_calibrate::{Factors, KeyBasis, Latent, LayerPlan, Plan, Side};
+use kvlar_calibrate::{Factors, KeyBasis, Latent, LayerPlan, Plan, RecalkvConfig, Side};
 use kvlar_reference::compare;
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
@@ -179,7 +179,7 @@ fn int8_bases_of_a_plan() {
     let Ok(simt) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() }) else { return };
     let outputs = |device: &Device, key_basis| {
         let mut p = plan();
-        p.config.key_basis = key_basis;
+        p.config = RecalkvConfig { key_basis, ..RecalkvConfig::default() }.into();
         let mut rng = Rng::new(7);
         for layer in &mut p.layers {
             for side in [&mut layer.keys, &mut layer.values] {

@@ -3,4 +3,5 @@
 mod cache;
 mod lab;
 mod planned;
+mod quantized;
 mod rollback;

@@ -30,6 +30,20 @@ impl CodebookConfig {
     pub fn new(subvectors: usize) -> Self {
         Self { subvectors, centroids: MOST_CENTROIDS, rounds: 25, seed: 0, max_rows: None }
     }
+
+    /// Refuses settings that rows of `dim` values cannot have.
+    pub(crate) fn check(&self, dim: usize) -> Result<()> {
+        if self.subvectors == 0 || !dim.is_multiple_of(self.subvectors) {
+            return config("m", format!("{} sub-vectors do not divide {dim} dimensions", self.subvectors));
+        }
+        if !(1..=MOST_CENTROIDS).contains(&self.centroids) {
+            return config("c", format!("{} centroids; 1 to {MOST_CENTROIDS} fit a code", self.centroids));
+        }
+        if self.max_rows == Some(0) {
+            return config("max_rows", "0 rows are nothing to fit to; leave it out to take all");
+        }
+        Ok(())
+    }
 }
 
 /// Fitted codebooks.
@@ -61,7 +75,8 @@ pub fn fit_codebooks(k: &[f32], heads: usize, dim: usize, config: &CodebookConfi
         let sample = sample(&points, width, head, config);
         let centroids =
             k_means(sample.as_deref().unwrap_or(&points), width, config, &mut stream(config.seed, head, Some(subvector)));
-        let error = points.chunks_exact(width).map(|x| exact_distance(x, &centroids, nearest(x, &centroids).0)).sum::<f64>();
+        let mut search = Search::new(&centroids, width);
+        let error = points.chunks_exact(width).map(|x| exact_distance(x, &centroids, search.nearest(x).0)).sum::<f64>();
         (centroids, error / n as f64)
     };
     let fitted: Vec<(Vec<f32>, f64)> = (0..heads * config.subvectors).into_par_iter().map(fit).collect();
@@ -73,15 +88,7 @@ fn check(k: &[f32], heads: usize, dim: usize, c: &CodebookConfig) -> Result<()> 
     if heads == 0 || dim == 0 {
         return config("k", format!("{heads} heads of {dim} dimensions: there is nothing to fit to"));
     }
-    if c.subvectors == 0 || !dim.is_multiple_of(c.subvectors) {
-        return config("m", format!("{} sub-vectors do not divide {dim} dimensions", c.subvectors));
-    }
-    if !(1..=MOST_CENTROIDS).contains(&c.centroids) {
-        return config("c", format!("{} centroids; 1 to {MOST_CENTROIDS} fit a code", c.centroids));
-    }
-    if c.max_rows == Some(0) {
-        return config("max_rows", "0 rows are nothing to fit to; leave it out to take all");
-    }
+    c.check(dim)?;
     if k.is_empty() {
         return Err(Error::Empty("k".into()));
     }
@@ -118,16 +125,37 @@ fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
     sum
 }
 
-/// The nearest centroid, of equally near ones the first, and how far it is.
-fn nearest(x: &[f32], centroids: &[f32]) -> (usize, f32) {
-    let mut best = (0, f32::INFINITY);
-    for (c, centroid) in centroids.chunks_exact(x.len()).enumerate() {
-        let distance = squared_distance(x, centroid);
-        if distance < best.1 {
-            best = (c, distance);
-        }
+/// Finds nearest centroids. They lie by dimension, [width, c], so that a point's distances to all of them are sums of lines,
+/// which vector units add up; each distance is what [`squared_distance`] makes of it, bit for bit.
+struct Search {
+    lines: Vec<f32>,
+    distances: Vec<f32>,
+}
+
+impl Search {
+    /// Among centroids [c, width].
+    fn new(centroids: &[f32], width: usize) -> Self {
+        let lines = (0..width).flat_map(|i| centroids.iter().skip(i).step_by(width)).copied().collect();
+        Self { lines, distances: vec![0.0; centroids.len() / width] }
     }
-    best
+
+    /// The nearest one, of equally near ones the first, and how far it is; the first if none is at a finite distance.
+    fn nearest(&mut self, x: &[f32]) -> (usize, f32) {
+        self.distances.fill(0.0);
+        for (x, line) in x.iter().zip(self.lines.chunks_exact(self.distances.len())) {
+            for (sum, centroid) in self.distances.iter_mut().zip(line) {
+                let difference = x - centroid;
+                *sum += difference * difference;
+            }
+        }
+        // Eight at a time, so that this is vector arithmetic too; then where the least is.
+        let mut least = [f32::INFINITY; 8];
+        for some in self.distances.chunks(8) {
+            least.iter_mut().zip(some).for_each(|(least, d)| *least = if d < least { *d } else { *least });
+        }
+        let least = least.into_iter().fold(f32::INFINITY, |a, b| if b < a { b } else { a });
+        (self.distances.iter().position(|d| *d == least).unwrap_or(0), least)
+    }
 }
 
 fn exact_distance(x: &[f32], centroids: &[f32], code: usize) -> f64 {
@@ -141,8 +169,9 @@ fn k_means(points: &[f32], width: usize, c: &CodebookConfig, rng: &mut StdRng) -
     let mut distances = vec![0f32; codes.len()];
     for _ in 0..c.rounds {
         let mut changed = false;
+        let mut search = Search::new(&centroids, width);
         for ((x, code), distance) in points.chunks_exact(width).zip(&mut codes).zip(&mut distances) {
-            let found = nearest(x, &centroids);
+            let found = search.nearest(x);
             changed |= *code != found.0;
             (*code, *distance) = found;
         }

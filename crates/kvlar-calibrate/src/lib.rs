@@ -3,6 +3,7 @@
 //! [`Moments`] collects second moments of a layer's keys and values while the exact model runs; [`fit`] makes a [`Plan`]
 //! of them, with a [`Report`] of what each layer loses. The method is ReCalKV (arXiv 2505.24357): head groups share a
 //! low-rank latent row for keys, values are decomposed on data. Its parts are modules of their own, one a concept.
+//! [`fit_pq`] makes a plan of product-quantized keys from a [`KeySample`] of each layer.
 //!
 //! ```
 //! use kvlar_calibrate::*;
@@ -33,7 +34,9 @@ pub mod hadamard;
 mod moments;
 pub mod ovc;
 mod plan;
+mod pq;
 mod report;
+mod sample;
 mod shape;
 pub mod similarity;
 
@@ -43,6 +46,8 @@ pub use error::{Error, Result};
 pub use faer;
 pub use fit::{Weights, fit};
 pub use moments::{Moments, SecondMoment};
-pub use plan::{Factors, LayerPlan, PLAN_FORMAT, Plan, Side};
+pub use plan::{Factors, FitConfig, LayerPlan, PLAN_FORMAT, Plan, Quantized, QuantizedCodec, QuantizedFormat, Side};
+pub use pq::{PqConfig, PqLayerReport, PqReport, fit_pq};
 pub use report::{LayerReport, Report, SideReport};
+pub use sample::KeySample;
 pub use shape::{LayerShape, ModelShape, PairLayout, RopePairs};

@@ -10,4 +10,6 @@ mod grouping;
 mod moments;
 mod ovc;
 mod plan;
+mod pq;
+mod quantized;
 mod rotary;

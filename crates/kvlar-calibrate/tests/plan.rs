@@ -1,7 +1,7 @@
 //! Plan files: round trips, and everything that must be refused.
 
 use crate::common::{model, says};
-use kvlar_calibrate::{Error, Factors, Latent, LayerPlan, PLAN_FORMAT, Plan, RecalkvConfig, Side};
+use kvlar_calibrate::{Error, Factors, FitConfig, Latent, LayerPlan, PLAN_FORMAT, Plan, RecalkvConfig, Side};
 use kvlar_reference::testing::Rng;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
@@ -30,7 +30,7 @@ fn plan(seed: u64) -> Plan {
         method: "recalkv".into(),
         fingerprint: "abc".into(),
         model: model(2, 8, 4, 8, 6),
-        config: RecalkvConfig { kept: 0.1 + 0.2, multiple: 4, ..RecalkvConfig::default() },
+        config: RecalkvConfig { kept: 0.1 + 0.2, multiple: 4, ..RecalkvConfig::default() }.into(),
         sink_rows: 4,
         recent_rows: 16,
         layers: vec![
@@ -40,7 +40,7 @@ fn plan(seed: u64) -> Plan {
     }
 }
 
-fn written(plan: &Plan) -> (tempfile::TempDir, std::path::PathBuf, Vec<u8>) {
+pub fn written(plan: &Plan) -> (tempfile::TempDir, std::path::PathBuf, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("plan.safetensors");
     plan.write(&path).unwrap();
@@ -80,7 +80,7 @@ fn bytes_count_scales_and_bases() {
     assert!((plan.kept(100) - bytes / (100.0 * 224.0)).abs() < 1e-12);
     // An 8-bit key basis: a byte a number, and a scale for each of 32 / 2 pairs of a head.
     let mut int8 = plan.clone();
-    int8.config.key_basis = kvlar_calibrate::KeyBasis::Int8;
+    recalkv(&mut int8).key_basis = kvlar_calibrate::KeyBasis::Int8;
     assert_eq!(int8.fixed_bytes(), plan.fixed_bytes() - 4 * 8 * 4 + 4 * 4 * 16);
 }
 
@@ -97,7 +97,7 @@ fn dense_keys_beside_latents_count_their_identity() {
     assert!((plan.kept(100) - expected / (100.0 * 224.0)).abs() < 1e-12);
     // An 8-bit key basis is of low-rank keys alone.
     let before = plan.fixed_bytes();
-    plan.config.key_basis = kvlar_calibrate::KeyBasis::Int8;
+    recalkv(&mut plan).key_basis = kvlar_calibrate::KeyBasis::Int8;
     assert_eq!(plan.fixed_bytes(), before - 4 * 8 * 4 + 4 * 4 * 16);
     // The other way round nothing is added: values are read as they are.
     plan.layers[1] = LayerPlan { keys: plan.layers[0].keys.clone(), values: Side::Dense };
@@ -171,10 +171,10 @@ fn replaced(bytes: &[u8], from: &str, to: &str) -> Vec<u8> {
 #[test]
 fn other_versions_and_other_files_are_named() {
     let (_dir, path, bytes) = written(&plan(0));
-    std::fs::write(&path, replaced(&bytes, r#"\"format\":1"#, r#"\"format\":999"#)).unwrap();
+    std::fs::write(&path, replaced(&bytes, r#"\"format\":2"#, r#"\"format\":999"#)).unwrap();
     assert!(matches!(Plan::read(&path), Err(Error::Version { found: 999, known: PLAN_FORMAT, .. })));
-    says(Plan::read(&path), &["999", "reads 1", "plan.safetensors"]);
-    std::fs::write(&path, replaced(&bytes, r#"\"format\":1"#, r#"\"farmat\":1"#)).unwrap();
+    says(Plan::read(&path), &["999", "reads 2", "plan.safetensors"]);
+    std::fs::write(&path, replaced(&bytes, r#"\"format\":2"#, r#"\"farmat\":2"#)).unwrap();
     says(Plan::read(&path), &["format version"]);
     std::fs::write(&path, replaced(&bytes, "kvlar.plan", "kvlar.plum")).unwrap();
     says(Plan::read(&path), &["not a plan", "kvlar calibrate"]);
@@ -185,7 +185,14 @@ fn other_versions_and_other_files_are_named() {
 fn keys(plan: &mut Plan) -> &mut Factors {
     match &mut plan.layers[0].keys {
         Side::LowRank(f) => f,
-        Side::Dense => panic!("dense"),
+        _ => panic!("not low rank"),
+    }
+}
+
+fn recalkv(plan: &mut Plan) -> &mut RecalkvConfig {
+    match &mut plan.config {
+        FitConfig::Recalkv(config) => config,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -193,7 +200,7 @@ fn keys(plan: &mut Plan) -> &mut Factors {
 fn plans_that_do_not_fit_together_are_not_written() {
     type Edit = fn(&mut Plan);
     let cases: &[(Edit, &[&str])] = &[
-        (|p| p.format = 2, &["format 2"]),
+        (|p| p.format = 3, &["format 3"]),
         (|p| p.layers.truncate(1), &["1 layers", "2"]),
         (|p| keys(p).groups[0] = vec![0, 0], &["layer 0, keys", "kv head 0 is in two groups"]),
         (|p| keys(p).groups[0] = vec![0, 9], &["kv head 9"]),
@@ -208,8 +215,8 @@ fn plans_that_do_not_fit_together_are_not_written() {
         (|p| keys(p).mean = Some(vec![f32::INFINITY; 32]), &["mean holds inf"]),
         (|p| keys(p).mean = Some(vec![0.0; 3]), &["mean", "3 numbers"]),
         (|p| p.model.layer.kv_heads = 3, &["kv heads do not divide"]),
-        (|p| p.config.multiple = 0, &["multiple", "0 is no step"]),
-        (|p| p.config.multiple = usize::MAX, &["multiple"]),
+        (|p| recalkv(p).multiple = 0, &["multiple", "0 is no step"]),
+        (|p| recalkv(p).multiple = usize::MAX, &["multiple"]),
     ];
     for (edit, words) in cases {
         let mut plan = plan(3);
@@ -220,10 +227,10 @@ fn plans_that_do_not_fit_together_are_not_written() {
     }
 }
 
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
+pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
 
 /// The file with its description and tensors edited and a hash that is right again: what only a program would write.
-fn forged(bytes: &[u8], edit: impl Fn(&mut Value, &mut Tensors)) -> Vec<u8> {
+pub fn forged(bytes: &[u8], edit: impl Fn(&mut Value, &mut Tensors)) -> Vec<u8> {
     let (_, metadata) = SafeTensors::read_metadata(bytes).unwrap();
     let mut envelope: Value = serde_json::from_str(&metadata.metadata().as_ref().unwrap()["kvlar.plan"]).unwrap();
     let mut plan: Value = serde_json::from_str(envelope["plan"].as_str().unwrap()).unwrap();
@@ -266,9 +273,9 @@ fn sound_files_of_unsound_plans_are_refused() {
         (&set("latent", "int7".into()), &["int7"]),
         (&|p, _| drop(of(p)), &["description"]),
         (&|p, _| p["model"]["layers"] = 3.into(), &["2 layers", "3"]),
-        (&|p, _| p["config"]["multiple"] = u64::MAX.into(), &["multiple"]),
-        (&|p, _| p["config"]["multiple"] = 65537.into(), &["multiple", "65537 is no step"]),
-        (&|p, _| p["config"]["multiple"] = 0.into(), &["multiple", "0 is no step"]),
+        (&|p, _| p["config"]["recalkv"]["multiple"] = u64::MAX.into(), &["multiple"]),
+        (&|p, _| p["config"]["recalkv"]["multiple"] = 65537.into(), &["multiple", "65537 is no step"]),
+        (&|p, _| p["config"]["recalkv"]["multiple"] = 0.into(), &["multiple", "0 is no step"]),
         (&|p, _| p["model"]["layer"]["kv_heads"] = (1u64 << 40).into(), &["size above"]),
         (&|_, t| drop(t.remove("layers.0.values.encoder")), &["layers.0.values.encoder is missing"]),
         (

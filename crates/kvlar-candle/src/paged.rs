@@ -77,7 +77,8 @@ impl PagedStore {
     pub fn planned(device: &Device, shape: &KvShape, config: StoreConfig, plan: &Plan) -> Result<Self> {
         let stream = device.stream()?;
         let cache = Cache::planned(device, &stream, cache_config(shape, config), plan)?;
-        let max_step = if device.backend() == Backend::Reference { usize::MAX } else { kvlar::MAX_QUERY_ROWS };
+        let latents = plan.layers.iter().any(|l| l.keys.factors().or(l.values.factors()).is_some());
+        let max_step = if latents && device.backend() != Backend::Reference { kvlar::MAX_QUERY_ROWS } else { usize::MAX };
         Self::of(device, shape, config, stream, cache, max_step)
     }
 
@@ -196,6 +197,15 @@ impl KvStore for PagedStore {
 
     fn bytes(&self) -> usize {
         self.cache.sequence_bytes(self.seq).unwrap_or(0) + self.cache.fixed_bytes()
+    }
+
+    fn decoded_keys(&self, layer: usize) -> Result<Option<Vec<f32>>> {
+        match self.cache.decoded_keys(&self.stream, self.seq, layer, &self.shape.rope).map_err(crate::EngineError::from) {
+            Ok(keys) => Ok(Some(keys)),
+            // Rows that attention reads, but no decoder.
+            Err(e) if e.is_unsupported() => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 }
 

@@ -77,6 +77,15 @@ pub trait KvStore {
 
     /// Bytes that the tokens held take, with scales, padding, bases and tables.
     fn bytes(&self) -> usize;
+
+    /// A layer's keys as attention sees them, after RoPE: f32 `[tokens, Hk, d]`; during a step with those that it has
+    /// appended. `None`: the store cannot give them. For measurements, not for speed.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn decoded_keys(&self, _layer: usize) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
 }
 
 /// Most tokens that [`crate::llama::Llama::extend`] takes at once: those of as many steps as can be taken back if one fails.

@@ -5,5 +5,6 @@ mod checkpoint;
 mod errors;
 mod fisher;
 mod forward;
+mod noise;
 mod plain;
 mod planned;

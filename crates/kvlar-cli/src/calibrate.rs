@@ -2,10 +2,12 @@
 //! windows, from which any number of plans are fitted.
 
 mod arguments;
+mod pq;
 #[cfg(test)]
 mod tests;
 
 pub use arguments::Arguments;
+pub use pq::plan as pq_plan;
 
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
@@ -17,6 +19,7 @@ use kvlar_candle::llama::{Fisher, Llama};
 use kvlar_reference::RopeLayout;
 use serde::Serialize;
 use std::cell::OnceCell;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -37,6 +40,11 @@ impl<'a> Calibration<'a> {
     /// Of which model.
     pub fn model(&self) -> &'a Llama {
         self.model
+    }
+
+    /// Of which windows of tokens.
+    pub fn windows(&self) -> &'a [Vec<u32>] {
+        self.windows
     }
 }
 
@@ -153,15 +161,16 @@ fn progress(what: &'static str, steps: usize) -> ProgressBar {
     bar
 }
 
-/// What is written beside a plan.
+/// What is written beside a plan: settings and report are those of its method.
 #[derive(Serialize)]
-struct Summary<'a> {
+struct Summary<'a, C: Serialize, R: Serialize> {
+    method: &'a str,
     fingerprint: &'a str,
     text: &'a Path,
     windows: usize,
     window: usize,
-    config: &'a RecalkvConfig,
-    report: &'a Report,
+    config: &'a C,
+    report: &'a R,
 }
 
 pub fn run(a: &Arguments) -> Result<()> {
@@ -174,26 +183,41 @@ pub fn run(a: &Arguments) -> Result<()> {
     }
     let model = Llama::load(folder)?;
     let shape = shape(&model);
-    let config = a.config(&shape.layer)?;
-    // Before the long part.
-    config.check(&shape)?;
-    let windows = crate::eval::windows(&model, &text, a.window, a.windows).with_context(|| text_path.display().to_string())?;
-    let (plan, report) = plan(&calibrate(&model, &windows)?, &config)?;
+    let windows = || crate::eval::windows(&model, &text, a.window, a.windows).with_context(|| text_path.display().to_string());
+    // Settings are checked before the long part.
+    if a.is_pq() {
+        let config = a.pq(&shape.layer)?;
+        config.check(&shape)?;
+        let windows = windows()?;
+        let (plan, report) = pq_plan(&model, &windows, &config)?;
+        write(a, &plan, (&text_path, windows.len()), &config, &report)?;
+    } else {
+        let config = a.config(&shape.layer)?;
+        config.check(&shape)?;
+        let windows = windows()?;
+        let (plan, report) = plan(&calibrate(&model, &windows)?, &config)?;
+        write(a, &plan, (&text_path, windows.len()), &config, &report)?;
+    }
+    println!("took {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Writes a plan and its report, and prints the report.
+fn write<C: Serialize, R: Serialize + Display>(
+    a: &Arguments,
+    plan: &Plan,
+    (text, windows): (&Path, usize),
+    config: &C,
+    report: &R,
+) -> Result<()> {
     plan.write(&a.out)?;
     println!("{report}");
     let beside = report_path(&a.out);
-    let summary = Summary {
-        fingerprint: &plan.fingerprint,
-        text: &text_path,
-        windows: windows.len(),
-        window: a.window,
-        config: &config,
-        report: &report,
-    };
+    let (method, fingerprint) = (&plan.method, &plan.fingerprint);
+    let summary = Summary { method, fingerprint, text, windows, window: a.window, config, report };
     let text = serde_json::to_string_pretty(&summary)? + "\n";
     write_whole(&beside, text.as_bytes()).with_context(|| beside.display().to_string())?;
     println!("\nwritten: {}, {}", a.out.display(), beside.display());
-    println!("took {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
 }
 

@@ -2,12 +2,14 @@
 
 use crate::backend::Backend;
 use crate::methods::{self, Method, Room};
-use crate::table::{RecallResult, Row, Table, Unsupported};
+use crate::table::{LayerRow, RecallResult, Row, Table, Unsupported};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvlar::Device;
 use kvlar_candle::EngineError;
-use kvlar_candle::llama::{Llama, Logits, RecallTask, attention_error, longest_question, perplexity, recall};
+use kvlar_candle::llama::{
+    AttentionError, LayerError, Llama, Logits, RecallTask, attention_error, longest_question, perplexity, recall,
+};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -139,10 +141,12 @@ fn measure_one(model: &Llama, device: &Device, method: &Method, work: &Work, bar
         results.push(result);
     }
     bar.set_message(format!("{}: attention error", method.name));
-    let mut squares = 0.0;
+    let (mut squares, mut errors) = (0.0, AttentionError::default());
     for w in &work.windows {
         let mut exact = (methods::full().store)(device, &shape, Room { tokens, rollback: 0 })?;
-        squares += attention_error(model, &mut *exact, &mut *store(0)?, w)?.powi(2);
+        let error = attention_error(model, &mut *exact, &mut *store(0)?, w)?;
+        squares += error.relative().powi(2);
+        errors.add(&error);
         bar.inc(1);
     }
     let decode_rate = if work.decode_tokens > 0 {
@@ -162,8 +166,15 @@ fn measure_one(model: &Llama, device: &Device, method: &Method, work: &Work, bar
         perplexity: (count > 0).then(|| (nll / count as f64).exp()),
         recall: results,
         attention_error: (windows > 0).then(|| (squares / windows as f64).sqrt()),
+        logit_noise: errors.largest_noise(),
+        layers: layers(&errors),
         decode_rate,
     })
+}
+
+fn layers(errors: &AttentionError) -> Vec<LayerRow> {
+    let row = |(layer, l): (usize, &LayerError)| LayerRow { layer, attention_error: l.attention(), logit_noise: l.logit_noise() };
+    errors.layers.iter().enumerate().map(row).collect()
 }
 
 /// Tokens a second, one at a time, after the first window's first half.

@@ -39,8 +39,23 @@ pub struct Row {
     pub recall: Vec<RecallResult>,
     /// Relative, against the full cache in bf16.
     pub attention_error: Option<f64>,
+    /// Logit noise of the layer where it is largest.
+    pub logit_noise: Option<f64>,
+    /// The same two, of each layer.
+    pub layers: Vec<LayerRow>,
     /// Tokens a second of this engine on this machine.
     pub decode_rate: Option<f64>,
+}
+
+/// What one layer's stored keys and values cost; null where a number is not finite.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerRow {
+    /// Which.
+    pub layer: usize,
+    /// Relative error of its attention, against the full cache in bf16.
+    pub attention_error: f64,
+    /// Standard deviation of what its logits differ by from the full cache's; none where the stored keys cannot be read.
+    pub logit_noise: Option<f64>,
 }
 
 /// A method that the device has no kernel for.
@@ -75,12 +90,12 @@ impl Table {
         let tasks: Vec<&str> = self.rows.first().map_or(Vec::new(), |r| r.recall.iter().map(|t| t.task.as_str()).collect());
         let mut head = vec!["method".to_string(), "bytes/token".into(), "kept".into(), "perplexity".into()];
         head.extend(tasks.iter().map(|t| t.to_string()));
-        head.extend(["attention error".into(), "decode tok/s".into()]);
+        head.extend(["attention error".into(), "logit noise".into(), "decode tok/s".into()]);
         let mut lines = vec![head];
         for r in &self.rows {
             let mut line = vec![r.method.clone(), format!("{:.0}", r.bytes_per_token), percent(r.kept), number(r.perplexity, 3)];
             line.extend(r.recall.iter().map(|t| percent(t.share())));
-            line.extend([number(r.attention_error, 5), number(r.decode_rate, 1)]);
+            line.extend([number(r.attention_error, 5), number(r.logit_noise, 3), number(r.decode_rate, 1)]);
             lines.push(line);
         }
         let columns = lines[0].len();

@@ -1,6 +1,6 @@
 //! `kvlar calibrate` from outside: a model and a text in, a plan file and a report out, errors that name what is wrong.
 
-use kvlar_calibrate::{Budget, Grouping, Latent, Plan, Side, ValueFit, Weighting};
+use kvlar_calibrate::{Budget, FitConfig, Grouping, Latent, Plan, QuantizedCodec, Side, ValueFit, Weighting};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -152,7 +152,7 @@ fn settings_reach_the_plan() {
         "0.25",
     ])
     .plan();
-    let c = &plan.config;
+    let c = plan.config.recalkv().unwrap();
     assert_eq!((c.key_group, c.value_group, c.grouping, c.multiple), (4, 1, Grouping::Greedy, 16));
     assert_eq!((c.weighting_keys, c.weighting_values), (Weighting::None, Weighting::None));
     assert_eq!((c.latent_keys, c.latent_values), (Latent::Int8, Latent::Int8));
@@ -166,8 +166,9 @@ fn settings_reach_the_plan() {
         assert_eq!((k.latent, v.latent), (Latent::Int8, Latent::Int8));
     }
     let plan = run(&["--weighting", "output", "--shards", "2", "--grouping", "natural", "--values", "svd"]).plan();
-    assert_eq!((plan.config.weighting_keys, plan.config.weighting_values), (Weighting::None, Weighting::Output));
-    assert_eq!((plan.config.values, plan.config.shards), (ValueFit::WeightSvd, 2));
+    let c = plan.config.recalkv().unwrap();
+    assert_eq!((c.weighting_keys, c.weighting_values), (Weighting::None, Weighting::Output));
+    assert_eq!((c.values, c.shards), (ValueFit::WeightSvd, 2));
     for layer in &plan.layers {
         assert_eq!(layer.keys.factors().unwrap().groups, [[0, 1], [2, 3]]);
     }
@@ -177,7 +178,7 @@ fn settings_reach_the_plan() {
 fn presets_are_settings_by_name() {
     for (name, latent, group) in [("speed", Latent::Model, 2), ("quality", Latent::Int8, 2), ("capacity", Latent::Int8, 4)] {
         let plan = run(&["--preset", name]).plan();
-        let c = &plan.config;
+        let c = plan.config.recalkv().unwrap();
         assert_eq!((c.latent_keys, c.latent_values, c.key_group, c.value_group), (latent, latent, group, group), "{name}");
         let Budget::Fixed { keys, values } = c.budget else { panic!("{name}: {:?}", c.budget) };
         for layer in &plan.layers {
@@ -188,7 +189,8 @@ fn presets_are_settings_by_name() {
     run(&["--preset", "speed", "--kept", "0.5"]).fails_with(2, &["--preset", "--kept"]);
     // Four kv heads in two shards: no group of four.
     let plan = run(&["--preset", "capacity", "--shards", "2"]).plan();
-    assert_eq!((plan.config.key_group, plan.config.value_group, plan.config.shards), (2, 2, 2));
+    let c = plan.config.recalkv().unwrap();
+    assert_eq!((c.key_group, c.value_group, c.shards), (2, 2, 2));
     for groups in plan.layers.iter().flat_map(|l| [&l.keys, &l.values]).map(|s| &s.factors().unwrap().groups) {
         assert!(groups.iter().all(|g| g.iter().all(|h| h / 2 == g[0] / 2)), "{groups:?}");
     }
@@ -232,6 +234,93 @@ fn on(text: &str, more: &[&str]) -> Run {
 }
 
 #[test]
+fn keys_are_product_quantized() {
+    let settings = ["--method", "pq", "--subvectors", "8", "--centroids", "16", "--rounds", "4"];
+    let r = run(&[&settings[..], &["--values", "int4+hadamard", "--sinks", "2", "--recent", "5"]].concat());
+    let plan = r.plan();
+    assert_eq!((plan.method.as_str(), plan.sink_rows, plan.recent_rows), ("pq", 2, 5));
+    let FitConfig::Pq(c) = &plan.config else { panic!("{:?}", plan.config) };
+    assert_eq!((c.subvectors, c.centroids, c.rounds, c.seed, c.rows), (8, 16, 4, 0, 64 * 16));
+    for layer in &plan.layers {
+        let (k, v) = (layer.keys.quantized().unwrap(), layer.values.quantized().unwrap());
+        assert_eq!(k.format, QuantizedCodec::Pq { subvectors: 8, centroids: 16 }.into());
+        assert_eq!(k.codebooks.as_ref().unwrap().len(), 4 * 16 * 64);
+        assert_eq!(v.format.to_string(), "int4+hadamard");
+    }
+    // 4 heads of 8 bytes, padded to 16, and of 32 bytes with a scale and a zero.
+    assert_eq!(plan.layer_bytes_per_token(0), 4 * (16 + 36));
+    assert_eq!(plan.fixed_bytes(), 6 * 4 * 4 * 16 * 64);
+    let (text, report) = (r.text(), r.report());
+    assert!(text.contains("256 calibration tokens, 256 fitted to") && text.contains("codebooks 0.10 MB"), "{text}");
+    assert_eq!((&report["method"], &report["fingerprint"]), (&json!("pq"), &json!(plan.fingerprint)));
+    assert_eq!(report["config"]["values"]["hadamard"], json!(true));
+    for layer in report["report"]["layers"].as_array().unwrap() {
+        assert_eq!(layer["heads"].as_array().unwrap().len(), 4);
+        let lost = layer["error"].as_f64().unwrap();
+        assert!((0.02..0.7).contains(&lost), "{lost}");
+    }
+    // The same input gives the same file, another seed another; more centroids lose less.
+    let bytes = |r: &Run| std::fs::read(r.dir.path().join("plan.safetensors")).unwrap();
+    let (a, b) = (run(&settings), run(&[&settings[..], &["--seed", "0", "--values", "int4"]].concat()));
+    assert_eq!(bytes(&a), bytes(&b));
+    let other = run(&[&settings[..], &["--seed", "1", "--values", "dense"]].concat());
+    assert_ne!(a.plan().layers[0].keys, other.plan().layers[0].keys);
+    assert!(other.plan().layers.iter().all(|l| l.values == Side::Dense));
+    let more = run(&["--method", "pq", "--subvectors", "8", "--centroids", "64", "--rounds", "4"]);
+    let lost = |r: &Run| r.report()["report"]["layers"][3]["error"].as_f64().unwrap();
+    assert!(lost(&more) < 0.9 * lost(&a), "{} and {}", lost(&more), lost(&a));
+}
+
+/// Codebooks are of keys as a cache holds them: rotated to their positions.
+#[test]
+fn codebooks_are_of_keys_after_rope() {
+    let r = run(&["--method", "pq", "--subvectors", "32", "--centroids", "256", "--rounds", "0"]);
+    let books = r.plan().layers[2].keys.quantized().unwrap().codebooks.clone().unwrap();
+    // 256 rows and as many centroids, no rounds: each pair of dimensions of each row is a centroid.
+    let model = kvlar_candle::llama::Llama::load(format!("{ASSETS}/tiny-llama")).unwrap();
+    let text = std::fs::read_to_string(format!("{ASSETS}/calibration.txt")).unwrap();
+    let bos: Vec<u32> = model.config().bos.into_iter().collect();
+    let tokens = model.encode(&text).unwrap();
+    let window: Vec<u32> = bos.iter().chain(&tokens[..128 - bos.len()]).copied().collect();
+    let mut seen = 0;
+    let observe = |layer: usize, _: &[f32], k: &[f32], _: &[f32]| {
+        for (i, key) in k.chunks(64).enumerate().filter(|_| layer == 2) {
+            let (t, head) = (i / 4, i % 4);
+            let rotated = model.config().rope.rotate(key, t as i64);
+            for (m, pair) in rotated.chunks(2).enumerate() {
+                let own = &books[(head * 32 + m) * 512..][..512];
+                assert!(own.chunks(2).any(|c| (c[0] - pair[0]).abs() + (c[1] - pair[1]).abs() < 1e-4), "token {t}, head {head}");
+            }
+            seen += 1;
+        }
+        Ok(())
+    };
+    model.capture(&window, observe).unwrap();
+    assert_eq!(seen, 128 * 4);
+}
+
+#[test]
+fn settings_of_product_quantization_that_do_not_do_are_named() {
+    let pq = |more: &[&str]| run(&[&["--method", "pq"], more].concat());
+    pq(&["--subvectors", "5"]).fails(&["m: 5 sub-vectors do not divide 64"]);
+    pq(&["--subvectors", "0"]).fails(&["m: 0"]);
+    pq(&["--centroids", "0"]).fails(&["c: 0 centroids", "1 to 256"]);
+    pq(&["--centroids", "257"]).fails(&["c: 257 centroids"]);
+    pq(&["--values", "svd"]).fails(&["--values", "\"svd\"", "int4-channel", "dense"]);
+    pq(&["--values", "pq"]).fails(&["--values", "\"pq\""]);
+    let few = ["--method", "pq", "--window", "100", "--windows", "2"];
+    bare(&few).fails(&["rows: 200 rows of layer 0 for 256 centroids", "more text"]);
+    // Options of the other method.
+    pq(&["--kept", "0.5"]).fails(&["--kept is no option of --method pq"]);
+    pq(&["--preset", "speed"]).fails(&["--preset is no option"]);
+    pq(&["--weighting", "none"]).fails(&["--weighting is no option"]);
+    pq(&["--int8-basis"]).fails(&["--int8-basis is no option"]);
+    run(&["--subvectors", "8"]).fails(&["--subvectors is no option of --method recalkv"]);
+    run(&["--seed", "8"]).fails(&["--seed is no option"]);
+    run(&["--values", "int4"]).fails(&["--values \"int4\"", "svd, alternating or closed"]);
+}
+
+#[test]
 fn texts_that_do_not_do_are_named() {
     on("", &[]).fails(&["given.txt", "the text is empty"]);
     on(" \n\n", &[]).fails(&["given.txt", "the text is empty"]);
@@ -244,7 +333,7 @@ fn texts_that_do_not_do_are_named() {
 
 #[test]
 fn settings_that_do_not_do_are_named() {
-    run(&["--method", "magic"]).fails(&["no method \"magic\"", "recalkv"]);
+    run(&["--method", "magic"]).fails(&["no method \"magic\"", "recalkv, pq"]);
     for bad in ["0", "-0.5", "1.01", "nan", "inf"] {
         run(&[&format!("--kept={bad}")]).fails(&["kept", "outside (0, 1]"]);
     }
@@ -292,6 +381,7 @@ fn activations_that_are_not_finite_are_named() {
     calibrate(&values, &[]).fails(&["window 0", "layer 3", "v: row 0", "NaN"]);
     let keys = spoilt("model.layers.5.self_attn.k_proj.weight", half::bf16::INFINITY);
     calibrate(&keys, &["--budget", "fisher"]).fails(&["window 0", "layer 5", "k: row 0"]);
+    calibrate(&keys, &["--method", "pq"]).fails(&["window 0", "layer 5", "k: row 0"]);
     // What no layer's activations show, the loss does.
     let last = spoilt("model.layers.5.self_attn.o_proj.weight", half::bf16::NAN);
     calibrate(&last, &["--budget", "fisher"]).fails(&["window 0", "the loss is NaN"]);

@@ -1,6 +1,7 @@
 //! `kvlar eval` from outside, on a tiny checkpoint: plans beside the other methods, on every backend.
 
 use crate::checkpoint::{Checkpoint, Variant};
+use kvlar_calibrate::{FitConfig, LayerPlan, Plan, QuantizedFormat, Side};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -90,10 +91,70 @@ fn plans_are_measured_on_every_backend() {
         let rows = table["rows"].as_array().unwrap();
         for (row, error) in rows.iter().zip([0.0..1e-9, 1e-5..0.2, 1e-5..0.05, 1e-3..0.5, 1e-3..0.5, 0.01..1.0, 0.01..1.0]) {
             assert!(error.contains(&number(row, "attention_error")), "{backend}: {row}");
+            layers_are_told(row);
             assert!(number(row, "perplexity") > 1.0 && number(row, "decode_rate") > 0.0);
             assert_eq!((row["recall"][0]["task"].as_str(), row["recall"][0]["questions"].as_u64()), (Some("short"), Some(2)));
         }
     }
+}
+
+/// Each layer's attention error and logit noise; the largest noise is the row's.
+#[track_caller]
+fn layers_are_told(row: &Value) {
+    let layers = row["layers"].as_array().unwrap();
+    assert_eq!(layers.iter().map(|l| l["layer"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1]);
+    let noises: Vec<f64> = layers.iter().map(|l| number(l, "logit_noise")).collect();
+    assert_eq!(number(row, "logit_noise"), noises[0].max(noises[1]));
+    let errors: Vec<f64> = layers.iter().map(|l| number(l, "attention_error")).collect();
+    let all = number(row, "attention_error");
+    if row["method"] == "bf16" {
+        assert_eq!((&noises[..], &errors[..]), (&[0.0, 0.0][..], &[0.0, 0.0][..]));
+        return;
+    }
+    assert!(noises.iter().all(|n| (1e-5..3.0).contains(n)), "{row}");
+    assert!(errors[0].min(errors[1]) <= all && all <= errors[0].max(errors[1]), "{row}");
+}
+
+/// Plans of token-wise codes are caches of those codes; codebooks wait for a kernel that reads them.
+#[test]
+fn plans_of_codes_are_measured_where_there_are_kernels() {
+    let lab = Lab::new(100.0);
+    let fixed = ["--method", "pq", "--window", "60", "--centroids", "8", "--rounds", "2", "--out", "pq.safetensors"];
+    let output = lab.kvlar("calibrate", &fixed);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut plan = Plan::read(&lab.path("pq.safetensors")).unwrap();
+    let side = |format: &str| Side::Quantized(format.parse::<QuantizedFormat>().unwrap().into());
+    (plan.method, plan.config) = ("quantized".into(), FitConfig::Chosen);
+    plan.layers = vec![LayerPlan { keys: side("int4+hadamard"), values: side("int2") }; 2];
+    plan.write(&lab.path("codes.safetensors")).unwrap();
+    for backend in backends() {
+        let plans = ["--plan", "pq.safetensors", "--plan", "codes.safetensors", "--method", "k4v2,pq,codes"];
+        let (table, text) = lab.eval(&[&plans[..], &["--backend", backend]].concat());
+        assert_eq!(names(&table["rows"], "method"), ["k4v2", "codes"], "{text}");
+        let [k4v2, codes] = [0, 1].map(|i| &table["rows"][i]);
+        for key in ["attention_error", "logit_noise", "perplexity", "bytes_per_token"] {
+            assert_eq!(number(k4v2, key), number(codes, key), "{key}");
+        }
+        assert_eq!(names(&table["unsupported"], "method"), ["pq"]);
+        let why = table["unsupported"][0]["why"].as_str().unwrap();
+        assert!(why.contains("unsupported pq rows"), "{why}");
+        assert!(text.contains("logit noise"), "{text}");
+    }
+}
+
+/// The method of the table that needs codebooks; with less text than 256 tokens it has fewer centroids.
+#[test]
+fn calibration_adds_product_quantized_keys() {
+    let lab = Lab::new(100.0);
+    let words = std::fs::read_to_string(lab.path("text.txt")).unwrap();
+    std::fs::write(lab.path("calibration.txt"), words.split(' ').rev().collect::<Vec<_>>().join(" ")).unwrap();
+    let more = ["--calibration", "calibration.txt", "--method", "pq-16,recalkv-50", "--backend", "reference"];
+    let (table, text) = lab.eval(&more);
+    assert_eq!(names(&table["rows"], "method"), ["recalkv-50"], "{text}");
+    let unsupported = &table["unsupported"][0];
+    assert_eq!(unsupported["method"], "pq-16");
+    assert!(unsupported["about"].as_str().unwrap().contains("16 bytes, each one of 168 centroids"), "{unsupported}");
+    assert!(unsupported["why"].as_str().unwrap().contains("unsupported pq rows"), "{unsupported}");
 }
 
 /// One without a kernel is named with the reason; the others are measured.
@@ -146,7 +207,7 @@ fn a_plan_of_another_model_is_refused() {
     let (lab, other) = (Lab::new(100.0), Lab::new(200.0));
     other.calibrate("theirs.safetensors", &[]);
     let plan = other.path("theirs.safetensors");
-    let fingerprint = kvlar_calibrate::Plan::read(&plan).unwrap().fingerprint;
+    let fingerprint = Plan::read(&plan).unwrap().fingerprint;
     lab.fails(&["--plan", plan.to_str().unwrap()], &["theirs.safetensors", &fingerprint, "this is model"]);
     assert!(Path::new(&plan).exists());
 }

@@ -98,7 +98,7 @@ pub fn exact_plan(factor: f32, (sink_rows, recent_rows): (usize, usize)) -> Plan
         method: "recalkv".into(),
         fingerprint: "a model".into(),
         model: ModelShape { layers: LAYERS, layer, hidden: 64, rope: RopePairs { rotary_dim: 0, layout: PairLayout::Half } },
-        config: RecalkvConfig::default(),
+        config: RecalkvConfig::default().into(),
         sink_rows,
         recent_rows,
         layers: vec![
@@ -170,7 +170,13 @@ impl Lab {
     pub fn extend(&mut self, new: &[(SeqId, usize)]) -> Result<(), CacheError> {
         let rows = new.iter().map(|n| n.1).max().unwrap_or(0).max(1);
         let mut batch = self.cache.batch(BatchShape::new(new.len().max(1), rows, Q_HEADS))?;
-        self.cache.begin(&self.stream, &mut batch, new)?;
+        self.extend_in(&mut batch, new)
+    }
+
+    /// Likewise, in a batch of as many sequences.
+    pub fn extend_in(&mut self, batch: &mut Batch, new: &[(SeqId, usize)]) -> Result<(), CacheError> {
+        let rows = batch.shape().new_rows;
+        self.cache.begin(&self.stream, batch, new)?;
         let mut tokens = self.model.clone();
         for (seq, n) in new {
             let ids = self.next_token..self.next_token + *n as u64;
@@ -182,9 +188,9 @@ impl Lab {
         }
         self.outputs.clear();
         for layer in 0..LAYERS {
-            self.layer(&mut batch, new, rows, &tokens, layer);
+            self.layer(batch, new, rows, &tokens, layer);
         }
-        self.cache.finish(&mut batch)?;
+        self.cache.finish(batch)?;
         for (seq, _) in new {
             let held = self.held.entry(*seq).or_default();
             held.1 = held.1.max(tokens[seq].len());

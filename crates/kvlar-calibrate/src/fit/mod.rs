@@ -87,7 +87,7 @@ pub fn fit(
         method: "recalkv".into(),
         fingerprint: fingerprint.into(),
         model: *model,
-        config: config.clone(),
+        config: config.clone().into(),
         sink_rows: config.sink_rows,
         recent_rows: config.recent_rows,
         layers,

@@ -8,7 +8,7 @@ pub(super) fn problem(plan: &Plan) -> Option<String> {
     if plan.format != PLAN_FORMAT {
         return Some(format!("format {}; this build writes {PLAN_FORMAT}", plan.format));
     }
-    if let Err(e) = plan.model.checked().and_then(|_| check_multiple(plan.config.multiple)) {
+    if let Err(e) = plan.model.checked().and_then(|_| check_multiple(plan.config.multiple())) {
         return Some(e.to_string());
     }
     if plan.layers.len() != plan.model.layers {
@@ -17,9 +17,12 @@ pub(super) fn problem(plan: &Plan) -> Option<String> {
     let shape = plan.model.layer;
     for (l, layer) in plan.layers.iter().enumerate() {
         for (name, side, dim) in [("keys", &layer.keys, shape.head_dim), ("values", &layer.values, shape.value_dim)] {
-            if let Side::LowRank(f) = side
-                && let Some(p) = factors(f, shape.kv_heads, dim, plan.config.multiple)
-            {
+            let p = match side {
+                Side::Dense => None,
+                Side::LowRank(f) => factors(f, shape.kv_heads, dim, plan.config.multiple()),
+                Side::Quantized(q) => q.problem(shape.kv_heads, dim),
+            };
+            if let Some(p) = p {
                 return Some(format!("layer {l}, {name}: {p}"));
             }
         }

@@ -4,7 +4,7 @@
 //! covers it letter by letter, with the name, shape and bytes of every tensor.
 
 use super::check::{layout, problem};
-use super::{Factors, LayerPlan, PLAN_FORMAT, Plan, Side, SideHeader};
+use super::{Factors, FitConfig, LayerPlan, PLAN_FORMAT, Plan, Quantized, Side, SideHeader};
 use crate::config::{RecalkvConfig, check_multiple};
 use crate::error::{Error, Result};
 use crate::shape::ModelShape;
@@ -16,6 +16,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const KEY: &str = "kvlar.plan";
+/// The oldest version that is read: plans of ReCalKV, whose settings are not named after it.
+const OLDEST: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
 struct Envelope {
@@ -31,11 +33,11 @@ struct AnyVersion {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Header {
+struct Header<C> {
     method: String,
     fingerprint: String,
     model: ModelShape,
-    config: RecalkvConfig,
+    config: C,
     sink_rows: usize,
     recent_rows: usize,
     layers: Vec<LayerHeader>,
@@ -62,17 +64,20 @@ impl Plan {
         }
         let mut tensors = Tensors::new();
         let mut layers = Vec::with_capacity(self.layers.len());
+        let shape = self.model.layer;
         for (l, layer) in self.layers.iter().enumerate() {
+            let mut side =
+                |name: &str, side: &Side, dim: usize| put(&mut tensors, &format!("layers.{l}.{name}"), side, shape.kv_heads, dim);
             layers.push(LayerHeader {
-                keys: put(&mut tensors, &format!("layers.{l}.keys"), &layer.keys),
-                values: put(&mut tensors, &format!("layers.{l}.values"), &layer.values),
+                keys: side("keys", &layer.keys, shape.head_dim),
+                values: side("values", &layer.values, shape.value_dim),
             });
         }
         let header = Header {
             method: self.method.clone(),
             fingerprint: self.fingerprint.clone(),
             model: self.model,
-            config: self.config.clone(),
+            config: &self.config,
             sink_rows: self.sink_rows,
             recent_rows: self.recent_rows,
             layers,
@@ -89,12 +94,12 @@ impl Plan {
         whole(path, &safetensors::serialize(views, Some(metadata)).map_err(safe)?)
     }
 
-    /// Reads a plan.
+    /// Reads a plan, of this version or of one before it.
     ///
     /// # Errors
     /// [`Error::File`] if it cannot be read, [`Error::Version`] for another version, [`Error::Plan`] for anything that is
     /// not a whole, sound plan: not a plan file, bytes changed since it was written, tensors missing, misshapen or not
-    /// finite, groups that do not partition the heads, ranks above size × dim.
+    /// finite, groups that do not partition the heads, ranks above size × dim, formats that such rows cannot have.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|source| Error::File { path: path.into(), source })?;
         let Ok((_, metadata)) = SafeTensors::read_metadata(&bytes) else {
@@ -105,7 +110,7 @@ impl Plan {
         };
         let unreadable = |what: &str, e: serde_json::Error| Error::Plan { path: path.into(), problem: format!("{what}: {e}") };
         let version: AnyVersion = serde_json::from_str(envelope).map_err(|e| unreadable("its format version", e))?;
-        if version.format != PLAN_FORMAT {
+        if !(OLDEST..=PLAN_FORMAT).contains(&version.format) {
             return Err(Error::Version { path: path.into(), found: version.format, known: PLAN_FORMAT });
         }
         let envelope: Envelope = serde_json::from_str(envelope).map_err(|e| unreadable("its metadata", e))?;
@@ -122,8 +127,12 @@ impl Plan {
         if hash(&envelope.plan, &tensors) != envelope.sha256 {
             return bad(path, "its bytes are not those that were written (hash mismatch); fit the plan again");
         }
-        let header: Header = serde_json::from_str(&envelope.plan).map_err(|e| unreadable("its description", e))?;
-        let plan = assemble(version.format, header, tensors).map_err(|problem| Error::Plan { path: path.into(), problem })?;
+        let described = |e| unreadable("its description", e);
+        let plan = match version.format {
+            OLDEST => assemble::<RecalkvConfig>(serde_json::from_str(&envelope.plan).map_err(described)?, tensors),
+            _ => assemble::<FitConfig>(serde_json::from_str(&envelope.plan).map_err(described)?, tensors),
+        };
+        let plan = plan.map_err(|problem| Error::Plan { path: path.into(), problem })?;
         match problem(&plan) {
             Some(p) => bad(path, p),
             None => Ok(plan),
@@ -135,13 +144,22 @@ fn bad<T>(path: &Path, problem: impl Into<String>) -> Result<T> {
     Err(Error::Plan { path: path.into(), problem: problem.into() })
 }
 
-fn put(tensors: &mut Tensors, prefix: &str, side: &Side) -> SideHeader {
-    let Side::LowRank(f) = side else { return SideHeader::Dense };
-    let (heads, dim, rank) = (f.heads(), f.dim(), f.rank);
+fn put(tensors: &mut Tensors, prefix: &str, side: &Side, kv_heads: usize, dim: usize) -> SideHeader {
     let mut insert = |name: &str, shape: &[usize], values: &[f32]| {
         let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         tensors.insert(format!("{prefix}.{name}"), (shape.to_vec(), bytes));
     };
+    let f = match side {
+        Side::Dense => return SideHeader::Dense,
+        Side::LowRank(f) => f,
+        Side::Quantized(q) => {
+            if let (Some(shape), Some(values)) = (q.format.codebooks(kv_heads, dim), &q.codebooks) {
+                insert("codebooks", &shape, values);
+            }
+            return SideHeader::Quantized(q.format);
+        }
+    };
+    let (heads, dim, rank) = (f.heads(), f.dim(), f.rank);
     insert("basis", &[heads, dim, rank], &f.basis);
     insert("encoder", &[f.groups.len(), rank, heads / f.groups.len() * dim], &f.encoder);
     if let Some(mean) = &f.mean {
@@ -166,9 +184,10 @@ fn hash(text: &str, tensors: &Tensors) -> String {
     sha.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn assemble(format: u32, header: Header, mut tensors: Tensors) -> std::result::Result<Plan, String> {
-    header.model.checked().and_then(|_| check_multiple(header.config.multiple)).map_err(|e| e.to_string())?;
-    let (shape, multiple) = (header.model.layer, header.config.multiple);
+fn assemble<C: Into<FitConfig>>(header: Header<C>, mut tensors: Tensors) -> std::result::Result<Plan, String> {
+    let config: FitConfig = header.config.into();
+    let (shape, multiple) = (header.model.layer, config.multiple());
+    header.model.checked().and_then(|_| check_multiple(multiple)).map_err(|e| e.to_string())?;
     let mut layers = Vec::with_capacity(header.layers.len());
     for (l, layer) in header.layers.into_iter().enumerate() {
         let mut side = |name: &str, side: SideHeader, dim: usize| {
@@ -183,11 +202,11 @@ fn assemble(format: u32, header: Header, mut tensors: Tensors) -> std::result::R
         return Err(format!("tensor {name} belongs to no layer"));
     }
     Ok(Plan {
-        format,
+        format: PLAN_FORMAT,
         method: header.method,
         fingerprint: header.fingerprint,
         model: header.model,
-        config: header.config,
+        config,
         sink_rows: header.sink_rows,
         recent_rows: header.recent_rows,
         layers,
@@ -202,10 +221,6 @@ fn take(
     dim: usize,
     multiple: usize,
 ) -> std::result::Result<Side, String> {
-    let SideHeader::LowRank { groups, rank, latent, mean } = header else { return Ok(Side::Dense) };
-    if let Some(p) = layout(&groups, rank, heads, dim, multiple) {
-        return Err(format!("{prefix}: {p}"));
-    }
     let mut floats = |name: &str, expected: &[usize]| {
         let name = format!("{prefix}.{name}");
         match tensors.remove(&name) {
@@ -216,6 +231,20 @@ fn take(
             }
         }
     };
+    let (groups, rank, latent, mean) = match header {
+        SideHeader::Dense => return Ok(Side::Dense),
+        SideHeader::LowRank { groups, rank, latent, mean } => (groups, rank, latent, mean),
+        SideHeader::Quantized(format) => {
+            if let Some(p) = format.problem(dim) {
+                return Err(format!("{prefix}: {p}"));
+            }
+            let codebooks = format.codebooks(heads, dim).map(|shape| floats("codebooks", &shape)).transpose()?;
+            return Ok(Side::Quantized(Quantized { format, codebooks }));
+        }
+    };
+    if let Some(p) = layout(&groups, rank, heads, dim, multiple) {
+        return Err(format!("{prefix}: {p}"));
+    }
     let basis = floats("basis", &[heads, dim, rank])?;
     let encoder = floats("encoder", &[groups.len(), rank, heads / groups.len() * dim])?;
     let mean = if mean { Some(floats("mean", &[heads, dim])?) } else { None };

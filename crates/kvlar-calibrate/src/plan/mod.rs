@@ -2,28 +2,71 @@
 
 mod check;
 mod file;
+mod quantized;
+
+pub use quantized::{Quantized, QuantizedCodec, QuantizedFormat};
 
 use crate::config::{KeyBasis, Latent, RecalkvConfig};
 use crate::error::{Error, Result};
+use crate::pq::PqConfig;
 use crate::shape::{LayerShape, ModelShape};
 use serde::{Deserialize, Serialize};
 
 /// The version of plan files that this build writes and reads.
-pub const PLAN_FORMAT: u32 = 1;
+pub const PLAN_FORMAT: u32 = 2;
+
+/// The settings that a plan was fitted with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FitConfig {
+    /// None: its formats were chosen, nothing was fitted.
+    Chosen,
+    /// Of [`crate::fit`].
+    Recalkv(RecalkvConfig),
+    /// Of [`crate::fit_pq`].
+    Pq(PqConfig),
+}
+
+impl From<RecalkvConfig> for FitConfig {
+    fn from(config: RecalkvConfig) -> Self {
+        Self::Recalkv(config)
+    }
+}
+
+impl From<PqConfig> for FitConfig {
+    fn from(config: PqConfig) -> Self {
+        Self::Pq(config)
+    }
+}
+
+impl FitConfig {
+    /// Those of ReCalKV.
+    pub fn recalkv(&self) -> Option<&RecalkvConfig> {
+        match self {
+            Self::Recalkv(config) => Some(config),
+            _ => None,
+        }
+    }
+
+    /// What ranks are multiples of.
+    fn multiple(&self) -> usize {
+        self.recalkv().map_or(KERNEL_RANK, |c| c.multiple)
+    }
+}
 
 /// What one layer's cache is made of, for every layer of one model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// Version of the file ([`PLAN_FORMAT`]).
+    /// Version of its file ([`PLAN_FORMAT`]); that of this build where an older file was read.
     pub format: u32,
-    /// The method: `recalkv`.
+    /// The method: `recalkv`, `pq`.
     pub method: String,
     /// Which model it was fitted to.
     pub fingerprint: String,
     /// Sizes of that model.
     pub model: ModelShape,
     /// The settings it was fitted with.
-    pub config: RecalkvConfig,
+    pub config: FitConfig,
     /// First rows of a sequence that stay exact.
     pub sink_rows: usize,
     /// Last rows of a sequence that stay exact.
@@ -35,7 +78,7 @@ pub struct Plan {
 /// Keys and values of one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerPlan {
-    /// Keys, before RoPE where they are low rank.
+    /// Keys, before RoPE where they are low rank, after it where they are quantized.
     pub keys: Side,
     /// Values.
     pub values: Side,
@@ -48,6 +91,8 @@ pub enum Side {
     Dense,
     /// As latents.
     LowRank(Factors),
+    /// As codes.
+    Quantized(Quantized),
 }
 
 /// Latents of head groups: z = encoder · y (y: the group's heads, one after another), ŷ_h = basis_h · z (+ mean_h).
@@ -149,13 +194,33 @@ impl Side {
     /// The factors, where there are any.
     pub fn factors(&self) -> Option<&Factors> {
         match self {
-            Self::Dense => None,
             Self::LowRank(f) => Some(f),
+            Self::Dense | Self::Quantized(_) => None,
+        }
+    }
+
+    /// Formats and codebooks, where there are any.
+    pub fn quantized(&self) -> Option<&Quantized> {
+        match self {
+            Self::Quantized(q) => Some(q),
+            Self::Dense | Self::LowRank(_) => None,
         }
     }
 
     fn row_bytes(&self, heads: usize, dim: usize) -> usize {
-        self.factors().map_or(2 * heads * dim, Factors::row_bytes)
+        match self {
+            Self::Dense => 2 * heads * dim,
+            Self::LowRank(f) => f.row_bytes(),
+            Self::Quantized(q) => heads * q.format.row_bytes(dim),
+        }
+    }
+
+    fn fixed_bytes(&self) -> usize {
+        match self {
+            Self::Dense => 0,
+            Self::LowRank(f) => f.fixed_bytes(),
+            Self::Quantized(q) => q.fixed_bytes(),
+        }
     }
 }
 
@@ -166,7 +231,7 @@ impl LayerPlan {
     /// Keys that stay dense beside low-rank values: caches keep them as latents of full rank, one group a head, so that
     /// one attention reads both.
     fn has_identity_keys(&self) -> bool {
-        self.keys == Side::Dense && self.values != Side::Dense
+        self.keys == Side::Dense && self.values.factors().is_some()
     }
 
     /// Stored bytes of one token's keys and of its values, scales, zeros and padding included.
@@ -175,13 +240,12 @@ impl LayerPlan {
         [self.keys.row_bytes(shape.kv_heads, width), self.values.row_bytes(shape.kv_heads, shape.value_dim)]
     }
 
-    /// Bytes of its bases and encoders at 16 bit and means in f32; of dense keys beside low-rank values, the identity that
-    /// makes latents of them.
+    /// Bytes of its bases and encoders at 16 bit, means and codebooks in f32; of dense keys beside low-rank values, the
+    /// identity that makes latents of them.
     pub fn fixed_bytes(&self, shape: &LayerShape) -> usize {
         let padded = shape.head_dim.next_multiple_of(KERNEL_RANK);
         let identity = if self.has_identity_keys() { 2 * shape.kv_heads * shape.head_dim * (shape.head_dim + padded) } else { 0 };
-        let sides = [&self.keys, &self.values];
-        identity + sides.into_iter().filter_map(Side::factors).map(Factors::fixed_bytes).sum::<usize>()
+        identity + self.keys.fixed_bytes() + self.values.fixed_bytes()
     }
 }
 
@@ -212,10 +276,15 @@ impl Plan {
         (self.layers.len() * self.model.layer.dense_bytes()) as f64
     }
 
-    /// Bytes that do not grow with the context: bases, as a cache holds them.
+    /// What key bases are multiplied as.
+    pub fn key_basis(&self) -> KeyBasis {
+        self.config.recalkv().map_or(KeyBasis::Model, |c| c.key_basis)
+    }
+
+    /// Bytes that do not grow with the context: bases and codebooks, as a cache holds them.
     pub fn fixed_bytes(&self) -> usize {
         let bytes: usize = self.layers.iter().map(|l| l.fixed_bytes(&self.model.layer)).sum();
-        if self.config.key_basis == KeyBasis::Model {
+        if self.key_basis() == KeyBasis::Model {
             return bytes;
         }
         // A byte a number, and an f32 scale a pair of padded dimensions.
@@ -224,8 +293,8 @@ impl Plan {
         bytes + scales - keys().map(|f| f.basis.len()).sum::<usize>()
     }
 
-    /// Bytes kept of the 16-bit cache's for a context of `tokens`: exact sink and recent rows and bases counted. Recent rows
-    /// are latents too. Sequences share the bases; this is what one alone pays.
+    /// Bytes kept of the 16-bit cache's for a context of `tokens`: exact sink and recent rows, bases and codebooks counted.
+    /// Recent rows are latents or codes too. Sequences share bases and codebooks; this is what one alone pays.
     pub fn kept(&self, tokens: usize) -> f64 {
         let (sinks, dense) = (tokens.min(self.sink_rows), self.model.layer.dense_bytes());
         let exact = tokens.min(sinks + self.recent_rows);
@@ -243,4 +312,5 @@ impl Plan {
 enum SideHeader {
     Dense,
     LowRank { groups: Vec<Vec<usize>>, rank: usize, latent: Latent, mean: bool },
+    Quantized(QuantizedFormat),
 }

@@ -52,6 +52,20 @@ impl Llama {
         Ok(())
     }
 
+    /// Keys of n tokens from position 0, k `[n, Hk, d]` before RoPE, as quantized caches keep them: after it.
+    ///
+    /// # Errors
+    /// [`EngineError::Input`] for a part of a row.
+    pub fn rotate_keys(&self, k: &[f32]) -> Result<Vec<f32>> {
+        let c = self.config();
+        let width = c.kv_heads * c.head_dim;
+        if !k.len().is_multiple_of(width) {
+            return Err(EngineError::Input(format!("{} numbers are no rows of {width}", k.len())));
+        }
+        let k = Tensor::from_slice(k, (k.len() / width, c.kv_heads, c.head_dim), &Device::Cpu)?;
+        Ok(self.rotate(&k, 0)?.flatten_all()?.to_vec1()?)
+    }
+
     /// W_o of a layer, `[hidden, Hq·d]`, row-major.
     ///
     /// # Errors

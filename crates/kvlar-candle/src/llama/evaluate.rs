@@ -91,7 +91,7 @@ pub fn recall(model: &Llama, store: &mut dyn KvStore, task: &RecallTask) -> Resu
 }
 
 /// Tokens that run at once, where a store takes as many.
-const CHUNK: usize = 64;
+pub(super) const CHUNK: usize = 64;
 
 /// Sum of −ln p over the second half of `tokens`, and how many those are: the first half is prefilled, the second sees
 /// what the store keeps. The store must be empty.
@@ -116,68 +116,4 @@ pub fn perplexity(model: &Llama, store: &mut dyn KvStore, tokens: &[u32]) -> Res
         logits = next.narrow(0, chunk.len() - 1, 1)?;
     }
     Ok((nll, rest.len()))
-}
-
-/// Two stores fed the same rows and queries; the model goes on with the first one's results.
-struct Compared<'a> {
-    exact: &'a mut dyn KvStore,
-    other: &'a mut dyn KvStore,
-    /// Σ ‖other − exact‖² and Σ ‖exact‖².
-    sums: (f64, f64),
-}
-
-impl KvStore for Compared<'_> {
-    fn len(&self) -> usize {
-        self.exact.len()
-    }
-    fn begin(&mut self, new: usize) -> Result<()> {
-        self.exact.begin(new)?;
-        self.other.begin(new).inspect_err(|_| self.exact.cancel())
-    }
-    fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.exact.append(layer, k, v)?;
-        self.other.append(layer, k, v)
-    }
-    fn attend(&mut self, layer: usize, q: &Tensor) -> Result<Tensor> {
-        let (a, b) = (self.exact.attend(layer, q)?, self.other.attend(layer, q)?);
-        self.sums.0 += f64::from((&b - &a)?.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        self.sums.1 += f64::from(a.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        Ok(a)
-    }
-    fn max_step(&self) -> usize {
-        self.exact.max_step().min(self.other.max_step())
-    }
-    fn rollback(&self) -> usize {
-        self.exact.rollback().min(self.other.rollback())
-    }
-    fn finish(&mut self) -> Result<()> {
-        self.exact.finish()?;
-        self.other.finish()
-    }
-    fn cancel(&mut self) {
-        self.exact.cancel();
-        self.other.cancel();
-    }
-    fn truncate(&mut self, rows: usize) -> Result<()> {
-        self.exact.truncate(rows)?;
-        self.other.truncate(rows)
-    }
-    fn bytes(&self) -> usize {
-        self.other.bytes()
-    }
-}
-
-/// Relative error of attention, over all layers: √(Σ‖o − o*‖² / Σ‖o*‖²) for the second half of `tokens` after a
-/// prefill of the first, where o* is `exact`'s output, o is `other`'s, and both see the same queries. Both must be empty.
-///
-/// # Errors
-/// What the model or a store refuses.
-pub fn attention_error(model: &Llama, exact: &mut dyn KvStore, other: &mut dyn KvStore, tokens: &[u32]) -> Result<f64> {
-    let (context, rest) = tokens.split_at(tokens.len() / 2);
-    let mut both = Compared { exact, other, sums: (0.0, 0.0) };
-    model.prefill(&mut both, context, Logits::Last)?;
-    for chunk in rest.chunks(CHUNK.min(most_at_once(&both))) {
-        model.extend(&mut both, chunk, Logits::Last)?;
-    }
-    Ok((both.sums.0 / both.sums.1).sqrt())
 }

@@ -2,6 +2,7 @@
 //!
 //! Dense arithmetic is candle's, on the CPU in f32; attention of decoding and the cache are kvlar's.
 
+mod attention_error;
 mod capture;
 mod checkpoint;
 mod config;
@@ -10,8 +11,9 @@ mod fisher;
 mod generate;
 mod model;
 
+pub use attention_error::{AttentionError, LayerError, attention_error};
 pub use config::{Config, Family};
-pub use evaluate::{Question, Recall, RecallTask, attention_error, longest_question, perplexity, recall};
+pub use evaluate::{Question, Recall, RecallTask, longest_question, perplexity, recall};
 pub use fisher::{Fisher, Gradients};
 pub use generate::{Sampler, Sampling, generate};
 pub use model::{Llama, Logits};

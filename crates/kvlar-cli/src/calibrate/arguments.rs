@@ -3,15 +3,15 @@
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use kvlar_calibrate as fit;
-use kvlar_calibrate::{LayerShape, RecalkvConfig, ValueFit};
+use kvlar_calibrate::{LayerShape, PqConfig, RecalkvConfig, ValueFit};
 use std::path::{Path, PathBuf};
 
 /// Methods that need calibration.
-const METHODS: &[&str] = &["recalkv"];
+const METHODS: &[&str] = &["recalkv", "pq"];
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// What the plan is for: recalkv (low-rank keys and values).
+    /// What the plan is for: recalkv (low-rank keys and values) or pq (product-quantized keys).
     #[arg(long, default_value = "recalkv")]
     pub method: String,
     /// Folder of a Hugging Face checkpoint; the bundled model by default.
@@ -50,12 +50,22 @@ pub struct Arguments {
     /// What errors are weighted by; `query,output` for both [default: query,output].
     #[arg(long, value_delimiter = ',')]
     weighting: Vec<Weighting>,
-    /// Where value bases come from [default: closed].
+    /// recalkv: where value bases come from: svd, alternating or closed [default: closed]. pq: what values are stored as:
+    /// dense, fp8, int8, int4, int2, int4-channel or int2-channel, each of the others also with +hadamard [default: int4].
     #[arg(long)]
-    values: Option<Values>,
-    /// Rounds of `--values alternating`.
-    #[arg(long, default_value_t = 1)]
-    rounds: usize,
+    values: Option<String>,
+    /// recalkv: rounds of `--values alternating` [default: 1]. pq: rounds of k-means at most [default: 25].
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// pq: sub-vectors of a key, each of which is a byte [default: half of its dimensions].
+    #[arg(long)]
+    subvectors: Option<usize>,
+    /// pq: centroids of a sub-vector, 1 to 256 [default: 256].
+    #[arg(long)]
+    centroids: Option<usize>,
+    /// pq: of the sample of keys and of k-means [default: 0].
+    #[arg(long)]
+    seed: Option<u64>,
     /// What latents are stored as [default: model].
     #[arg(long)]
     latent: Option<Latent>,
@@ -74,10 +84,10 @@ pub struct Arguments {
     /// Tensor-parallel shards; no group has heads of two.
     #[arg(long)]
     shards: Option<usize>,
-    /// First rows of a sequence that stay exact.
+    /// First rows of a sequence that stay exact [default: 4, or 0 with pq].
     #[arg(long)]
     sinks: Option<usize>,
-    /// Last rows of a sequence that stay exact.
+    /// Last rows of a sequence that stay exact [default: 64, or 0 with pq].
     #[arg(long)]
     recent: Option<usize>,
 }
@@ -123,16 +133,6 @@ enum Weighting {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Values {
-    /// SVD of the weights, without data.
-    Svd,
-    /// That, and rounds of updates on the data (OVC).
-    Alternating,
-    /// What the rounds converge to: PCA of the values.
-    Closed,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Latent {
     /// The model's 16-bit type.
     Model,
@@ -147,6 +147,10 @@ impl Arguments {
     pub fn check(&self) -> Result<()> {
         if !METHODS.contains(&self.method.as_str()) {
             bail!("no method {:?} to calibrate ({})", self.method, METHODS.join(", "));
+        }
+        let others = if self.is_pq() { self.given_of_recalkv() } else { self.given_of_pq() };
+        if let Some(option) = others {
+            bail!("{option} is no option of --method {}", self.method);
         }
         if self.windows == 0 {
             bail!("--windows 0: calibration needs at least one window");
@@ -164,7 +168,63 @@ impl Arguments {
         Ok(())
     }
 
-    /// The settings for a model of these heads.
+    /// Whether keys are to be product-quantized.
+    pub fn is_pq(&self) -> bool {
+        self.method == "pq"
+    }
+
+    /// An option that was given although it is ReCalKV's alone.
+    fn given_of_recalkv(&self) -> Option<&'static str> {
+        let given = [
+            ("--kept", self.kept.is_some()),
+            ("--preset", self.preset.is_some()),
+            ("--group-keys", self.group_keys.is_some()),
+            ("--group-values", self.group_values.is_some()),
+            ("--grouping", self.grouping.is_some()),
+            ("--budget", self.budget.is_some()),
+            ("--weighting", !self.weighting.is_empty()),
+            ("--latent", self.latent.is_some()),
+            ("--int8-basis", self.int8_basis),
+            ("--multiple", self.multiple.is_some()),
+            ("--center", self.center),
+            ("--no-hadamard", self.no_hadamard),
+            ("--shards", self.shards.is_some()),
+        ];
+        given.into_iter().find(|(_, given)| *given).map(|(name, _)| name)
+    }
+
+    /// Likewise, of product quantization.
+    fn given_of_pq(&self) -> Option<&'static str> {
+        let given = [
+            ("--subvectors", self.subvectors.is_some()),
+            ("--centroids", self.centroids.is_some()),
+            ("--seed", self.seed.is_some()),
+        ];
+        given.into_iter().find(|(_, given)| *given).map(|(name, _)| name)
+    }
+
+    /// The settings of product quantization for a model of these heads.
+    pub fn pq(&self, shape: &LayerShape) -> Result<PqConfig> {
+        let c = PqConfig::new(self.subvectors.unwrap_or(shape.head_dim / 2), self.centroids.unwrap_or(256));
+        let values = match self.values.as_deref() {
+            None => c.values,
+            Some("dense") => None,
+            Some(format) => match format.parse() {
+                Ok(format) => Some(format),
+                Err(e) => bail!("--values: {e}, or dense"),
+            },
+        };
+        Ok(PqConfig {
+            rounds: self.rounds.unwrap_or(c.rounds),
+            seed: self.seed.unwrap_or(c.seed),
+            sink_rows: self.sinks.unwrap_or(c.sink_rows),
+            recent_rows: self.recent.unwrap_or(c.recent_rows),
+            values,
+            ..c
+        })
+    }
+
+    /// The settings of ReCalKV for a model of these heads.
     pub fn config(&self, shape: &LayerShape) -> Result<RecalkvConfig> {
         let preset = self.preset.map(|p| match p {
             Preset::Speed => fit::Preset::Speed,
@@ -208,11 +268,12 @@ impl Arguments {
             c.weighting_keys = has(Weighting::Query, fit::Weighting::Query);
             c.weighting_values = has(Weighting::Output, fit::Weighting::Output);
         }
-        if let Some(v) = self.values {
-            c.values = match v {
-                Values::Svd => ValueFit::WeightSvd,
-                Values::Alternating => ValueFit::Alternating { rounds: self.rounds },
-                Values::Closed => ValueFit::Closed,
+        if let Some(v) = &self.values {
+            c.values = match v.as_str() {
+                "svd" => ValueFit::WeightSvd,
+                "alternating" => ValueFit::Alternating { rounds: self.rounds.unwrap_or(1) },
+                "closed" => ValueFit::Closed,
+                _ => bail!("--values {v:?}: choose svd, alternating or closed"),
             };
         }
         if let Some(l) = self.latent {

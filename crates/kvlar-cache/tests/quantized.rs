@@ -1,0 +1,255 @@
+//! Plans whose layers keep codes, each in its own format; and keys that are read back.
+
+use crate::lab::{DIM, HEADS, LAYERS, Lab, Q_HEADS, config, exact_plan, latents, plan, row};
+use kvlar::{Codec, Device, Format, SimtOptions};
+use kvlar_cache::{BatchShape, Cache, CacheConfig, CacheError};
+use kvlar_calibrate::{FitConfig, LayerPlan, Plan, Quantized, QuantizedCodec, QuantizedFormat, Side};
+use kvlar_reference::tolerance::Tolerance;
+use kvlar_reference::{Rope, RopeLayout, RopeScaling};
+
+fn devices() -> Vec<Device> {
+    let simt = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() });
+    std::iter::once(Device::reference()).chain(simt.ok()).collect()
+}
+
+fn anything() -> Tolerance {
+    Tolerance { absolute: f64::MAX, relative: 0.0, cosine: 2.0 }
+}
+
+fn side(format: impl Into<QuantizedFormat>) -> Side {
+    Side::Quantized(format.into().into())
+}
+
+fn quantized(layers: [(Side, Side); LAYERS]) -> Plan {
+    let layers = layers.into_iter().map(|(keys, values)| LayerPlan { keys, values }).collect();
+    Plan { method: "quantized".into(), config: FitConfig::Chosen, layers, ..plan() }
+}
+
+/// Formats of plans, and what caches call them.
+fn pairs() -> Vec<[(QuantizedFormat, Format); 2]> {
+    let turned = |q: QuantizedCodec, codec: Codec| {
+        (QuantizedFormat { hadamard: true, ..q.into() }, Format { hadamard: true, ..codec.into() })
+    };
+    let plain = |q: QuantizedCodec, codec: Codec| (q.into(), codec.into());
+    vec![
+        [plain(QuantizedCodec::Int8, Codec::Int8), plain(QuantizedCodec::Int8, Codec::Int8)],
+        [turned(QuantizedCodec::Int4, Codec::Int4), plain(QuantizedCodec::Int2, Codec::Int2)],
+        [plain(QuantizedCodec::Fp8, Codec::Fp8), plain(QuantizedCodec::Fp8, Codec::Fp8)],
+        [plain(QuantizedCodec::Int4, Codec::Int4), plain(QuantizedCodec::Int8, Codec::Int8)],
+    ]
+}
+
+/// Outputs of each layer in a few steps.
+fn outputs(device: &Device, cache: Cache) -> Vec<Vec<f32>> {
+    let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
+    let (a, b) = (lab.create(), lab.create());
+    let mut all = vec![Vec::new(); LAYERS];
+    for new in [[(a, 20), (b, 3)], [(a, 1), (b, 1)], [(a, 4), (b, 9)]] {
+        lab.extend(&new).unwrap();
+        all.iter_mut().zip(&lab.outputs).for_each(|(all, out)| all.extend(out));
+    }
+    all
+}
+
+/// A plan's layers are what a cache made with their formats keeps, bit for bit, whatever the other layer is.
+#[test]
+fn layers_of_a_plan_are_those_of_a_cache_of_their_formats() {
+    for device in devices() {
+        let stream = device.stream().unwrap();
+        let of_formats = |[keys, values]: [Format; 2]| {
+            let cache = Cache::new(&device, CacheConfig { keys, values, ..config(Codec::F16, 12) }).unwrap();
+            (cache.bytes_per_token() / LAYERS, outputs(&device, cache))
+        };
+        let all: Vec<_> = pairs().iter().map(|[k, v]| of_formats([k.1, v.1])).collect();
+        let dense = of_formats([Codec::F16.into(), Codec::F16.into()]);
+        for (first, second) in [(0, 0), (1, 0), (2, 3), (3, 1)] {
+            let layer = |i: usize| (side(pairs()[i][0].0), side(pairs()[i][1].0));
+            let p = quantized([layer(first), layer(second)]);
+            let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
+            assert_eq!(cache.bytes_per_token(), all[first].0 + all[second].0);
+            assert_eq!(cache.bytes_per_token() as f64, p.bytes_per_token());
+            assert_eq!((cache.fixed_bytes(), p.fixed_bytes(), cache.rollback_rows()), (0, 0, usize::MAX));
+            let got = outputs(&device, cache);
+            assert_eq!(got[0], all[first].1[0], "layer 0 of {first}, {second}");
+            assert_eq!(got[1], all[second].1[1], "layer 1 of {first}, {second}");
+            assert_ne!(got[0], dense.1[0]);
+        }
+        // A dense layer beside one of codes stays as it was.
+        let p = quantized([(Side::Dense, Side::Dense), (side(pairs()[0][0].0), side(pairs()[0][1].0))]);
+        let got = outputs(&device, Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap());
+        assert_eq!((&got[0], &got[1]), (&dense.1[0], &all[0].1[1]));
+    }
+}
+
+/// Layers of one pair of formats share plans and a work list.
+#[test]
+fn a_batch_holds_one_work_list_a_pair_of_formats() {
+    let device = Device::reference();
+    let stream = device.stream().unwrap();
+    let bytes = |first: usize, second: usize| {
+        let layer = |i: usize| (side(pairs()[i][0].0), side(pairs()[i][1].0));
+        let p = quantized([layer(first), layer(second)]);
+        let cache = Cache::planned(&device, &stream, config(Codec::F16, 4), &p).unwrap();
+        let batch = cache.batch(BatchShape::new(2, 1, Q_HEADS)).unwrap();
+        batch.bytes() - batch.workspace().size().bytes()
+    };
+    assert_eq!(bytes(0, 0), bytes(1, 1));
+    assert!(bytes(0, 1) > bytes(0, 0));
+}
+
+/// A step's work list is made anew: one batch for all steps gives what a new one for each does, once a
+/// sequence has more rows than a tile.
+#[test]
+fn batches_are_used_again() {
+    for device in devices() {
+        let stream = device.stream().unwrap();
+        let p = quantized([
+            (side(QuantizedCodec::Int8), side(QuantizedCodec::Int8)),
+            (side(QuantizedCodec::Int4), side(QuantizedCodec::Int4)),
+        ]);
+        let run = |again: bool| {
+            let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
+            let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
+            let (a, b) = (lab.create(), lab.create());
+            let mut batch = lab.cache.batch(BatchShape::new(2, 24, Q_HEADS)).unwrap();
+            let mut all = Vec::new();
+            for new in [[(a, 24), (b, 3)], [(b, 12), (a, 24)], [(a, 24), (b, 1)], [(b, 9), (a, 24)]] {
+                if !again {
+                    batch = lab.cache.batch(BatchShape::new(2, 24, Q_HEADS)).unwrap();
+                }
+                lab.extend_in(&mut batch, &new).unwrap();
+                all.extend(lab.outputs.concat());
+            }
+            all
+        };
+        assert_eq!(run(true), run(false));
+    }
+}
+
+#[test]
+fn what_no_cache_keeps_yet_is_named() {
+    let device = Device::reference();
+    let stream = device.stream().unwrap();
+    let refused = |p: &Plan| Cache::planned(&device, &stream, config(Codec::F16, 4), p).unwrap_err();
+    let unsupported = |p: &Plan, words: &[&str]| {
+        let e = refused(p);
+        assert!(matches!(e, CacheError::Device(kvlar::Error::Unsupported { .. })), "{e}");
+        let text = e.to_string();
+        assert!(text.contains("unsupported") && words.iter().all(|w| text.contains(w)), "{text:?} does not say {words:?}");
+    };
+    let with =
+        |keys: Side| quantized([(side(QuantizedCodec::Int8), side(QuantizedCodec::Int8)), (keys, side(QuantizedCodec::Int4))]);
+    let format = QuantizedCodec::Pq { subvectors: 8, centroids: 4 }.into();
+    let pq = Side::Quantized(Quantized { format, codebooks: Some(vec![0.5; HEADS * 4 * DIM]) });
+    unsupported(&with(pq), &["pq rows"]);
+    unsupported(&with(side(QuantizedCodec::Int4Channel)), &["int4-channel rows"]);
+    unsupported(&with(side(QuantizedCodec::Int2Channel)), &["int2-channel rows"]);
+    for (sinks, recent) in [(4, 0), (0, 16)] {
+        let p = Plan { sink_rows: sinks, recent_rows: recent, ..with(side(QuantizedCodec::Int8)) };
+        unsupported(&p, &["exact rows", "--sinks 0 --recent 0"]);
+    }
+    let e = refused(&quantized([(latents(1.0), side(QuantizedCodec::Int8)), (Side::Dense, Side::Dense)]));
+    assert!(matches!(e, CacheError::Invalid { arg: "plan", .. }), "{e}");
+    assert!(e.to_string().contains("layer 0 has latents beside codes"), "{e}");
+}
+
+/// Keys of a sequence's tokens as the reference stores and reads them, `[n, Hk, d]`.
+fn stored(tokens: &[u64], layer: usize, format: &Format) -> Vec<f32> {
+    let storage = kvlar_reference::HeadStorage::from(format.reference());
+    let keys = tokens.iter().flat_map(|&t| (0..HEADS).map(move |h| row(t, layer, h, false)));
+    keys.flat_map(|k| storage.row(&k).unwrap()).collect()
+}
+
+#[test]
+fn keys_are_read_back_as_they_are_stored() {
+    for device in devices() {
+        let stream = device.stream().unwrap();
+        for [keys, values] in pairs() {
+            let p = quantized([(side(keys.0), side(values.0)), (Side::Dense, Side::Dense)]);
+            let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
+            let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
+            // Two sequences, so that pages are not in order; pages shared and copied.
+            let (a, b) = (lab.create(), lab.create());
+            for new in [[(a, 20), (b, 17)], [(a, 19), (b, 1)]] {
+                lab.extend(&new).unwrap();
+            }
+            lab.cache.truncate(a, 35).unwrap();
+            lab.truncated(a, 35);
+            let c = lab.cache.fork(a).unwrap();
+            lab.forked(a, c);
+            lab.extend(&[(c, 2)]).unwrap();
+            for seq in [a, b, c] {
+                for (layer, format) in [(0, keys.1), (1, Codec::F16.into())] {
+                    let read = lab.cache.decoded_keys(&lab.stream, seq, layer, &Rope::none()).unwrap();
+                    assert_eq!(read, stored(&lab.model[&seq], layer, &format), "{seq}, layer {layer}, {:?}", keys.0);
+                }
+            }
+            let e = lab.cache.decoded_keys(&lab.stream, a, 2, &Rope::none()).unwrap_err();
+            assert!(e.to_string().contains("layer: 2 of 2"), "{e}");
+            lab.cache.remove(a).unwrap();
+            assert_eq!(lab.cache.decoded_keys(&lab.stream, a, 0, &Rope::none()), Err(CacheError::UnknownSequence(a)));
+            let empty = lab.cache.create();
+            assert_eq!(lab.cache.decoded_keys(&lab.stream, empty, 0, &Rope::none()), Ok(Vec::new()));
+        }
+    }
+}
+
+/// Low-rank keys are rebuilt and rotated; sinks and recent rows of them come as they were given.
+#[test]
+fn keys_of_latents_are_rebuilt_where_they_are_not_exact() {
+    let rope = Rope::new(100.0, DIM, RopeLayout::Half, RopeScaling::None);
+    for device in devices() {
+        for (sinks, recent) in [(0, 0), (3, 0), (0, 5), (5, 7), (40, 0)] {
+            let mut lab = Lab::exact(&device, 12, anything(), (sinks, recent, 0));
+            let a = lab.create();
+            for n in [8, 8, 8, 6, 1, 1, 6] {
+                lab.extend(&[(a, n)]).unwrap();
+                let (until, from) = lab.cache.exact_rows(a).unwrap();
+                for layer in 0..LAYERS {
+                    let read = lab.cache.decoded_keys(&lab.stream, a, layer, &rope).unwrap();
+                    let tokens = &lab.model[&a];
+                    let rows =
+                        tokens.iter().enumerate().flat_map(|(i, &t)| (0..HEADS).map(move |h| (i, row(t, layer, h, false))));
+                    // The lab's latents halve what they hold, which f16 does exactly; it appends without RoPE.
+                    let expected = rows.flat_map(|(i, k)| match i < until || i >= from {
+                        true => k,
+                        false => rope.rotate(&k.iter().map(|x| 0.5 * x).collect::<Vec<_>>(), i as i64),
+                    });
+                    assert_eq!(read, expected.collect::<Vec<f32>>(), "{sinks}, {recent}, {} tokens", tokens.len());
+                }
+            }
+        }
+    }
+}
+
+/// An int8 basis is read as its codes and scales, int8 latents as they decode.
+#[test]
+fn keys_of_8_bit_latents_are_what_8_bits_hold() {
+    let device = Device::reference();
+    let stream = device.stream().unwrap();
+    let read = |latent, key_basis| {
+        let mut p = exact_plan(1.0, (0, 0));
+        p.config = kvlar_calibrate::RecalkvConfig { key_basis, ..Default::default() }.into();
+        for side in p.layers.iter_mut().flat_map(|l| [&mut l.keys, &mut l.values]) {
+            let Side::LowRank(f) = side else { continue };
+            f.latent = latent;
+            // No basis of ones and zeros, which 8 bits would hold exactly.
+            f.basis.iter_mut().enumerate().for_each(|(i, x)| *x += 0.001 * (i % 7) as f32);
+        }
+        let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
+        let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
+        let a = lab.create();
+        lab.extend(&[(a, 20)]).unwrap();
+        lab.cache.decoded_keys(&lab.stream, a, 0, &Rope::none()).unwrap()
+    };
+    use kvlar_calibrate::{KeyBasis, Latent};
+    let exact = read(Latent::Model, KeyBasis::Model);
+    let error = |keys: Vec<f32>| {
+        let sum = |f: &dyn Fn(f32, f32) -> f32| keys.iter().zip(&exact).map(|(a, b)| f(*a, *b).powi(2)).sum::<f32>();
+        (sum(&|a, b| a - b) / sum(&|_, b| b)).sqrt()
+    };
+    let (latents, both) = (error(read(Latent::Int8, KeyBasis::Model)), error(read(Latent::Int8, KeyBasis::Int8)));
+    assert!((1e-3..0.02).contains(&latents) && (latents..0.02).contains(&both), "{latents}, {both}");
+    assert!(both > latents, "the basis loses something too");
+    assert!((0.03..0.2).contains(&error(read(Latent::Int4, KeyBasis::Model))));
+}
