@@ -3,12 +3,12 @@
 use crate::error::invalid;
 use crate::exact::ExactShape;
 use crate::layer::{Layer, native};
-use crate::quantized::QuantizedBatch;
+use crate::quantized::RowBatch;
 use crate::tables::Tables;
 use crate::{CacheConfig, Result, SeqId};
 use kvlar::{
-    AppendLowrankPlan, AppendPlan, AppendShape, AttendPlan, AttendShape, Backend, Device, Dtype, LowrankPlan, Schedule,
-    SegmentShape, WorkList, Workspace, WorkspaceSize,
+    AppendLowrankPlan, AppendPlan, AppendShape, AttendShape, Backend, Device, Dtype, LowrankPlan, Schedule, SegmentShape,
+    WorkList, Workspace, WorkspaceSize,
 };
 
 /// What a [`Batch`] is made from.
@@ -53,21 +53,16 @@ impl BatchShape {
 pub struct Batch {
     pub(crate) shape: BatchShape,
     pub(crate) cache: u64,
-    pub(crate) append: AppendPlan,
+    /// Of layers without latents.
+    pub(crate) rows: RowBatch,
     /// Of exact rows beside latents.
     pub(crate) append_exact: Option<AppendPlan>,
-    pub(crate) attend: AttendPlan,
-    pub(crate) work: WorkList,
     pub(crate) workspace: Workspace,
-    /// Whether the work list is that of this step.
-    pub(crate) scheduled: bool,
-    /// By layer; `None` where rows are token-wise.
+    /// By layer; `None` where there are no latents.
     pub(crate) lowrank: Vec<Option<LowrankPlans>>,
     /// Work lists of low-rank layers, and whether each is that of this step; layers that differ in ranks alone share one.
     pub(crate) lowrank_work: Vec<(WorkList, bool)>,
-    /// Of layers that keep codes as a plan says.
-    pub(crate) quantized: QuantizedBatch,
-    /// Bytes of those lists and of `work`.
+    /// Bytes of all work lists.
     work_bytes: usize,
     pub(crate) tables: Tables,
     pub(crate) active: Vec<(SeqId, usize)>,
@@ -119,9 +114,8 @@ impl Batch {
             schedule: shape.schedule,
             ..attend
         };
-        let attend = attend_shape.plan(device)?;
-        let quantized = QuantizedBatch::new(device, &config, append, attend_shape, layers)?;
-        let mut workspace = attend.workspace().max(quantized.workspace());
+        let rows = RowBatch::new(device, &config, &exact, append, attend_shape, layers)?;
+        let mut workspace = rows.workspace();
         let (mut lowrank, mut lists) = (Vec::new(), Vec::<(LowrankPlan, WorkList)>::new());
         for layer in layers {
             let Some(l) = &layer.lowrank else {
@@ -148,18 +142,12 @@ impl Batch {
         Ok(Self {
             shape,
             cache,
-            append: append.plan(device)?,
-            work_bytes: attend.work_list_bytes()
-                + quantized.work_bytes()
-                + lists.iter().map(|(plan, _)| plan.work_list_bytes()).sum::<usize>(),
-            quantized,
+            work_bytes: rows.work_bytes() + lists.iter().map(|(plan, _)| plan.work_list_bytes()).sum::<usize>(),
+            rows,
             append_exact: if exact.any() { Some(append_exact.plan(device)?) } else { None },
-            work: attend.work_list(device)?,
             workspace: Workspace::new(device, workspace.max(WorkspaceSize::default()))?,
             lowrank,
             lowrank_work: lists.into_iter().map(|(_, work)| (work, false)).collect(),
-            attend,
-            scheduled: false,
             tables: Tables::new(device, &config, exact, seqs, new_rows)?,
             active: Vec::new(),
         })

@@ -5,6 +5,7 @@ use crate::error::invalid;
 use crate::exact::ExactShape;
 use crate::layer::{Layer, native};
 use crate::pages::PageBook;
+use crate::quantized::{QuantizedLayer, exact_shape, planned_formats};
 use crate::sequence::{Books, Kind, Sequence};
 use crate::{CacheConfig, CacheError, Result};
 use kvlar::{Device, Stream};
@@ -65,33 +66,39 @@ impl Cache {
     /// [`CacheError::Invalid`] for a bad configuration, [`CacheError::Device`] if memory runs out or there is no kernel.
     pub fn new(device: &Device, config: CacheConfig) -> Result<Self> {
         config.check()?;
-        let layers = (0..config.layers).map(|_| Layer::token_wise(device, &config)).collect::<Result<_>>()?;
-        Ok(Self::of(device, config, ExactShape::default(), layers))
+        let formats = [config.keys, config.values];
+        let mut exact = ExactShape::default();
+        if formats.iter().any(|f| f.codec.dense().is_none()) {
+            exact = exact_shape(&config, asked(&config, config.sink_rows, config.recent_rows), &[formats], true)?;
+        }
+        let layer = |_| match exact.encodes() {
+            true => Layer::quantized(device, &config, &exact, QuantizedLayer::of(config.keys, config.values)),
+            false => Layer::token_wise(device, &config),
+        };
+        let layers = (0..config.layers).map(layer).collect::<Result<_>>()?;
+        Ok(Self::of(device, config, exact, layers))
     }
 
-    /// Allocates a pool for rows as a plan says, and uploads its matrices and codebooks. `config.keys` and `config.values`
-    /// are not used: dense layers keep the type of the model, layers of codes each their own formats. Sink and recent rows of
-    /// the plan stay exact beside latents, for `config.max_seqs` sequences ([`Cache::exact_rows`]). Whether the plan was
-    /// fitted to the model is for [`Plan::check_model`] to say.
+    /// Allocates a pool for rows as a plan says, and uploads its matrices and codebooks. `config.keys`, `config.values` and
+    /// their exact rows are not used: dense layers keep the type of the model, layers of codes each their own formats. Sink
+    /// and recent rows of the plan stay exact beside latents and codes, for `config.max_seqs` sequences
+    /// ([`Cache::exact_rows`]). Whether the plan was fitted to the model is for [`Plan::check_model`] to say.
     ///
     /// # Errors
     /// [`CacheError::Invalid`] also for a plan of another number of layers, kv heads or dimensions, whatever its layers keep;
-    /// [`CacheError::Device`] also for formats without kernels, and for exact rows beside codes.
+    /// [`CacheError::Device`] also for formats without kernels.
     pub fn planned(device: &Device, stream: &Stream, config: CacheConfig, plan: &Plan) -> Result<Self> {
         config.check()?;
         let own = native(config.dtype).into();
         let config = CacheConfig { keys: own, values: own, ..config };
         check_shape(&config, plan)?;
-        let most = config.max_rows;
-        let exact = ExactShape {
-            sinks: plan.sink_rows.min(most),
-            recent: plan.recent_rows.min(most),
-            rollback: config.rollback_rows.min(most),
-        };
+        let formats = planned_formats(&config, plan)?;
+        let all = formats.len() == config.layers;
+        let exact = exact_shape(&config, asked(&config, plan.sink_rows, plan.recent_rows), &formats, all)?;
         let planned = |l| Layer::planned(device, stream, &config, &exact, l, plan);
         let layers = (0..config.layers).map(planned).collect::<Result<Vec<_>>>()?;
         let lowrank = layers.iter().any(|l| l.lowrank.is_some());
-        Ok(Self::of(device, config, if lowrank { exact } else { ExactShape::default() }, layers))
+        Ok(Self::of(device, config, if lowrank || exact.encodes() { exact } else { ExactShape::default() }, layers))
     }
 
     fn of(device: &Device, config: CacheConfig, exact: ExactShape, layers: Vec<Layer>) -> Self {
@@ -108,11 +115,6 @@ impl Cache {
         self.layers.iter().map(|l| l.rows.token_bytes()).sum()
     }
 
-    /// Bytes that a token takes in all layers where it stays exact beside a latent.
-    fn exact_bytes_per_token(&self) -> usize {
-        self.layers.iter().filter_map(Layer::exact).map(|s| s.token_bytes()).sum()
-    }
-
     /// Bytes that a sequence's tokens take, in all layers, with scales and padding, exact rows included, also those that are
     /// held for rollback; shared pages are counted in each sequence.
     ///
@@ -121,17 +123,25 @@ impl Cache {
     pub fn sequence_bytes(&self, seq: SeqId) -> Result<usize> {
         let s = self.get(seq)?;
         let (rows, sinks) = (s.total(), s.total().min(self.exact.sinks));
-        let held = if self.exact.recent == 0 { 0 } else { rows.saturating_sub(s.held.list(Kind::Recent).first) };
-        let exact = sinks + held;
-        let latents_of_sinks: usize = self.layers.iter().filter(|l| l.lowrank.is_some()).map(|l| l.rows.token_bytes()).sum();
-        Ok(rows * self.bytes_per_token() - sinks * latents_of_sinks + exact * self.exact_bytes_per_token())
+        let held = if self.exact.keeps_recent() { rows.saturating_sub(s.held.list(Kind::Recent).first) } else { 0 };
+        let encoded = s.held.exact_from(&self.exact, rows) - sinks;
+        let of = |l: &Layer| {
+            let listed = match (&l.lowrank, &l.quantized, &l.exact) {
+                (Some(_), ..) => rows - sinks,
+                (_, Some(_), Some(_)) => encoded,
+                _ => rows,
+            };
+            listed * l.rows.token_bytes() + l.exact.as_ref().map_or(0, |s| (sinks + held) * s.token_bytes())
+        };
+        Ok(self.layers.iter().map(of).sum())
     }
 
-    /// Which rows attention reads as they were given, in low-rank layers: the first so many, and those from a position on.
-    /// Of T rows these are the first `sinks` of the plan and, if `recent` of it are not 0, those from
-    /// sinks + ⌊max(T − recent − sinks, 0) / 16⌋ · 16 on: up to 15 rows more than asked for, whatever the sequence held
-    /// before. Only where more than [`CacheConfig::rollback_rows`] tokens were taken back does it begin later. During a
-    /// step: as it will be at its end.
+    /// Which rows attention reads as they were given, in layers of latents or codes: the first so many, and those from a
+    /// position on. Of T rows these are the first `sinks` that were asked for and, if `recent` of them are not 0 or rows are
+    /// encoded in groups, those from sinks + ⌊max(T − recent − sinks, 0) / group⌋ · group on, group being 16 or the rows that
+    /// share a scale: up to a group less one row more than asked for, whatever the sequence held before. Only where more
+    /// than [`CacheConfig::rollback_rows`] tokens were taken back does it begin later. During a step: as it will be at its
+    /// end.
     ///
     /// # Errors
     /// [`CacheError::UnknownSequence`].
@@ -141,9 +151,9 @@ impl Cache {
     }
 
     /// How many tokens [`Cache::truncate`] takes back as if they had never been: [`CacheConfig::rollback_rows`] where recent
-    /// rows stay exact beside latents, any number elsewhere (`usize::MAX`).
+    /// rows stay exact, any number elsewhere (`usize::MAX`).
     pub fn rollback_rows(&self) -> usize {
-        if self.exact.recent == 0 { usize::MAX } else { self.config.rollback_rows }
+        if self.exact.keeps_recent() { self.config.rollback_rows } else { usize::MAX }
     }
 
     /// Bytes that do not grow with tokens or sequences: bases, encoders, means, codebooks.
@@ -161,7 +171,7 @@ impl Cache {
         let (pages, free) = (self.books.rows.capacity(), self.books.rows.free());
         let (exact, free_exact) = (self.books.exact.capacity(), self.books.exact.free());
         let rows_bytes: usize = self.layers.iter().map(|l| l.rows.bytes()).sum();
-        let exact_bytes: usize = self.layers.iter().filter_map(Layer::exact).map(|s| s.bytes()).sum();
+        let exact_bytes: usize = self.layers.iter().filter_map(|l| l.exact.as_ref()).map(|s| s.bytes()).sum();
         let used_bytes = rows_bytes / pages * (pages - free) + exact_bytes / exact.max(1) * (exact - free_exact);
         Usage {
             sequences: self.sequences.len(),
@@ -233,11 +243,12 @@ impl Cache {
     }
 
     /// Takes tokens back, to `rows`. What follows is bit for bit as if they had never been, if the sequence has not held more
-    /// than [`Cache::rollback_rows`] tokens more. Where it has, rows that were forgotten stay latents: fewer of the last ones
-    /// are exact ([`Cache::exact_rows`]) until enough others have come.
+    /// than [`Cache::rollback_rows`] tokens more. Where it has, rows that were forgotten stay latents or codes: fewer of the
+    /// last ones are exact ([`Cache::exact_rows`]) until enough others have come. Codes of a group stay together.
     ///
     /// # Errors
-    /// [`CacheError::Committed`] below what was committed; [`CacheError::Invalid`] above what is held.
+    /// [`CacheError::Committed`] below what was committed; [`CacheError::Invalid`] above what is held;
+    /// [`CacheError::PartOfGroup`] within a group that was encoded longer ago than [`Cache::rollback_rows`].
     pub fn truncate(&mut self, seq: SeqId, rows: usize) -> Result<()> {
         let (exact, page_rows) = (self.exact, self.config.page_rows);
         let s = self.idle(seq)?;
@@ -246,6 +257,9 @@ impl Cache {
         }
         if rows < s.committed {
             return Err(CacheError::Committed { seq, rows, committed: s.committed });
+        }
+        if let Some(whole) = s.whole_groups(&exact, rows) {
+            return Err(CacheError::PartOfGroup { seq, rows, whole });
         }
         if let Some(s) = self.sequences.get_mut(&seq) {
             s.truncate(&exact, page_rows, rows, &mut self.books);
@@ -277,6 +291,13 @@ impl Cache {
     pub fn batch(&self, shape: BatchShape) -> Result<Batch> {
         Batch::new(&self.device, self.id, self.config, self.exact, shape, &self.layers)
     }
+}
+
+/// Exact rows as they are asked for, before formats have their say.
+fn asked(config: &CacheConfig, sinks: usize, recent: usize) -> ExactShape {
+    let most = config.max_rows;
+    let rollback = config.rollback_rows.min(most);
+    ExactShape { sinks: sinks.min(most), recent: recent.min(most), rollback, ..ExactShape::default() }
 }
 
 /// Refuses a plan for other layers than the cache's.

@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::error::invalid;
+use crate::layer::RowFormat;
 use kvlar::{Dtype, Format};
 
 /// What a [`crate::Cache`] is made from.
@@ -21,6 +22,12 @@ pub struct CacheConfig {
     pub keys: Format,
     /// Of token-wise value rows: quantized where keys are.
     pub values: Format,
+    /// First rows of a sequence that stay as they are, where keys or values are quantized; 0 where a plan says it
+    /// ([`crate::Cache::planned`]).
+    pub sink_rows: usize,
+    /// Last rows of a sequence that stay as they are at least, likewise. Channel-wise formats keep those of the unfinished
+    /// group too.
+    pub recent_rows: usize,
     /// Tokens a page: a power of two, at least 16. 64 is good.
     pub page_rows: usize,
     /// Pages of the pool.
@@ -28,35 +35,39 @@ pub struct CacheConfig {
     /// Most tokens a sequence may hold.
     pub max_rows: usize,
     /// Sequences that hold tokens at a time. Room for rows that stay exact is made for so many, where a plan keeps some
-    /// ([`crate::Cache::planned`]); otherwise it is not used.
+    /// or formats do; otherwise it is not used.
     pub max_seqs: usize,
     /// How many of a sequence's last tokens [`crate::Cache::truncate`] can take back with the very same result as if they had
-    /// never been, where a plan keeps recent rows exact; 0 is allowed, and more can be taken back, which leaves fewer rows
-    /// exact. Exact rows are held for so many tokens more. Without such a plan any number comes back, and it is not used.
+    /// never been, where recent rows stay exact; 0 is allowed, and more can be taken back, which leaves fewer rows exact
+    /// (quantized rows: to whole groups). Exact rows are held for so many tokens more. Where none stay exact any number comes
+    /// back, and it is not used.
     pub rollback_rows: usize,
 }
 
 impl CacheConfig {
-    /// Bytes of a key row and of a value row of one head, with scales and padding.
-    fn row_bytes(&self) -> (usize, usize) {
-        let bytes = |format: &Format, dim| format.row_bytes(dim) + format.params_bytes(dim);
-        (bytes(&self.keys, self.head_dim), bytes(&self.values, self.value_dim))
+    /// Key rows and value rows.
+    fn rows(&self) -> [RowFormat; 2] {
+        let of = |format, dim| RowFormat { format, heads: self.kv_heads, dim };
+        [of(self.keys, self.head_dim), of(self.values, self.value_dim)]
     }
 
-    /// Bytes that one token takes in all layers of a cache of token-wise rows.
+    /// Bytes that one token takes in all layers, with scales and padding; exact rows take more.
     pub fn bytes_per_token(&self) -> usize {
-        let (k, v) = self.row_bytes();
-        self.layers * self.kv_heads * (k + v)
+        self.layers * self.rows().iter().map(RowFormat::token_bytes).sum::<usize>()
     }
 
     /// Likewise, of the pages that `tokens` of one sequence take.
     pub fn bytes(&self, tokens: usize) -> usize {
-        tokens.div_ceil(self.page_rows) * self.page_rows * self.bytes_per_token()
+        tokens.div_ceil(self.page_rows) * self.page_bytes()
     }
 
-    /// Likewise, of the pool: what a cache allocates for rows.
+    /// Likewise, of the pool: what a cache allocates for rows that are not exact.
     pub fn pool_bytes(&self) -> usize {
-        self.pages * self.page_rows * self.bytes_per_token()
+        self.pages * self.page_bytes()
+    }
+
+    fn page_bytes(&self) -> usize {
+        self.layers * self.rows().iter().map(|r| r.bytes(self.page_rows)).sum::<usize>()
     }
 
     /// Entries of a sequence's page table.

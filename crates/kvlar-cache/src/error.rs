@@ -44,6 +44,19 @@ pub enum CacheError {
         /// Committed.
         committed: usize,
     },
+    /// Rows that were encoded together cannot be taken back in part.
+    #[error(
+        "sequence {seq}: cannot truncate to {rows} tokens: rows are encoded in groups, of which {whole} tokens are whole; \
+         truncate to those and append the others again (or make the cache with more rollback_rows)"
+    )]
+    PartOfGroup {
+        /// The sequence.
+        seq: SeqId,
+        /// Asked for.
+        rows: usize,
+        /// Possible instead.
+        whole: usize,
+    },
     /// An argument that contradicts the cache or the batch.
     #[error("{arg}: {problem}")]
     Invalid {

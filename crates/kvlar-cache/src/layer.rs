@@ -28,15 +28,20 @@ pub(crate) struct RowFormat {
 }
 
 impl RowFormat {
-    /// Bytes of a token's rows, with scales, zeros and padding.
+    /// Bytes of `tokens` tokens' rows, with scales, zeros and padding.
+    pub fn bytes(&self, tokens: usize) -> usize {
+        self.heads * self.format.stored(self.dim).bytes(tokens)
+    }
+
+    /// Bytes of a token's rows, and of its share of what belongs to groups of rows.
     pub fn token_bytes(&self) -> usize {
-        self.heads * (self.format.row_bytes(self.dim) + self.format.params_bytes(self.dim))
+        let group = self.format.stored(self.dim).params_rows;
+        self.bytes(group).div_ceil(group)
     }
 
     /// Pages: `[page][head][row]`, scales and zeros of a head behind its rows.
     pub fn pool<M: Memory>(&self, pages: usize, page_rows: usize, data: M) -> Pool<M> {
-        let (row, params) = (self.format.row_bytes(self.dim), self.format.params_bytes(self.dim));
-        Pool::hnd(data, pages, page_rows, self.heads, row, params)
+        Pool::pages(data, pages, page_rows, self.heads, self.format.stored(self.dim))
     }
 }
 
@@ -51,7 +56,7 @@ pub(crate) struct Store {
 
 impl Store {
     fn new(device: &Device, pages: usize, page_rows: usize, keys: RowFormat, values: RowFormat) -> Result<Self> {
-        let buffer = |f: &RowFormat| device.alloc(pages * page_rows * f.token_bytes());
+        let buffer = |f: &RowFormat| device.alloc(pages * f.bytes(page_rows));
         Ok(Self { pages, page_rows, keys: (keys, buffer(&keys)?), values: (values, buffer(&values)?) })
     }
 
@@ -67,6 +72,11 @@ impl Store {
         (keys.0.pool(pages, page_rows, keys.1.view_mut()), values.0.pool(pages, page_rows, values.1.view_mut()))
     }
 
+    /// Of keys, then of values.
+    pub fn formats(&self) -> [Format; 2] {
+        [self.keys.0.format, self.values.0.format]
+    }
+
     /// Bytes that a token takes.
     pub fn token_bytes(&self) -> usize {
         self.keys.0.token_bytes() + self.values.0.token_bytes()
@@ -79,7 +89,7 @@ impl Store {
 
     pub fn copy_page(&mut self, stream: &Stream, from: usize, to: usize) -> Result<()> {
         for (format, buffer) in [&mut self.keys, &mut self.values] {
-            let bytes = self.page_rows * format.token_bytes();
+            let bytes = format.bytes(self.page_rows);
             stream.copy_within(buffer, from * bytes..(from + 1) * bytes, to * bytes)?;
         }
         Ok(())
@@ -89,18 +99,18 @@ impl Store {
 /// A layer's memory, and what it needs to fill and read it.
 #[derive(Debug)]
 pub(crate) struct Layer {
-    /// All rows.
+    /// All rows; all that are not exact, where rows are encoded later.
     pub rows: Store,
+    /// Rows that are kept as they are beside latents, or until they are encoded.
+    pub exact: Option<Store>,
     pub lowrank: Option<LowrankLayer>,
-    /// Where a plan says how rows are encoded.
+    /// Where a plan says how rows are encoded, or some of them stay exact.
     pub quantized: Option<QuantizedLayer>,
 }
 
 /// The matrices of a low-rank layer, on the device.
 #[derive(Debug)]
 pub(crate) struct LowrankLayer {
-    /// Rows that are also kept as they are.
-    pub exact: Option<Store>,
     sets: HeadSets,
     /// Which latents each kv head's keys are made of.
     group_of: Vec<i32>,
@@ -133,7 +143,14 @@ impl Layer {
         let rows = |format, dim| RowFormat { format, heads: config.kv_heads, dim };
         let (keys, values) = (rows(config.keys, config.head_dim), rows(config.values, config.value_dim));
         let rows = Store::new(device, config.pages, config.page_rows, keys, values)?;
-        Ok(Self { rows, lowrank: None, quantized: None })
+        Ok(Self { rows, exact: None, lowrank: None, quantized: None })
+    }
+
+    /// Rows in formats of their own, those of `exact` not yet.
+    pub fn quantized(device: &Device, config: &CacheConfig, exact: &ExactShape, quantized: QuantizedLayer) -> Result<Self> {
+        let [keys, values] = quantized.formats;
+        let rows = Self::token_wise(device, &CacheConfig { keys, values, ..*config })?;
+        Ok(Self { quantized: Some(quantized), exact: exact_store(device, config, exact)?, ..rows })
     }
 
     /// As a plan says. Keys that stay dense beside low-rank values become latents of full rank, one group a head: the same
@@ -147,9 +164,7 @@ impl Layer {
         plan: &Plan,
     ) -> Result<Self> {
         if let Some(quantized) = QuantizedLayer::planned(device, stream, config, layer, plan)? {
-            let [keys, values] = quantized.formats;
-            let rows = Self::token_wise(device, &CacheConfig { keys, values, ..*config })?;
-            return Ok(Self { quantized: Some(quantized), ..rows });
+            return Self::quantized(device, config, exact, quantized);
         }
         let pairs = plan.model.rope;
         let int8_basis = plan.key_basis() == KeyBasis::Int8;
@@ -221,13 +236,7 @@ impl Layer {
             Some(f) => RowFormat { format: f.codec.into(), heads: f.count, dim: f.rank },
             None => own(config.value_dim),
         };
-        let exact_pages = config.max_seqs * exact.pages_per_seq();
-        let exact = match exact.any() {
-            true => Some(Store::new(device, exact_pages, EXACT_PAGE_ROWS, own(config.head_dim), own(config.value_dim))?),
-            false => None,
-        };
         let lowrank = LowrankLayer {
-            exact,
             sets: HeadSets::new(device, stream, &keys.group_of(), group_v.as_deref())?,
             group_of: keys.group_of(),
             latents,
@@ -238,23 +247,28 @@ impl Layer {
             values: value_factors,
         };
         let rows = Store::new(device, config.pages, config.page_rows, key_rows, value_rows)?;
-        Ok(Self { rows, lowrank: Some(lowrank), quantized: None })
+        Ok(Self { rows, exact: exact_store(device, config, exact)?, lowrank: Some(lowrank), quantized: None })
     }
 
     /// Rows of a kind.
     pub fn store_mut(&mut self, kind: Kind) -> Option<&mut Store> {
-        if kind.is_exact() { self.lowrank.as_mut()?.exact.as_mut() } else { Some(&mut self.rows) }
-    }
-
-    /// Its exact rows, where it keeps some beside latents.
-    pub fn exact(&self) -> Option<&Store> {
-        self.lowrank.as_ref()?.exact.as_ref()
+        if kind.is_exact() { self.exact.as_mut() } else { Some(&mut self.rows) }
     }
 
     /// Bytes that do not grow: bases, encoders, means, codebooks.
     pub fn fixed_bytes(&self) -> usize {
         self.lowrank.as_ref().map_or(0, |l| l.bytes) + self.quantized.as_ref().map_or(0, QuantizedLayer::bytes)
     }
+}
+
+/// Room for the exact rows of as many sequences as may hold tokens.
+fn exact_store(device: &Device, config: &CacheConfig, exact: &ExactShape) -> Result<Option<Store>> {
+    if !exact.any() {
+        return Ok(None);
+    }
+    let own = |dim| RowFormat { format: native(config.dtype).into(), heads: config.kv_heads, dim };
+    let pages = config.max_seqs * exact.pages_per_seq();
+    Ok(Some(Store::new(device, pages, EXACT_PAGE_ROWS, own(config.head_dim), own(config.value_dim))?))
 }
 
 pub(crate) fn native(dtype: Dtype) -> Codec {

@@ -1,11 +1,12 @@
 //! Layers of a plan whose rows are codes: what kernels call their formats, and what the rows of a head share.
 
 use crate::error::invalid;
+use crate::exact::{EXACT_PAGE_ROWS, ExactShape, Leaving};
 use crate::layer::{Layer, native};
 use crate::{CacheConfig, Result};
 use kvlar::{
-    AppendPlan, AppendShape, AttendPlan, AttendShape, Buffer, Codec, Device, Format, SegmentShape, Stream, Tables, WorkList,
-    WorkspaceSize,
+    AppendGroupsPlan, AppendGroupsShape, AppendPlan, AppendShape, AttendPlan, AttendShape, Buffer, Codec, Device, Format,
+    SegmentShape, Stream, Tables, WorkList, WorkspaceSize,
 };
 use kvlar_calibrate::{Plan, QuantizedCodec, QuantizedFormat, Side};
 
@@ -24,11 +25,24 @@ fn format(q: QuantizedFormat) -> Result<Format> {
         QuantizedCodec::Int8 => Codec::Int8,
         QuantizedCodec::Int4 => Codec::Int4,
         QuantizedCodec::Int2 => Codec::Int2,
-        QuantizedCodec::Int4Channel | QuantizedCodec::Int2Channel | QuantizedCodec::Pq { .. } => {
+        QuantizedCodec::Int4Channel => Codec::Int4Channel,
+        QuantizedCodec::Int2Channel => Codec::Int2Channel,
+        QuantizedCodec::Pq { .. } => {
             return unsupported(format!("{q} rows of a plan"));
         }
     };
     Ok(Format { codec, group: q.group, hadamard: q.hadamard })
+}
+
+/// Formats of the layers that a plan keeps as codes.
+pub(crate) fn planned_formats(config: &CacheConfig, plan: &Plan) -> Result<Vec<[Format; 2]>> {
+    let quantized = plan.layers.iter().filter(|l| [&l.keys, &l.values].into_iter().any(|s| s.quantized().is_some()));
+    quantized.map(|l| Ok([side_format(config, &l.keys)?, side_format(config, &l.values)?])).collect()
+}
+
+/// Of a side beside codes, or of codes.
+fn side_format(config: &CacheConfig, side: &Side) -> Result<Format> {
+    side.quantized().map_or(Ok(native(config.dtype).into()), |q| format(q.format))
 }
 
 fn unsupported<T>(what: impl Into<String>) -> Result<T> {
@@ -45,10 +59,6 @@ impl QuantizedLayer {
         if sides.iter().any(|s| s.factors().is_some()) {
             return invalid("plan", format!("layer {layer} has latents beside codes: no attention reads both"));
         }
-        if plan.sink_rows + plan.recent_rows > 0 {
-            return unsupported("exact rows beside the codes of a plan: calibrate with --sinks 0 --recent 0");
-        }
-        let of = |side: &Side| side.quantized().map_or(Ok(native(config.dtype).into()), |q| format(q.format));
         let upload = |side: &Side| {
             let Some(values) = side.quantized().and_then(|q| q.codebooks.as_ref()) else { return Ok(None) };
             let mut buffer = device.alloc(4 * values.len())?;
@@ -56,7 +66,15 @@ impl QuantizedLayer {
             Ok::<_, crate::CacheError>(Some(buffer))
         };
         let [keys, values] = sides;
-        Ok(Some(Self { formats: [of(keys)?, of(values)?], codebooks: [upload(keys)?, upload(values)?] }))
+        Ok(Some(Self {
+            formats: [side_format(config, keys)?, side_format(config, values)?],
+            codebooks: [upload(keys)?, upload(values)?],
+        }))
+    }
+
+    /// Of given formats; codebooks are a plan's.
+    pub fn of(keys: Format, values: Format) -> Self {
+        Self { formats: [keys, values], codebooks: [None, None] }
     }
 
     /// What rows of a head share.
@@ -71,61 +89,110 @@ impl QuantizedLayer {
     }
 }
 
+/// Which rows stay exact in layers whose formats these are, if `sinks` and `recent` are asked for; `all`: there are no other
+/// layers. Rows leave together that are encoded together.
+pub(crate) fn exact_shape(config: &CacheConfig, asked: ExactShape, formats: &[[Format; 2]], all: bool) -> Result<ExactShape> {
+    let (mut shape, dims) = (asked, [config.head_dim, config.value_dim]);
+    let mut channels = false;
+    for (format, dim) in formats.iter().flat_map(|f| f.iter().zip(dims)).filter(|(f, _)| f.codec.is_channel_wise()) {
+        let group = format.group_of(dim);
+        if !group.is_multiple_of(EXACT_PAGE_ROWS) {
+            return unsupported(format!("groups of {group} rows: multiples of {EXACT_PAGE_ROWS} are"));
+        }
+        if !config.page_rows.is_multiple_of(group) {
+            return invalid("page_rows", format!("pages of {} rows hold no whole groups of {group}", config.page_rows));
+        }
+        if channels && group != shape.group {
+            return unsupported(format!("layers with groups of {} and of {group} rows", shape.group));
+        }
+        (shape.group, channels) = (group, true);
+    }
+    if !formats.is_empty() && (channels || shape.sinks + shape.recent > 0) {
+        shape.leaving = if all { Leaving::EncodedInAll } else { Leaving::EncodedInSome };
+    }
+    Ok(shape)
+}
+
+/// How new rows are written.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Writing {
+    /// In their formats at once.
+    Encoded(AppendPlan),
+    /// As they are, and in their formats once they leave the view of exact rows.
+    Groups(AppendGroupsPlan),
+}
+
 /// Plans of all layers of one pair of formats, and their work list.
 #[derive(Debug)]
-pub(crate) struct QuantizedPlans {
+pub(crate) struct RowPlans {
     formats: [Format; 2],
-    pub append: AppendPlan,
+    /// Whether some rows stay exact.
+    exact: bool,
+    pub append: Writing,
     pub attend: AttendPlan,
     pub work: WorkList,
     /// Whether the work list is that of this step.
     pub scheduled: bool,
 }
 
-/// Plans of a batch's quantized layers: one for each pair of formats, and which one is each layer's.
+/// Plans of a batch's layers that keep no latents: one for each pair of formats, and which one is each layer's.
 #[derive(Debug, Default)]
-pub(crate) struct QuantizedBatch {
-    plans: Vec<QuantizedPlans>,
+pub(crate) struct RowBatch {
+    plans: Vec<RowPlans>,
     of_layer: Vec<Option<usize>>,
 }
 
-impl QuantizedBatch {
-    /// From the shapes of layers that keep rows as they are.
+impl RowBatch {
+    /// From shapes whose formats and segments are not used.
     pub fn new(
         device: &Device,
         config: &CacheConfig,
+        exact: &ExactShape,
         append: AppendShape,
         attend: AttendShape,
         layers: &[Layer],
     ) -> Result<Self> {
         let mut all = Self::default();
         for layer in layers {
-            let Some(formats) = layer.quantized.as_ref().map(|q| q.formats) else {
+            if layer.lowrank.is_some() {
                 all.of_layer.push(None);
                 continue;
-            };
-            let known = all.plans.iter().position(|p| p.formats == formats);
+            }
+            let (formats, keeps) = (layer.rows.formats(), layer.exact.is_some());
+            let known = all.plans.iter().position(|p| (p.formats, p.exact) == (formats, keeps));
             all.of_layer.push(Some(known.unwrap_or(all.plans.len())));
             if known.is_some() {
                 continue;
             }
             let [keys, values] = formats;
+            let own = native(config.dtype);
+            let part = |pages: usize| (pages > 0).then_some(SegmentShape::new(own, pages * EXACT_PAGE_ROWS));
+            let body = SegmentShape { keys, values, max_rows: config.max_rows };
             let mut segments = [None; kvlar::MAX_SEGMENTS];
-            segments[0] = Some(SegmentShape { keys, values, max_rows: config.max_rows });
+            let parts = [part(exact.sink_pages()), Some(body), part(exact.recent_pages())];
+            let present = parts.into_iter().flatten().filter(|s| keeps || *s == body);
+            segments.iter_mut().zip(present).for_each(|(to, segment)| *to = Some(segment));
             let attend = AttendShape { segments, ..attend }.plan(device)?;
-            let append = AppendShape { key_format: keys, value_format: values, ..append }.plan(device)?;
-            all.plans.push(QuantizedPlans { formats, append, work: attend.work_list(device)?, attend, scheduled: false });
+            let append = if !keeps {
+                Writing::Encoded(AppendShape { key_format: keys, value_format: values, ..append }.plan(device)?)
+            } else {
+                let new = AppendShape { key_format: own.into(), value_format: own.into(), ..append };
+                let (pack_rows, max_packs) = (exact.group, append.new_rows.div_ceil(exact.group) + 1);
+                let shape = AppendGroupsShape { append: new, key_format: keys, value_format: values, pack_rows, max_packs };
+                Writing::Groups(shape.plan(device)?)
+            };
+            all.plans.push(RowPlans { formats, exact: keeps, append, work: attend.work_list(device)?, attend, scheduled: false });
         }
         Ok(all)
     }
 
-    /// Of a layer; `None` where it keeps no codes.
-    pub fn of(&self, layer: usize) -> Option<&QuantizedPlans> {
+    /// Of a layer; `None` where it keeps latents.
+    pub fn of(&self, layer: usize) -> Option<&RowPlans> {
         self.plans.get(self.of_layer.get(layer).copied().flatten()?)
     }
 
     /// Likewise.
-    pub fn of_mut(&mut self, layer: usize) -> Option<&mut QuantizedPlans> {
+    pub fn of_mut(&mut self, layer: usize) -> Option<&mut RowPlans> {
         self.plans.get_mut(self.of_layer.get(layer).copied().flatten()?)
     }
 

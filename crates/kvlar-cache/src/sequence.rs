@@ -67,6 +67,19 @@ pub(crate) struct Sequence {
     pub step: Option<Step>,
 }
 
+/// Rows that a step encodes: those that leave the view of exact rows.
+pub(crate) struct Packing<'a> {
+    /// Position of the first row of `pages`.
+    pub source_first: usize,
+    /// Positions.
+    pub from: usize,
+    pub to: usize,
+    /// Pages that held the last rows before the step.
+    pub pages: Vec<u32>,
+    /// Whose they are.
+    pub of: &'a Sequence,
+}
+
 /// What a step does to one list.
 pub(crate) struct Growth {
     pub kind: Kind,
@@ -115,7 +128,7 @@ impl Held {
     /// Where the recent list begins once pages that cannot be needed any more leave it, and how many those are.
     fn leaving(&self, exact: &ExactShape, total: usize, committed: usize) -> (usize, usize) {
         let list = self.list(Kind::Recent);
-        if exact.recent == 0 {
+        if !exact.keeps_recent() {
             return (list.first, 0);
         }
         let first = exact.keep_from(total, committed).max(list.first);
@@ -132,16 +145,19 @@ impl Held {
 
     /// What a step from `rows` to `total` rows does, `committed` of which stay.
     fn growth(&self, exact: &ExactShape, page_rows: usize, (rows, total): (usize, usize), committed: usize) -> [Growth; 3] {
+        // Rows that leave the view are written where all rows are, beside those that come.
+        let leave_from = if exact.encodes() { self.exact_from(exact, rows) } else { rows };
+        let view = exact.start(total).max(self.leaving(exact, total, committed).0).min(total);
         Kind::ALL.map(|kind| {
             let list = self.list(kind);
             let held = list.pages.len();
             // Latents are a sink's rows behind: their first row is the first that is no sink.
             let (first, leave, end, from, page_rows) = match kind {
-                Kind::All => (0, 0, total, rows.saturating_sub(exact.sinks), page_rows),
+                Kind::All => (0, 0, exact.listed_rows(view, total), leave_from.saturating_sub(exact.sinks), page_rows),
                 Kind::Sinks => (0, 0, total.min(exact.sinks), rows, EXACT_PAGE_ROWS),
                 Kind::Recent => {
                     let (first, leave) = self.leaving(exact, total, committed);
-                    (first, leave, if exact.recent == 0 { 0 } else { total }, rows.max(first), EXACT_PAGE_ROWS)
+                    (first, leave, if exact.keeps_recent() { total } else { 0 }, rows.max(first), EXACT_PAGE_ROWS)
                 }
             };
             let stay = held - leave;
@@ -153,10 +169,11 @@ impl Held {
 
     /// Gives back the pages beyond `rows`.
     fn shrink(&mut self, exact: &ExactShape, page_rows: usize, rows: usize, books: &mut Books) {
+        let view = self.exact_from(exact, rows);
         for kind in Kind::ALL {
             let list = self.list_mut(kind);
             let (rows, page_rows) = match kind {
-                Kind::All => (rows, page_rows),
+                Kind::All => (exact.listed_rows(view, rows), page_rows),
                 Kind::Sinks => (rows.min(exact.sinks), EXACT_PAGE_ROWS),
                 Kind::Recent => {
                     // A page that was given up holds none of the rows before `rows`: the next one is the first again.
@@ -178,6 +195,24 @@ impl Sequence {
     /// Tokens held once a step that has begun is finished.
     pub fn total(&self) -> usize {
         self.rows + self.step.as_ref().map_or(0, |s| s.adding)
+    }
+
+    /// How many of `rows` tokens, to which it may not be truncated, can be kept instead: where rows are encoded in groups, and
+    /// what the group of row `rows` was made of is not held any more.
+    pub fn whole_groups(&self, exact: &ExactShape, rows: usize) -> Option<usize> {
+        let group = exact.group_start(rows);
+        let gone = exact.encodes() && rows > group && group < self.held.list(Kind::Recent).first;
+        gone.then_some(group)
+    }
+
+    /// What a step that has begun encodes; `None` without one.
+    pub fn packing(&self, exact: &ExactShape) -> Option<Packing<'_>> {
+        let before = &self.step.as_ref()?.before[Kind::Recent as usize];
+        let list = self.held.list(Kind::Recent);
+        let from = exact.start(self.rows).max(before.first).min(self.rows);
+        let to = self.held.exact_from(exact, self.total());
+        let pages = before.left.iter().chain(list.pages.iter().take(before.stayed));
+        Some(Packing { source_first: before.first, from, to: to.max(from), pages: pages.copied().collect(), of: self })
     }
 
     pub fn truncate(&mut self, exact: &ExactShape, page_rows: usize, rows: usize, books: &mut Books) {

@@ -5,10 +5,10 @@ use crate::cache::{Cache, SeqId};
 use crate::error::invalid;
 use crate::layer::Layer;
 use crate::pages::PageBook;
-use crate::quantized::QuantizedLayer;
+use crate::quantized::{QuantizedLayer, Writing};
 use crate::sequence::Kind;
 use crate::{CacheError, Result};
-use kvlar::{AppendArgs, AttendArgs, LowrankArgs, Pool, Rope, Segment, Stream, Strides, View, ViewMut};
+use kvlar::{AppendArgs, AppendGroupsArgs, AttendArgs, LowrankArgs, Pool, Rope, Segment, Stream, Strides, View, ViewMut};
 use std::collections::BTreeMap;
 
 /// A page that was copied because another sequence owns it too.
@@ -94,9 +94,8 @@ impl Cache {
             return Err(e);
         }
         batch.active = new.to_vec();
-        batch.scheduled = false;
         batch.lowrank_work.iter_mut().for_each(|(_, scheduled)| *scheduled = false);
-        batch.quantized.begin();
+        batch.rows.begin();
         Ok(())
     }
 
@@ -169,8 +168,8 @@ impl Cache {
         }
     }
 
-    /// Enqueues the writing of a layer's new rows; padding rows are not stored. One launch, two where a low-rank layer
-    /// keeps exact rows too.
+    /// Enqueues the writing of a layer's new rows, and the encoding of those that leave the exact ones; padding rows are not
+    /// stored. One launch, two where a low-rank layer keeps exact rows too.
     ///
     /// # Errors
     /// [`CacheError::Invalid`] for a layer that does not exist or a batch without a step; [`CacheError::Device`].
@@ -200,16 +199,25 @@ impl Cache {
             values: pools.1,
             tables: Default::default(),
         };
-        let Layer { rows, lowrank, quantized } = &mut self.layers[layer];
+        let Layer { rows, exact, lowrank, quantized } = &mut self.layers[layer];
         let (Some(lowrank), Some(plans)) = (lowrank, batch.lowrank[layer]) else {
+            let shared = quantized.as_ref().map(QuantizedLayer::tables).unwrap_or_default();
+            let Some(plans) = batch.rows.of(layer) else { return invalid("layer", "the batch has no plan of it") };
+            if let (Writing::Groups(plan), Some(exact), Some(t)) = (plans.append, exact, &tables.exact) {
+                let append = as_given(t.slots.view(), t.rows()?, exact.pools_mut());
+                let ((keys, values), (packing, source, source_pages)) = (rows.pools_mut(), t.packing());
+                let rows = tables.latents(config)?;
+                let mut args = AppendGroupsArgs { append, rows, keys, values, tables: shared, source, source_pages, packing };
+                return Ok(plan.launch(stream, &mut args, workspace)?);
+            }
+            let Writing::Encoded(plan) = plans.append else { return invalid("layer", "it has no exact rows to encode") };
             let mut args = as_given(tables.slots.view(), tables.rows(config)?, rows.pools_mut());
-            args.tables = quantized.as_ref().map(QuantizedLayer::tables).unwrap_or_default();
-            let plan = batch.quantized.of(layer).map_or(&batch.append, |q| &q.append);
+            args.tables = shared;
             return Ok(plan.launch(stream, &mut args, workspace)?);
         };
         let mut args = lowrank.append_args(&new, tables.latents(config)?, tables.latent_slots(), rows.pools_mut());
         plans.append.launch(stream, &mut args, workspace)?;
-        if let (Some(exact), Some(plan), Some(t)) = (&mut lowrank.exact, &batch.append_exact, &tables.exact) {
+        if let (Some(exact), Some(plan), Some(t)) = (exact, &batch.append_exact, &tables.exact) {
             plan.launch(stream, &mut as_given(t.slots.view(), t.rows()?, exact.pools_mut()), workspace)?;
         }
         Ok(())
@@ -223,20 +231,21 @@ impl Cache {
     pub fn attend(&self, stream: &Stream, batch: &mut Batch, layer: usize, args: Queries<'_>) -> Result<()> {
         self.check_step(batch, layer)?;
         let config = &self.config;
-        let Layer { rows, lowrank, quantized } = &self.layers[layer];
+        let Layer { rows, exact, lowrank, quantized } = &self.layers[layer];
         let tables = &batch.tables;
         let shared = quantized.as_ref().map(QuantizedLayer::tables).unwrap_or_default();
         let segment = |rows, pools: (Pool<_>, Pool<_>)| Segment { rows, keys: pools.0, values: pools.1, tables: shared };
         let mut segments = Vec::with_capacity(kvlar::MAX_SEGMENTS);
-        match lowrank {
-            None => segments.push(segment(tables.rows(config)?, rows.pools())),
-            Some(lowrank) => {
-                let exact = lowrank.exact.as_ref().zip(tables.exact.as_ref());
-                let part = |rows: Option<_>| rows.zip(exact).map(|(rows, (store, _))| segment(rows, store.pools()));
-                segments.extend(part(exact.map(|(_, t)| t.sinks()).transpose()?.flatten()));
-                segments.push(segment(tables.latents(config)?, rows.pools()));
-                segments.extend(part(exact.map(|(_, t)| t.recent()).transpose()?.flatten()));
-            }
+        if lowrank.is_none() && exact.is_none() {
+            segments.push(segment(tables.rows(config)?, rows.pools()));
+        } else {
+            let exact = exact.as_ref().zip(tables.exact.as_ref());
+            // Rows as they were given share nothing.
+            let given = |rows, (keys, values): (Pool<_>, Pool<_>)| Segment { rows, keys, values, tables: Default::default() };
+            let part = |rows: Option<_>| rows.zip(exact).map(|(rows, (store, _))| given(rows, store.pools()));
+            segments.extend(part(exact.map(|(_, t)| t.sinks()).transpose()?.flatten()));
+            segments.push(segment(tables.latents(config)?, rows.pools()));
+            segments.extend(part(exact.map(|(_, t)| t.recent()).transpose()?.flatten()));
         }
         let rope = args.rope;
         let mut args = AttendArgs {
@@ -262,18 +271,12 @@ impl Cache {
             }
             return Ok(plan.launch(stream, &mut args, work, &mut batch.workspace)?);
         }
-        if let Some(q) = batch.quantized.of_mut(layer) {
-            if !q.scheduled {
-                q.attend.schedule(stream, &args, &mut q.work, &mut batch.workspace)?;
-                q.scheduled = true;
-            }
-            return Ok(q.attend.launch(stream, &mut args, &q.work, &mut batch.workspace)?);
+        let Some(plans) = batch.rows.of_mut(layer) else { return invalid("layer", "the batch has no plan of it") };
+        if !plans.scheduled {
+            plans.attend.schedule(stream, &args, &mut plans.work, &mut batch.workspace)?;
+            plans.scheduled = true;
         }
-        if !batch.scheduled {
-            batch.attend.schedule(stream, &args, &mut batch.work, &mut batch.workspace)?;
-            batch.scheduled = true;
-        }
-        Ok(batch.attend.launch(stream, &mut args, &batch.work, &mut batch.workspace)?)
+        Ok(plans.attend.launch(stream, &mut args, &plans.work, &mut batch.workspace)?)
     }
 
     /// Finishes a step: its tokens are part of their sequences.

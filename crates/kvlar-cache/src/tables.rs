@@ -18,11 +18,11 @@ pub(crate) struct Tables {
     pub positions: Buffer,
     /// Where token-wise layers put them.
     pub slots: Buffer,
-    /// Where some layer keeps exact rows beside latents.
+    /// Where some layer keeps exact rows beside latents or codes.
     pub exact: Option<ExactTables>,
 }
 
-/// Tables of low-rank layers that keep exact rows: sinks, latents from there on, recent rows.
+/// Tables of layers that keep exact rows: sinks, latents or codes from there on, recent rows.
 #[derive(Debug)]
 pub(crate) struct ExactTables {
     shape: ExactShape,
@@ -35,6 +35,9 @@ pub(crate) struct ExactTables {
     pub latent_slots: Buffer,
     /// Where new tokens go as they are; −1 for those that neither list holds.
     pub slots: Buffer,
+    /// What the step encodes, and the pages that it comes from: see [`kvlar::AppendGroupsArgs`].
+    packing: Buffer,
+    source: Buffer,
 }
 
 impl Tables {
@@ -49,6 +52,8 @@ impl Tables {
                 recent_lengths: words(seqs)?,
                 latent_slots: words(seqs * new_rows)?,
                 slots: words(seqs * new_rows)?,
+                packing: words(seqs * 4)?,
+                source: words((seqs * exact.source_pages()).max(1))?,
             }),
             false => None,
         };
@@ -66,7 +71,8 @@ impl Tables {
     pub fn bytes(&self) -> usize {
         let Self { pages, lengths, positions, slots, exact, .. } = self;
         let exact = exact.iter().flat_map(|e| {
-            [&e.pages, &e.sink_lengths, &e.latent_lengths, &e.recent_lengths, &e.latent_slots, &e.slots].map(Buffer::len)
+            let lengths = [&e.sink_lengths, &e.latent_lengths, &e.recent_lengths];
+            [&e.pages, &e.latent_slots, &e.slots, &e.packing, &e.source].into_iter().chain(lengths).map(Buffer::len)
         });
         [pages, lengths, positions, slots].map(Buffer::len).into_iter().chain(exact).sum()
     }
@@ -76,7 +82,7 @@ impl Tables {
         self.rows_of(config, &self.lengths)
     }
 
-    /// Rows as latents.
+    /// Rows as latents, or as codes where others are exact.
     pub fn latents(&self, config: &CacheConfig) -> Result<Rows<'_>> {
         self.rows_of(config, self.exact.as_ref().map_or(&self.lengths, |e| &e.latent_lengths))
     }
@@ -133,7 +139,7 @@ impl ExactTables {
             write_pages(&mut table[older_page..], &list.pages, 0..older);
             sink_lengths[i] = total.min(sinks) as i32;
             latent_lengths[i] = from.saturating_sub(sinks) as i32;
-            recent_lengths[i] = if self.shape.recent == 0 { 0 } else { (total - from) as i32 };
+            recent_lengths[i] = if self.shape.keeps_recent() { (total - from) as i32 } else { 0 };
             for (s, position) in (seq.rows..total).enumerate() {
                 let to = i * new_rows + s;
                 if position < sinks {
@@ -141,7 +147,7 @@ impl ExactTables {
                     continue;
                 }
                 latent_slots[to] = (position - sinks) as i32;
-                if self.shape.recent > 0 && position >= list.first {
+                if self.shape.keeps_recent() && position >= list.first {
                     let page = (position - list.first) / EXACT_PAGE_ROWS;
                     let entry = if page < older { older_page + page } else { recent_page + page - older };
                     slots[to] = (entry * EXACT_PAGE_ROWS + (position - list.first) % EXACT_PAGE_ROWS) as i32;
@@ -153,7 +159,26 @@ impl ExactTables {
         upload(stream, &mut self.latent_lengths, &latent_lengths)?;
         upload(stream, &mut self.recent_lengths, &recent_lengths)?;
         upload(stream, &mut self.latent_slots, &latent_slots)?;
-        upload(stream, &mut self.slots, &slots)
+        upload(stream, &mut self.slots, &slots)?;
+        if self.shape.encodes() { self.fill_packing(stream, seqs, sequences) } else { Ok(()) }
+    }
+
+    fn fill_packing(&mut self, stream: &Stream, seqs: usize, sequences: &[&Sequence]) -> Result<()> {
+        let (width, sinks) = (self.shape.source_pages(), self.shape.sinks);
+        let (mut packing, mut source) = (vec![0i32; seqs * 4], vec![-1i32; (seqs * width).max(1)]);
+        for (i, p) in sequences.iter().enumerate().filter_map(|(i, s)| Some((i, s.packing(&self.shape)?))) {
+            let behind = |row: usize| row as i32 - sinks as i32;
+            let (from, to) = (behind(p.from).max(0), behind(p.to).max(0));
+            packing[4 * i..4 * i + 4].copy_from_slice(&[behind(p.of.rows), behind(p.source_first), from, to - from]);
+            source[i * width..].iter_mut().zip(&p.pages).for_each(|(to, &page)| *to = page as i32);
+        }
+        upload(stream, &mut self.packing, &packing)?;
+        upload(stream, &mut self.source, &source)
+    }
+
+    /// What the step encodes, and from where: pages and how many of a sequence.
+    pub fn packing(&self) -> (View<'_>, View<'_>, usize) {
+        (self.packing.view(), self.source.view(), self.shape.source_pages())
     }
 
     /// Sinks, recent rows and those before them: what new rows are written to.

@@ -142,12 +142,14 @@ fn what_no_cache_keeps_yet_is_named() {
     let format = QuantizedCodec::Pq { subvectors: 8, centroids: 4 }.into();
     let pq = Side::Quantized(Quantized { format, codebooks: Some(vec![0.5; HEADS * 4 * DIM]) });
     unsupported(&with(pq), &["pq rows"]);
-    unsupported(&with(side(QuantizedCodec::Int4Channel)), &["int4-channel rows"]);
-    unsupported(&with(side(QuantizedCodec::Int2Channel)), &["int2-channel rows"]);
-    for (sinks, recent) in [(4, 0), (0, 16)] {
-        let p = Plan { sink_rows: sinks, recent_rows: recent, ..with(side(QuantizedCodec::Int8)) };
-        unsupported(&p, &["exact rows", "--sinks 0 --recent 0"]);
-    }
+    let channels = |group| side(QuantizedFormat { group: Some(group), ..QuantizedCodec::Int4Channel.into() });
+    unsupported(&with(channels(8)), &["groups of 8 rows", "multiples of 16"]);
+    let two = quantized([(channels(16), side(QuantizedCodec::Int8)), (channels(32), side(QuantizedCodec::Int8))]);
+    let wide = CacheConfig { page_rows: 32, ..config(Codec::F16, 4) };
+    let e = Cache::planned(&device, &stream, wide, &two).unwrap_err();
+    assert!(e.to_string().contains("groups of 16 and of 32 rows"), "{e}");
+    let e = refused(&with(side(QuantizedCodec::Int2Channel)));
+    assert!(e.to_string().contains("page_rows: pages of 16 rows hold no whole groups of 32"), "{e}");
     let e = refused(&quantized([(latents(1.0), side(QuantizedCodec::Int8)), (Side::Dense, Side::Dense)]));
     assert!(matches!(e, CacheError::Invalid { arg: "plan", .. }), "{e}");
     assert!(e.to_string().contains("layer 0 has latents beside codes"), "{e}");

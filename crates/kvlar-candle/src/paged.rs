@@ -17,11 +17,15 @@ pub struct StoreConfig {
     pub keys: Format,
     /// Of stored values: quantized where keys are.
     pub values: Format,
+    /// First tokens that stay as they are, where others are quantized.
+    pub sink_rows: usize,
+    /// Last tokens that do, at least.
+    pub recent_rows: usize,
     /// Most tokens.
     pub max_rows: usize,
     /// Tokens a page.
     pub page_rows: usize,
-    /// How many tokens can be taken back as if they had never been, where a plan keeps recent rows exact
+    /// How many tokens can be taken back as if they had never been, where recent rows stay exact
     /// ([`KvStore::rollback`]). Exact rows are held for so many tokens more; 0 does for text that is only continued.
     pub rollback_rows: usize,
 }
@@ -35,7 +39,7 @@ impl StoreConfig {
     /// Rows of those formats, beside queries in bf16; up to 64 tokens can be taken back.
     pub fn of(keys: impl Into<Format>, values: impl Into<Format>, max_rows: usize) -> Self {
         let (keys, values) = (keys.into(), values.into());
-        Self { dtype: Dtype::Bf16, keys, values, max_rows, page_rows: 64, rollback_rows: 64 }
+        Self { dtype: Dtype::Bf16, keys, values, sink_rows: 0, recent_rows: 0, max_rows, page_rows: 64, rollback_rows: 64 }
     }
 }
 
@@ -227,6 +231,8 @@ fn cache_config(shape: &KvShape, config: StoreConfig) -> CacheConfig {
         dtype: config.dtype,
         keys: config.keys,
         values: config.values,
+        sink_rows: config.sink_rows,
+        recent_rows: config.recent_rows,
         page_rows: config.page_rows,
         pages: config.max_rows.div_ceil(config.page_rows).max(1),
         max_rows: config.max_rows,

@@ -27,20 +27,27 @@ impl Cache {
         };
         let n = s.total();
         let heads = self.config.kv_heads;
-        let Some(lowrank) = &of.lowrank else {
-            let tables = of.quantized.as_ref().and_then(|q| q.tables().keys);
+        let tables = of.quantized.as_ref().and_then(|q| q.tables().keys);
+        if of.lowrank.is_none() && of.exact.is_none() {
             return Ok(rows_first(&of.rows.decode_keys(stream, s, (Kind::All, n), tables)?, heads, n));
-        };
+        }
         // Without exact rows these are 0 and n.
         let (sinks, from) = (n.min(self.exact.sinks), s.held.exact_from(&self.exact, n));
         let mut keys = self.exact_keys(stream, s, of, (Kind::Sinks, 0..sinks))?;
+        let first = s.held.list(Kind::Recent).first;
+        let recent = (Kind::Recent, from.saturating_sub(first)..n.saturating_sub(first));
+        let Some(lowrank) = &of.lowrank else {
+            let encoded = from - sinks;
+            keys.extend(rows_first(&of.rows.decode_keys(stream, s, (Kind::All, encoded), tables)?, heads, encoded));
+            keys.extend(self.exact_keys(stream, s, of, recent)?);
+            return Ok(keys);
+        };
         let latents = of.rows.decode_keys(stream, s, (Kind::All, n - sinks), None)?;
         let rebuilt = lowrank.rebuild(stream, self.config.dtype, &latents, n - sinks, (heads, self.config.head_dim), rope)?;
         for (i, row) in rebuilt.chunks_exact(self.config.head_dim).take((from - sinks) * heads).enumerate() {
             keys.extend(rope.rotate(row, (sinks + i / heads) as i64));
         }
-        let first = s.held.list(Kind::Recent).first;
-        keys.extend(self.exact_keys(stream, s, of, (Kind::Recent, from.saturating_sub(first)..n.saturating_sub(first)))?);
+        keys.extend(self.exact_keys(stream, s, of, recent)?);
         Ok(keys)
     }
 
@@ -52,7 +59,7 @@ impl Cache {
         of: &Layer,
         (kind, rows): (Kind, std::ops::Range<usize>),
     ) -> Result<Vec<f32>> {
-        let Some(exact) = of.exact().filter(|_| !rows.is_empty()) else { return Ok(Vec::new()) };
+        let Some(exact) = of.exact.as_ref().filter(|_| !rows.is_empty()) else { return Ok(Vec::new()) };
         let all = exact.decode_keys(stream, s, (kind, rows.end), None)?;
         let width = self.config.kv_heads * self.config.head_dim;
         Ok(rows_first(&all, self.config.kv_heads, rows.end)[rows.start * width..].to_vec())

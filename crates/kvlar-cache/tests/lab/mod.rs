@@ -1,7 +1,7 @@
 //! A cache, and a model of it: what every sequence should hold, and what attention should see of it.
 #![allow(dead_code)] // each test program uses a part of it
 
-use kvlar::{Codec, Device, Dtype, Stream};
+use kvlar::{Codec, Device, Dtype, Format, Stream};
 use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, NewRows, Queries, SeqId};
 use kvlar_calibrate::{
     Factors, Latent, LayerPlan, LayerShape, ModelShape, PLAN_FORMAT, PairLayout, Plan, RecalkvConfig, RopePairs, Side,
@@ -26,6 +26,8 @@ pub fn config(codec: Codec, pages: usize) -> CacheConfig {
         dtype: Dtype::F16,
         keys: codec.into(),
         values: codec.into(),
+        sink_rows: 0,
+        recent_rows: 0,
         page_rows: PAGE,
         pages,
         max_rows: 100,
@@ -37,15 +39,12 @@ pub fn config(codec: Codec, pages: usize) -> CacheConfig {
 /// What stays exact: sinks, recent rows, and tokens that may be taken back without loss.
 pub type Exact = (usize, usize, usize);
 
-/// The first row behind the sinks that is exact in a sequence of `total` rows: pages of 16 become latents as soon as none of
-/// their rows is among the last `recent`.
-pub fn first_exact(total: usize, (sinks, recent, _): Exact) -> usize {
-    if recent == 0 {
-        return total;
-    }
+/// The first row behind the sinks that is exact in a sequence of `total` rows: groups become latents or codes as soon as none
+/// of their rows is among the last `recent`.
+pub fn first_exact(total: usize, (sinks, recent, _): Exact, group: usize) -> usize {
     let mut first = sinks;
-    while first + 16 + recent <= total {
-        first += 16;
+    while first + group + recent <= total {
+        first += group;
     }
     first.min(total)
 }
@@ -60,7 +59,11 @@ pub struct Lab {
     pub tolerance: Tolerance,
     /// What low-rank layers do to rows that do not stay exact.
     pub factor: f32,
+    /// How rows are encoded once they do not stay exact any more, if that is what happens to them.
+    pub encoded: Option<[Format; 2]>,
     pub exact: Exact,
+    /// Rows that leave the exact ones together.
+    pub group: usize,
     /// Of each sequence: behind the sinks, no row before it can be exact again, since more was taken back than can be
     /// without loss.
     pub lost: BTreeMap<SeqId, usize>,
@@ -135,7 +138,9 @@ impl Lab {
             codec,
             tolerance,
             factor: 1.0,
+            encoded: None,
             exact: (0, 0, 0),
+            group: 16,
             lost,
             held,
             outputs,
@@ -158,6 +163,39 @@ impl Lab {
         let config = CacheConfig { rollback_rows: exact.2, ..config(Codec::F16, pages) };
         let cache = Cache::planned(device, &stream, config, &plan).unwrap();
         Self { factor, exact, ..Self::of(stream, cache, Codec::F16, tolerance) }
+    }
+
+    /// Rows that are encoded `group` at a time, once they do not stay exact any more.
+    pub fn encoded(
+        device: &Device,
+        pages: usize,
+        tolerance: Tolerance,
+        exact: Exact,
+        formats: [Format; 2],
+        group: usize,
+    ) -> Self {
+        let config = CacheConfig {
+            keys: formats[0],
+            values: formats[1],
+            sink_rows: exact.0,
+            recent_rows: exact.1,
+            rollback_rows: exact.2,
+            page_rows: group.next_power_of_two(),
+            ..config(Codec::F16, pages)
+        };
+        let (stream, cache) = (device.stream().unwrap(), Cache::new(device, config).unwrap());
+        let dense_values = None;
+        Self { encoded: Some(formats), exact, group, dense_values, ..Self::of(stream, cache, Codec::F16, tolerance) }
+    }
+
+    /// Whether some of the last rows are exact.
+    fn keeps_recent(&self) -> bool {
+        self.exact.1 > 0 || self.encoded.is_some()
+    }
+
+    /// The first row behind the sinks that is exact.
+    fn first_exact(&self, total: usize) -> usize {
+        if self.keeps_recent() { first_exact(total, self.exact, self.group) } else { total }
     }
 
     pub fn create(&mut self) -> SeqId {
@@ -202,14 +240,14 @@ impl Lab {
     /// That the sinks and the last rows are exact: which, their number alone says, unless rows were lost.
     fn check_exact(&self, seq: SeqId, total: usize) {
         let lost = self.lost.get(&seq).copied().unwrap_or(0).min(total);
-        let expected = (self.exact.0.min(total), first_exact(total, self.exact).max(lost));
+        let expected = (self.exact.0.min(total), self.first_exact(total).max(lost));
         assert_eq!(self.cache.exact_rows(seq).unwrap(), expected, "{seq} of {total} rows, {:?}", self.exact);
     }
 
     /// What the cache may have given up once a sequence has held `total` rows.
     fn given_up(&self, seq: SeqId) -> usize {
         let (committed, most) = self.held.get(&seq).copied().unwrap_or_default();
-        first_exact(most.saturating_sub(self.exact.2).max(committed), self.exact)
+        self.first_exact(most.saturating_sub(self.exact.2).max(committed))
     }
 
     /// Takes tokens back in the model.
@@ -217,7 +255,7 @@ impl Lab {
         self.model.get_mut(&seq).unwrap().truncate(rows);
         let (committed, most) = self.held.get(&seq).copied().unwrap_or_default();
         let mut lost = self.lost.get(&seq).copied().unwrap_or(0);
-        if self.exact.1 > 0 && rows + self.exact.2 < most {
+        if self.keeps_recent() && rows + self.exact.2 < most {
             lost = lost.max(self.given_up(seq));
             self.held.insert(seq, (committed, rows));
         }
@@ -237,9 +275,18 @@ impl Lab {
         }
     }
 
-    /// A row as attention should see it.
-    fn seen(&self, seq: SeqId, layer: usize, head: usize, value: bool, i: usize, token: u64) -> Vec<f32> {
+    /// Row i of a sequence of `tokens` as attention should see it.
+    fn seen(&self, seq: SeqId, layer: usize, head: usize, value: bool, i: usize, tokens: &[u64]) -> Vec<f32> {
         let (sinks, recent) = self.cache.exact_rows(seq).unwrap();
+        if let Some(formats) = self.encoded.filter(|_| i >= sinks && i < recent) {
+            let first = sinks + (i - sinks) / self.group * self.group;
+            let rows: Vec<f32> = tokens[first..first + self.group].iter().flat_map(|&t| row(t, layer, head, value)).collect();
+            let storage = kvlar_reference::HeadStorage::from(formats[usize::from(value)].reference());
+            let tiers = kvlar_reference::Tiers::none(kvlar_reference::Dtype::F16);
+            let stored = kvlar_reference::quantize_rows(&rows, DIM, &storage, tiers).unwrap();
+            return stored.decoded[(i - first) * DIM..][..DIM].to_vec();
+        }
+        let token = tokens[i];
         let dense = if value { self.dense_values } else { self.dense_keys } == Some(layer);
         let rebuilt = i >= sinks && i < recent && !dense;
         let codec = self.codec.reference();
@@ -297,8 +344,8 @@ impl Lab {
         for (i, (seq, n)) in new.iter().enumerate() {
             let all = &tokens[seq];
             let dense = |value| -> Vec<f32> {
-                let rows = (0..HEADS).flat_map(|h| all.iter().enumerate().map(move |(j, &t)| (h, j, t)));
-                rows.flat_map(|(h, j, t)| self.seen(*seq, layer, h, value, j, t)).collect()
+                let rows = (0..HEADS).flat_map(|h| (0..all.len()).map(move |j| (h, j)));
+                rows.flat_map(|(h, j)| self.seen(*seq, layer, h, value, j, all)).collect()
             };
             let (k, v) = (dense(false), dense(true));
             let positions: Vec<i32> = (0..rows).map(|s| if s < *n { (all.len() - n + s) as i32 } else { -1 }).collect();
@@ -331,12 +378,17 @@ impl Lab {
         let usage = self.cache.usage();
         assert_eq!(usage.sequences, self.model.len());
         let exact = usage.bytes - self.cache.config().pool_bytes();
-        let any = (self.exact.0, self.exact.1) != (0, 0);
+        let any = (self.exact.0, self.exact.1) != (0, 0) || self.encoded.is_some();
         assert_eq!((exact > 0, usage.exact_pages > 0), (any, any));
         let pages: usize = self.model.keys().map(|&seq| self.exact_pages(seq)).sum();
         assert!(usage.exact_pages - usage.exact_free <= pages, "more pages of exact rows than sequences need");
-        let least: usize = self.model.values().map(|t| t.len().div_ceil(PAGE)).max().unwrap_or(0);
-        let most: usize = self.model.values().map(|t| t.len().div_ceil(PAGE)).sum();
+        let page_rows = self.cache.config().page_rows;
+        let listed = |(&seq, tokens): (&SeqId, &Vec<u64>)| match self.encoded {
+            Some(_) => self.cache.exact_rows(seq).unwrap().1.saturating_sub(self.exact.0).div_ceil(page_rows),
+            None => tokens.len().div_ceil(page_rows),
+        };
+        let least: usize = self.model.iter().map(listed).max().unwrap_or(0);
+        let most: usize = self.model.iter().map(listed).sum();
         let used = usage.pages - usage.free;
         assert!((least..=most).contains(&used), "{used} pages used, between {least} and {most} expected");
         let used_bytes = used * (usage.bytes - exact) / usage.pages;
@@ -345,9 +397,10 @@ impl Lab {
 
     /// Pages of exact rows that a sequence holds at most.
     fn exact_pages(&self, seq: SeqId) -> usize {
-        let (sinks, recent, _) = self.exact;
+        let sinks = self.exact.0;
         let total = self.model[&seq].len();
-        let held = if recent == 0 { 0 } else { total.saturating_sub(self.given_up(seq).min(first_exact(total, self.exact))) };
+        let first = self.given_up(seq).min(self.first_exact(total));
+        let held = if self.keeps_recent() { total.saturating_sub(first) } else { 0 };
         sinks.min(total).div_ceil(16) + held.div_ceil(16)
     }
 }
