@@ -9,7 +9,7 @@
 #include "device/rope.cuh"
 #include "device/row_codec.cuh"
 
-extern "C" __global__ void __launch_bounds__(128) kvlar_append(const __grid_constant__ KvlarAppend p) {
+extern "C" __global__ void __launch_bounds__(128, 8) kvlar_append(const __grid_constant__ KvlarAppend p) {
   using namespace kvlar;
   __shared__ float scratch[4][kMaxDim];
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;

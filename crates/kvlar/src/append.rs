@@ -95,7 +95,7 @@ pub struct AppendArgs<'a> {
     pub keys: Pool<ViewMut<'a>>,
     /// Value rows.
     pub values: Pool<ViewMut<'a>>,
-    /// Of fp8 rows.
+    /// Of fp8 and pq rows.
     pub tables: Tables<'a>,
 }
 
@@ -161,7 +161,8 @@ impl AppendPlan {
         rows.check("rows", s.seqs, (heads, heads), args.keys.page_count.min(args.values.page_count))?;
         let stored = |format: Format, dim| (format.row_bytes(dim), format.params_bytes(dim));
         let (k, v) = (stored(s.key_format, s.head_dim), stored(s.value_format, s.value_dim));
-        let [key_scales, value_scales] = args.tables.addresses(heads, [s.key_format, s.value_format])?;
+        let [key_scales, value_scales] =
+            args.tables.addresses(heads, [(s.key_format, s.head_dim), (s.value_format, s.value_dim)])?;
         args.keys.check("keys", &args.rows, s.seqs, heads, k.0, k.1)?;
         args.values.check("values", &args.rows, s.seqs, heads, v.0, v.1)?;
         let none = abi::KvlarRope { attention_factor: 1.0, layout: abi::KVLAR_ROPE_NONE, ..Default::default() };

@@ -152,6 +152,9 @@ impl AttendShape {
                     let rotated = if format.hadamard { "rotated " } else { "" };
                     return unsupported("attend", format!("{rotated}{:?} rows for {} q", format.codec, self.dtype));
                 }
+                if format.codec == Codec::Pq {
+                    return unsupported("attend", format!("{what} in codebooks (decode them first; scan takes them)"));
+                }
                 if format.codec.reference().is_integer() && format.group_of(dim) != dim {
                     return unsupported(
                         "attend",
