@@ -57,7 +57,9 @@ fn rotated_and_scaled_rows(lab: &Lab) {
 /// Values, which are not rotated by position, have the reference's bits.
 fn product_codes(lab: &Lab) {
     let rows = |format: Format, dim| RowFormat::from(format).with_codebooks(3, dim);
-    for (format, dim) in [(Format::pq(2, 256), 64usize), (Format::pq(5, 33), 80), (Format::pq(128, 7), 128), (Format::pq(1, 2), 256)] {
+    for (format, dim) in
+        [(Format::pq(2, 256), 64usize), (Format::pq(5, 33), 80), (Format::pq(128, 7), 128), (Format::pq(1, 2), 256)]
+    {
         let rotated = Format { hadamard: dim.is_power_of_two(), ..format };
         let case = Case::new(Dtype::Bf16, Codec::Bf16, dim);
         Case { values: rows(format, dim), ..case.clone() }.check(lab);

@@ -12,6 +12,8 @@ mod lowrank;
 mod project;
 #[path = "planted_bugs/quantized.rs"]
 mod quantized;
+#[path = "planted_bugs/scan.rs"]
+mod scan;
 
 use kvlar::{Device, Emulation, SimtOptions};
 use kvlar_tests::Lab;
@@ -43,7 +45,7 @@ struct Suite {
     run: fn(&Lab),
 }
 
-const SUITES: [&Suite; 4] = [&dense::SUITE, &lowrank::SUITE, &project::SUITE, &quantized::SUITE];
+const SUITES: [&Suite; 1] = [&scan::SUITE];
 
 fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kernels")

@@ -2,6 +2,8 @@
 
 mod device;
 
+pub use device::{pool, pool_bytes};
+
 use super::attend::{Common, reference_dtype};
 use super::case::{Case, Output, expect};
 use super::formats::{Stored, group};

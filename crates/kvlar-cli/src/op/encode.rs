@@ -5,7 +5,7 @@ use super::case::{Case, Output};
 use super::formats::{Stored, group};
 use super::{Result, input};
 use crate::backend::Backend;
-use kvlar::{Dtype, EncodeShape, Pool, Rows};
+use kvlar::{Buffer, Dtype, EncodeShape, Pool, Rows};
 use kvlar_reference::{Tiers, quantize_rows};
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
@@ -40,11 +40,13 @@ fn on_device(values: &[f32], stored: &Stored, n: usize, d: usize, backend: Backe
     }
     let x = lab.upload(values)?;
     let (row, params) = (format.row_bytes(d), format.params_bytes(d));
+    let tables = stored.upload_tables(&lab)?;
+    let tables = tables.as_ref().map(Buffer::view);
     let mut held = lab.device.alloc(n * (row + params))?;
     let mut out = lab.device.alloc(4 * n * d)?;
     let rows = Rows::contiguous(None, n);
-    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n, row, params), None)?;
-    plan.decode(&lab.stream, &rows, &pool(held.view(), n, row, params), None, &mut out.view_mut())?;
+    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n, row, params), tables)?;
+    plan.decode(&lab.stream, &rows, &pool(held.view(), n, row, params), tables, &mut out.view_mut())?;
     Ok((lab.download(&out)?, n * (row + params)))
 }
 

@@ -82,14 +82,24 @@ struct Uploaded {
     values: Buffer,
 }
 
+/// Whether a head's rows share scales or codebooks.
+fn has_tables(format: Format) -> bool {
+    matches!(format.codec, Codec::Fp8 | Codec::Pq)
+}
+
 struct Session<'a> {
     i: &'a Inputs,
     lab: Lab,
     scales: [Option<Buffer>; 2],
 }
 
+/// Bytes of `[B, Hk]` rows as [`pool`] has them.
+pub fn pool_bytes((seqs, heads, rows): (usize, usize, usize), format: Format, dim: usize) -> usize {
+    seqs * heads * (rows * (format.row_bytes(dim) + format.params_bytes(dim))).next_multiple_of(16)
+}
+
 /// `[B, Hk]` rows next to each other, then their scales and zeros.
-fn pool<M: kvlar::Memory>(data: M, (heads, rows): (usize, usize), format: Format, dim: usize) -> Pool<M> {
+pub fn pool<M: kvlar::Memory>(data: M, (heads, rows): (usize, usize), format: Format, dim: usize) -> Pool<M> {
     let (row, params) = (format.row_bytes(dim), format.params_bytes(dim));
     let head_stride = (rows * (row + params)).next_multiple_of(16);
     Pool {
@@ -125,8 +135,8 @@ impl Session<'_> {
     ) -> Result<(Buffer, Vec<f32>)> {
         let Dims { b, hk, t, .. } = self.i.dims;
         let rows = t.max(1);
-        let bytes = b * hk * (rows * (format.row_bytes(dim) + format.params_bytes(dim))).next_multiple_of(16);
-        let (mut stored, mut out) = (self.lab.device.alloc(bytes)?, self.lab.device.alloc(4 * b * hk * rows * dim)?);
+        let (mut stored, mut out) =
+            (self.lab.device.alloc(pool_bytes((b, hk, rows), format, dim))?, self.lab.device.alloc(4 * b * hk * rows * dim)?);
         let plan = EncodeShape { format, dtype: Dtype::F32, seqs: b, heads: hk, rows, dim }.plan(&self.lab.device)?;
         let (x, shape) = (self.lab.upload(x)?, (hk, rows));
         plan.encode(&self.lab.stream, x.view(), &self.rows(lengths, None), &pool(stored.view_mut(), shape, format, dim), scales)?;
@@ -143,7 +153,7 @@ impl Session<'_> {
         for (((format, dim), x), (scales, to)) in
             formats.into_iter().zip([d, dv]).zip([&i.k, &i.v]).zip(self.scales.iter().zip(decoded))
         {
-            let scales = scales.as_ref().filter(|_| format.codec == Codec::Fp8).map(Buffer::view);
+            let scales = scales.as_ref().filter(|_| has_tables(format)).map(Buffer::view);
             let (stored, rows) = self.encode(&i.gathered(part, x, dim), lengths.view(), format, dim, scales)?;
             i.scatter(part, &rows, dim, to);
             sides.push(stored);
@@ -180,8 +190,7 @@ impl Session<'_> {
         let segments: Vec<Segment<'_>> = parts
             .iter()
             .map(|p| {
-                let scales =
-                    |side: usize| self.scales[side].as_ref().filter(|_| p.formats[side].codec == Codec::Fp8).map(Buffer::view);
+                let scales = |side: usize| self.scales[side].as_ref().filter(|_| has_tables(p.formats[side])).map(Buffer::view);
                 Segment {
                     rows: self.rows(p.lengths.view(), p.positions.as_ref().map(Buffer::view)),
                     keys: pool(p.keys.view(), shape, p.formats[0], d),
@@ -218,7 +227,7 @@ pub fn run(i: &Inputs, backend: Backend) -> Result<Outputs> {
     let formats = [i.keys.launched()?, i.values.launched()?];
     let lab = Lab::open(backend, i.common.dtype)?;
     let native = Format::from(if i.common.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 });
-    let scale = |stored: &Stored| stored.upload_scales(&lab);
+    let scale = |stored: &Stored| stored.upload_tables(&lab);
     let scales = [scale(&i.keys)?, scale(&i.values)?];
     let session = Session { i, lab, scales };
     let exact = i.sink_rows + i.recent_rows > 0;
