@@ -17,6 +17,7 @@
 
 #define KVLAR_ABI_VERSION 1
 #define KVLAR_MAX_SEGMENTS 4
+#define KVLAR_SCORE_BINS 2048  // of a histogram of scores: the top 11 bits of their order, see device/order.cuh
 
 // Bits of the status word: what a kernel had to clamp.
 enum {
@@ -53,6 +54,13 @@ enum {
   KVLAR_SIDE_NONE = 0,     // nothing
   KVLAR_SIDE_PROJECT = 1,  // rows to latents
   KVLAR_SIDE_STORE = 2,    // rows as they come: ready-made latents, or dense rows of the kv heads
+};
+
+// How the query heads of a kv head share the score of a row.
+enum {
+  KVLAR_SCORE_MEAN_LOGIT = 0,
+  KVLAR_SCORE_MAX_LOGIT = 1,
+  KVLAR_SCORE_MAX_PROB = 2,  // the largest of logit - lse
 };
 
 // Element types of activations.
@@ -171,6 +179,46 @@ typedef struct {
   uint32_t reserved[2];
 } KvlarAttend;
 KVLAR_CHECK_SIZE(KvlarAttend, 1216);
+
+// scan: logits of every row of one segment, their log-sum-exp, and one score a row and kv head.
+typedef struct {
+  KvlarAttend attend;             // one segment, of which the keys alone are read; one query row; out is not written
+  KVLAR_ADDR(float) scores;       // [seqs][kv_heads][row_count]; may be null
+  KVLAR_ADDR(float) logits;       // [seqs][kv_heads * group][row_count]; may be null
+  KVLAR_ADDR(uint32_t) histogram; // [seqs][kv_heads][KVLAR_SCORE_BINS], of the scores of rows held; may be null
+  KVLAR_ADDR(uint32_t) counts;    // as many, with a histogram alone; zero before and after a launch
+  uint32_t row_count;             // columns of scores and logits
+  uint32_t method;                // KVLAR_SCORE_MEAN_LOGIT or KVLAR_SCORE_MAX_LOGIT: reduce makes the other
+  uint32_t fill;                  // 1: rows beyond a length get -inf
+  uint32_t shared_bins;           // bytes into dynamic shared memory, as are the others: of a histogram
+  uint32_t shared_tables;         // pq: of the centroids or the score tables
+  uint32_t shared_queries;        // kvlar_scan_rows_*: of the queries
+  uint32_t code_log;              // pq: log2 of the 16-byte chunks of a row in shared memory
+  uint32_t table_heads;           // pq, score tables: query heads an entry: 1, 2, 4 or 8
+} KvlarScan;
+KVLAR_CHECK_SIZE(KvlarScan, 1280);
+
+// reduce: logits of query heads to one score a row and kv head.
+typedef struct {
+  KVLAR_ADDR(const float) logits;     // [seqs][kv_heads * group][row_count]
+  KVLAR_ADDR(const float) lse;        // [seqs][kv_heads * group]; KVLAR_SCORE_MAX_PROB alone
+  KVLAR_ADDR(float) scores;           // [seqs][kv_heads][row_count]; may be null
+  KVLAR_ADDR(uint32_t) histogram;     // [seqs][kv_heads][KVLAR_SCORE_BINS]; may be null
+  KVLAR_ADDR(uint32_t) counts;        // as many, with a histogram alone; zero before and after a launch
+  KVLAR_ADDR(uint32_t) counters;      // [seqs][kv_heads] likewise
+  KVLAR_ADDR(const int32_t) lengths;  // rows held, [seqs][head?]; null = row_count
+  int64_t length_seq_stride;
+  int64_t length_head_stride;
+  uint32_t seqs;
+  uint32_t kv_heads;
+  uint32_t group;
+  uint32_t row_count;
+  uint32_t method;                    // KVLAR_SCORE_*
+  uint32_t fill;                      // 1: rows beyond a length get -inf, else they are left alone
+  uint32_t blocks;                    // CTAs a (sequence, kv head)
+  uint32_t reserved;
+} KvlarReduce;
+KVLAR_CHECK_SIZE(KvlarReduce, 104);
 
 // How attend_lowrank divides a CTA's dynamic shared memory; bytes from its start, multiples of 16.
 typedef struct {

@@ -26,8 +26,10 @@ fn sizes() -> BTreeMap<&'static str, usize> {
         KvlarPool,
         KvlarProject,
         KvlarProjection,
+        KvlarReduce,
         KvlarRope,
         KvlarRows,
+        KvlarScan,
         KvlarSegment,
         KvlarTranscode,
     ]

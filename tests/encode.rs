@@ -9,6 +9,8 @@ use kvlar_tests::{Lab, on_every_device};
 
 on_every_device!(
     round_trips,
+    product_codes,
+    product_codes_of_odd_rows,
     fp8_numbers,
     non_finite_values,
     constant_groups,
@@ -16,6 +18,11 @@ on_every_device!(
     extremes,
     rows_beyond_a_length_decode_to_zero
 );
+
+/// Codecs without codebooks.
+fn without_codebooks() -> impl Iterator<Item = Codec> {
+    Codec::ALL.into_iter().filter(|&c| c != Codec::Pq)
+}
 
 /// Codecs with scales and zeros of rows.
 const INTEGERS: [Codec; 3] = [Codec::Int8, Codec::Int4, Codec::Int2];
@@ -27,7 +34,7 @@ fn grouped(codec: Codec, group: usize) -> RowFormat {
 
 fn round_trips(lab: &Lab) {
     let mut rng = Rng::new(11);
-    for codec in Codec::ALL {
+    for codec in without_codebooks() {
         for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
             for (dim, groups) in
                 [(8, &[8, 4, 1][..]), (64, &[64, 16]), (80, &[80, 5, 40]), (96, &[32]), (128, &[128, 64]), (256, &[256, 8])]
@@ -63,6 +70,46 @@ fn round_trips(lab: &Lab) {
     }
 }
 
+/// Widths and numbers of centroids of all kinds; several tiles of rows and of staged centroids.
+fn product_codes(lab: &Lab) {
+    let mut rng = Rng::new(12);
+    for (dim, width, centroids) in [
+        (8usize, 1, 5),
+        (64, 2, 256),
+        (64, 4, 17),
+        (64, 64, 40),
+        (80, 5, 3),
+        (96, 8, 1),
+        (128, 16, 200),
+        (256, 32, 70),
+        (256, 256, 12),
+    ] {
+        let (rows, heads) = (1 + rng.below(70), 1 + rng.below(2));
+        let mut format = Format::pq(width, centroids);
+        format.hadamard = dim.is_power_of_two() && rng.below(2) == 0;
+        let stored = RowFormat::from(format).with_codebooks(heads, dim);
+        let dtype = [Dtype::F32, Dtype::Bf16, Dtype::F16][rng.below(3)];
+        let layout = [Layout::Contiguous, Layout::Hnd(16), Layout::Nhd(16), Layout::PerHead(32)][rng.below(4)];
+        EncodeCase { stored, dtype, layout, dim, rows }.check(lab, &rng.normals(2 * heads * rows * dim, 1.0));
+    }
+}
+
+/// Ties go to the lower code, and what is not finite to code 0, alone.
+fn product_codes_of_odd_rows(lab: &Lab) {
+    let mut stored = RowFormat::from(Format::pq(4, 9)).with_codebooks(1, 32);
+    for s in 0..8 {
+        let book = &mut stored.codebooks[s * 36..][..36];
+        book.copy_within(12..16, 28); // centroid 7 is centroid 3
+        book[32..].fill(if s % 2 == 0 { 1e20 } else { 0.0 }); // whose square is infinite
+    }
+    let mut values = Rng::new(4).normals(2 * 9 * 32, 1.0);
+    for (i, odd) in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -0.0, 1e20].into_iter().enumerate() {
+        values[40 * i + 3] = odd;
+    }
+    values[320..324].copy_from_slice(&stored.codebooks[12..16]); // as near to 3 as to 7
+    EncodeCase { stored, dtype: Dtype::F32, layout: Layout::Contiguous, dim: 32, rows: 9 }.check(lab, &values);
+}
+
 /// Every number that fp8 can hold, the middle between it and the next, and that middle's neighbours.
 fn fp8_numbers(lab: &Lab) {
     let numbers = (0..127u8).map(|code| kvlar_reference::decode_fp8(code, 1.0));
@@ -84,7 +131,7 @@ fn fp8_numbers(lab: &Lab) {
 }
 
 fn non_finite_values(lab: &Lab) {
-    for codec in Codec::ALL {
+    for codec in without_codebooks() {
         let mut values = Rng::new(5).normals(2 * 9 * 64, 1.0);
         values[3] = f32::NAN;
         values[64 + 40] = f32::INFINITY;

@@ -14,6 +14,8 @@ mod lowrank;
 mod project;
 #[path = "planted_bugs/quantized.rs"]
 mod quantized;
+#[path = "planted_bugs/scan.rs"]
+mod scan;
 
 use kvlar::{Device, Emulation, SimtOptions};
 use kvlar_tests::Lab;
@@ -45,7 +47,7 @@ struct Suite {
     run: fn(&Lab),
 }
 
-const SUITES: [&Suite; 5] = [&channels::SUITE, &dense::SUITE, &lowrank::SUITE, &project::SUITE, &quantized::SUITE];
+const SUITES: [&Suite; 6] = [&channels::SUITE, &dense::SUITE, &lowrank::SUITE, &project::SUITE, &quantized::SUITE, &scan::SUITE];
 
 fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kernels")

@@ -1,7 +1,7 @@
 //! Caches of random rows in random pages.
 
 use crate::Rig;
-use kvlar::{Buffer, Codec, Memory, Pool, Result, Rows};
+use kvlar::{Buffer, Codec, Format, Memory, Pool, Result, Rows};
 use kvlar_reference::encode_row;
 
 /// Rows a page of kvlar's own.
@@ -31,6 +31,15 @@ impl RowBlock {
             bytes.extend(rows.iter().flat_map(|r| &r.params));
         }
         Self { bytes, page_bytes: HEAD_PAGE_ROWS * (codec.row_bytes(dim) + codec.params_bytes(dim, dim)) }
+    }
+
+    /// Rows of one byte a code, `codes` of them and then padding to 16: `code(row, i)` is the i-th of a row.
+    pub fn of_codes(codes: usize, pages: usize, code: impl Fn(usize, usize) -> u8) -> Self {
+        let row_bytes = codes.next_multiple_of(16);
+        let rows = pages.min(DISTINCT_PAGES) * HEAD_PAGE_ROWS;
+        let byte = |row: usize, i: usize| if i < codes { code(row, i) } else { 0 };
+        let bytes = (0..rows).flat_map(|row| (0..row_bytes).map(move |i| (row, i))).map(|(row, i)| byte(row, i)).collect();
+        Self { bytes, page_bytes: HEAD_PAGE_ROWS * row_bytes }
     }
 
     /// A buffer of `pages` pages of one head.
@@ -75,8 +84,9 @@ impl Pages {
     }
 
     /// The rows' bytes: `[page][head][row]`, or `[seq][head][row]` where rows are contiguous (dense codecs alone).
-    pub fn pool<M: Memory>(&self, data: M, heads: usize, codec: Codec, dim: usize) -> Pool<M> {
-        let (row, params) = (codec.row_bytes(dim), codec.params_bytes(dim, dim));
+    pub fn pool<M: Memory>(&self, data: M, heads: usize, format: impl Into<Format>, dim: usize) -> Pool<M> {
+        let format = format.into();
+        let (row, params) = (format.row_bytes(dim), format.params_bytes(dim));
         match self.table {
             Some(_) => Pool::hnd(data, self.count, HEAD_PAGE_ROWS, heads, row, params),
             None => Pool::contiguous(data, heads, self.per_seq * HEAD_PAGE_ROWS, row),

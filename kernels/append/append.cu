@@ -8,7 +8,7 @@
 // prefill of 128K tokens 1 GB, 250 us at 4.3 TB/s. Two sines a rotated pair and head keep the ALU below that.
 #include "append/append.cuh"
 
-extern "C" __global__ void __launch_bounds__(128) kvlar_append(const __grid_constant__ KvlarAppend p) {
+extern "C" __global__ void __launch_bounds__(128, 8) kvlar_append(const __grid_constant__ KvlarAppend p) {
   __shared__ float scratch[4][kvlar::kMaxDim];
   kvlar::append_row(p, blockIdx.x, scratch);
 }

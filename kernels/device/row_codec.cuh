@@ -5,6 +5,7 @@
 #include "device/affine.cuh"
 #include "device/fp8.cuh"
 #include "device/hadamard.cuh"
+#include "device/pq.cuh"
 
 namespace kvlar {
 
@@ -149,7 +150,9 @@ __device__ inline float fp8_scale(const KvlarFormat& format, int head) { return 
 __device__ inline void store_row(RowPlace to, const KvlarFormat& format, int head, float (&x)[kLaneDims], float* scratch, int dim, int lane) {
   if (format.hadamard) hadamard(x, dim, lane);
   const int bits = code_bits(format.codec);
-  if (bits) {
+  if (format.codec == KVLAR_CODEC_PQ) {
+    store_pq(to.codes, format, head, x, scratch, dim, lane);
+  } else if (bits) {
     store_integers(to, x, scratch, bits, dim, int(format.group), lane);
   } else if (format.codec == KVLAR_CODEC_FP8) {
     const float scale = fp8_scale(format, head);
@@ -169,7 +172,9 @@ __device__ inline void store_row(RowPlace to, const KvlarFormat& format, int hea
 // All lanes of the warp call it.
 __device__ inline void load_row(float (&x)[kLaneDims], RowPlace from, const KvlarFormat& format, int head, int dim, int lane) {
   const int bits = code_bits(format.codec), first = kLaneDims * lane;
-  if (!bits && format.codec != KVLAR_CODEC_FP8) {
+  if (format.codec == KVLAR_CODEC_PQ) {
+    load_pq(x, from.codes, format, head, dim, lane);
+  } else if (!bits && format.codec != KVLAR_CODEC_FP8) {
     load_dense(x, from.codes, format.codec == KVLAR_CODEC_F16 ? KVLAR_DTYPE_F16 : KVLAR_DTYPE_BF16, dim, lane);
   } else {
     const float scale = bits ? 0.f : fp8_scale(format, head);

@@ -19,7 +19,7 @@ __device__ inline RowIndex row_index(const KvlarTranscode& p) {
 
 }  // namespace kvlar
 
-extern "C" __global__ void __launch_bounds__(128) kvlar_encode(const __grid_constant__ KvlarTranscode p) {
+extern "C" __global__ void __launch_bounds__(128, 8) kvlar_encode(const __grid_constant__ KvlarTranscode p) {
   using namespace kvlar;
   __shared__ float scratch[4][kMaxDim];
   const int lane = int(threadIdx.x) % 32;

@@ -18,6 +18,8 @@ pub mod latents;
 pub mod lowrank;
 #[allow(missing_docs)]
 pub mod pages;
+#[allow(missing_docs)]
+pub mod scan;
 
 use kvlar::{Backend, Buffer, Device, Dtype, Error, SimtOptions, Stream, Workspace, WorkspaceSize};
 use std::any::{Any, TypeId};

@@ -3,7 +3,10 @@
 use crate::Lab;
 use kvlar::{Buffer, Codec, Format, Pool, Rows, Stored, View};
 use kvlar_reference::testing::Rng;
-use kvlar_reference::{EncodedRow, decode_channels, decode_fp8, decode_row, encode_channels, encode_fp8, encode_row, hadamard};
+use kvlar_reference::{
+    Codebooks, EncodedRow, Storage, decode_channels, decode_fp8, decode_pq, decode_row, encode_channels, encode_fp8, encode_pq,
+    encode_row, hadamard,
+};
 
 /// How rows are laid out; the number is the page size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,11 +224,13 @@ pub struct RowFormat {
     pub format: Format,
     /// Of fp8 rows, a head each; 1 where there are none.
     pub scales: Vec<f32>,
+    /// Of pq rows, `[head][m][c][d/m]`.
+    pub codebooks: Vec<f32>,
 }
 
 impl<F: Into<Format>> From<F> for RowFormat {
     fn from(format: F) -> Self {
-        Self { format: format.into(), scales: Vec::new() }
+        Self { format: format.into(), scales: Vec::new(), codebooks: Vec::new() }
     }
 }
 
@@ -235,6 +240,24 @@ impl RowFormat {
         (self.format.row_bytes(dim), self.format.params_bytes(dim))
     }
 
+    /// With random codebooks, where the format has any.
+    pub fn with_codebooks(mut self, heads: usize, dim: usize) -> Self {
+        let mut rng = Rng::new(dim as u64);
+        self.codebooks = rng.normals(self.format.codebook_bytes(heads, dim) / 4, 1.0);
+        self
+    }
+
+    /// Of one head.
+    fn head_codebooks(&self, head: usize, dim: usize) -> Codebooks<'_> {
+        self.all_codebooks(dim).head(head, dim).expect("codebooks of the head")
+    }
+
+    /// Of all heads.
+    pub fn all_codebooks(&self, dim: usize) -> Codebooks<'_> {
+        let f = &self.format;
+        Codebooks { subvectors: dim / f.group_of(dim), centroids: f.centroids, values: &self.codebooks }
+    }
+
     fn scale(&self, head: usize) -> f32 {
         self.scales.get(head).copied().unwrap_or(1.0)
     }
@@ -242,8 +265,12 @@ impl RowFormat {
     pub fn encode(&self, head: usize, x: &[f32]) -> EncodedRow {
         let f = &self.format;
         let x = if f.hadamard { hadamard(x).expect("a power of two") } else { x.to_vec() };
-        if f.codec == Codec::Fp8 {
-            let mut codes: Vec<u8> = x.iter().map(|&x| encode_fp8(x, self.scale(head))).collect();
+        let mut codes: Vec<u8> = match f.codec {
+            Codec::Fp8 => x.iter().map(|&x| encode_fp8(x, self.scale(head))).collect(),
+            Codec::Pq => encode_pq(&x, &self.head_codebooks(head, x.len())).expect("a row"),
+            _ => Vec::new(),
+        };
+        if !codes.is_empty() {
             codes.resize(f.row_bytes(x.len()), 0);
             return EncodedRow { codes, params: Vec::new() };
         }
@@ -252,17 +279,26 @@ impl RowFormat {
 
     fn decode(&self, head: usize, codes: &[u8], params: &[u8], dim: usize) -> Vec<f32> {
         let f = &self.format;
-        let x = if f.codec == Codec::Fp8 {
-            codes[..dim].iter().map(|&c| decode_fp8(c, self.scale(head))).collect()
-        } else {
-            decode_row(codes, params, dim, f.codec.reference(), f.group_of(dim)).expect("a row")
+        let x = match f.codec {
+            Codec::Fp8 => codes[..dim].iter().map(|&c| decode_fp8(c, self.scale(head))).collect(),
+            Codec::Pq => decode_pq(codes, dim, &self.head_codebooks(head, dim)).expect("a row"),
+            _ => decode_row(codes, params, dim, f.codec.reference(), f.group_of(dim)).expect("a row"),
         };
         if f.hadamard { hadamard(&x).expect("a power of two") } else { x }
     }
 
-    /// Its scales on a device, if it has any.
+    /// Its scales or codebooks on a device, if it has any.
     pub fn upload(&self, lab: &Lab) -> Option<Buffer> {
-        (!self.scales.is_empty()).then(|| lab.upload(&self.scales))
+        [&self.scales, &self.codebooks].into_iter().find(|table| !table.is_empty()).map(|table| lab.upload(table))
+    }
+
+    /// As the reference takes it.
+    pub fn storage(&self, dim: usize) -> Storage<'_> {
+        Storage {
+            format: self.format.reference(),
+            scales: (!self.scales.is_empty()).then_some(&self.scales),
+            codebooks: (!self.codebooks.is_empty()).then(|| self.all_codebooks(dim)),
+        }
     }
 }
 

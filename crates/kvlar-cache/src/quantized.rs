@@ -5,8 +5,8 @@ use crate::exact::{EXACT_PAGE_ROWS, ExactShape, Leaving};
 use crate::layer::{Layer, native};
 use crate::{CacheConfig, Result};
 use kvlar::{
-    AppendGroupsPlan, AppendGroupsShape, AppendPlan, AppendShape, AttendPlan, AttendShape, Buffer, Codec, Device, Format,
-    SegmentShape, Stream, Tables, WorkList, WorkspaceSize,
+    AppendGroupsPlan, AppendGroupsShape, AppendPlan, AppendShape, AttendPlan, AttendShape, Backend, Buffer, Codec, Device,
+    Format, SegmentShape, Stream, Tables, WorkList, WorkspaceSize,
 };
 use kvlar_calibrate::{Plan, QuantizedCodec, QuantizedFormat, Side};
 
@@ -19,7 +19,7 @@ pub(crate) struct QuantizedLayer {
 }
 
 /// The format of a plan's rows. All that kernels know of a plan's formats is decided here.
-fn format(q: QuantizedFormat) -> Result<Format> {
+fn format(q: QuantizedFormat, dim: usize) -> Result<Format> {
     let codec = match q.codec {
         QuantizedCodec::Fp8 => Codec::Fp8,
         QuantizedCodec::Int8 => Codec::Int8,
@@ -27,22 +27,26 @@ fn format(q: QuantizedFormat) -> Result<Format> {
         QuantizedCodec::Int2 => Codec::Int2,
         QuantizedCodec::Int4Channel => Codec::Int4Channel,
         QuantizedCodec::Int2Channel => Codec::Int2Channel,
-        QuantizedCodec::Pq { .. } => {
-            return unsupported(format!("{q} rows of a plan"));
+        QuantizedCodec::Pq { subvectors, centroids } => {
+            if subvectors == 0 || !dim.is_multiple_of(subvectors) {
+                return invalid("plan", format!("{subvectors} sub-vectors of rows of {dim} values"));
+            }
+            return Ok(Format { hadamard: q.hadamard, ..Format::pq(dim / subvectors, centroids) });
         }
     };
-    Ok(Format { codec, group: q.group, hadamard: q.hadamard })
+    Ok(Format { group: q.group, hadamard: q.hadamard, ..codec.into() })
 }
 
 /// Formats of the layers that a plan keeps as codes.
 pub(crate) fn planned_formats(config: &CacheConfig, plan: &Plan) -> Result<Vec<[Format; 2]>> {
     let quantized = plan.layers.iter().filter(|l| [&l.keys, &l.values].into_iter().any(|s| s.quantized().is_some()));
-    quantized.map(|l| Ok([side_format(config, &l.keys)?, side_format(config, &l.values)?])).collect()
+    let (d, dv) = (config.head_dim, config.value_dim);
+    quantized.map(|l| Ok([side_format(config, &l.keys, d)?, side_format(config, &l.values, dv)?])).collect()
 }
 
 /// Of a side beside codes, or of codes.
-fn side_format(config: &CacheConfig, side: &Side) -> Result<Format> {
-    side.quantized().map_or(Ok(native(config.dtype).into()), |q| format(q.format))
+fn side_format(config: &CacheConfig, side: &Side, dim: usize) -> Result<Format> {
+    side.quantized().map_or(Ok(native(config.dtype).into()), |q| format(q.format, dim))
 }
 
 fn unsupported<T>(what: impl Into<String>) -> Result<T> {
@@ -59,6 +63,12 @@ impl QuantizedLayer {
         if sides.iter().any(|s| s.factors().is_some()) {
             return invalid("plan", format!("layer {layer} has latents beside codes: no attention reads both"));
         }
+        // Kernels scan such rows, and decode them; none attends over them yet.
+        if let Some(pq) = sides.iter().filter_map(|s| s.quantized()).find(|q| matches!(q.format.codec, QuantizedCodec::Pq { .. }))
+            && device.backend() != Backend::Reference
+        {
+            return unsupported(format!("{} rows of a plan on {:?}", pq.format, device.backend()));
+        }
         let upload = |side: &Side| {
             let Some(values) = side.quantized().and_then(|q| q.codebooks.as_ref()) else { return Ok(None) };
             let mut buffer = device.alloc(4 * values.len())?;
@@ -67,7 +77,7 @@ impl QuantizedLayer {
         };
         let [keys, values] = sides;
         Ok(Some(Self {
-            formats: [side_format(config, keys)?, side_format(config, values)?],
+            formats: [side_format(config, keys, config.head_dim)?, side_format(config, values, config.value_dim)?],
             codebooks: [upload(keys)?, upload(values)?],
         }))
     }
@@ -114,12 +124,12 @@ pub(crate) fn exact_shape(config: &CacheConfig, asked: ExactShape, formats: &[[F
 }
 
 /// How new rows are written.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) enum Writing {
     /// In their formats at once.
     Encoded(AppendPlan),
     /// As they are, and in their formats once they leave the view of exact rows.
-    Groups(AppendGroupsPlan),
+    Groups(Box<AppendGroupsPlan>),
 }
 
 /// Plans of all layers of one pair of formats, and their work list.
@@ -179,7 +189,7 @@ impl RowBatch {
                 let new = AppendShape { key_format: own.into(), value_format: own.into(), ..append };
                 let (pack_rows, max_packs) = (exact.group, append.new_rows.div_ceil(exact.group) + 1);
                 let shape = AppendGroupsShape { append: new, key_format: keys, value_format: values, pack_rows, max_packs };
-                Writing::Groups(shape.plan(device)?)
+                Writing::Groups(Box::new(shape.plan(device)?))
             };
             all.plans.push(RowPlans { formats, exact: keeps, append, work: attend.work_list(device)?, attend, scheduled: false });
         }

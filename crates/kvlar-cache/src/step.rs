@@ -203,14 +203,14 @@ impl Cache {
         let (Some(lowrank), Some(plans)) = (lowrank, batch.lowrank[layer]) else {
             let shared = quantized.as_ref().map(QuantizedLayer::tables).unwrap_or_default();
             let Some(plans) = batch.rows.of(layer) else { return invalid("layer", "the batch has no plan of it") };
-            if let (Writing::Groups(plan), Some(exact), Some(t)) = (plans.append, exact, &tables.exact) {
+            if let (Writing::Groups(plan), Some(exact), Some(t)) = (&plans.append, exact, &tables.exact) {
                 let append = as_given(t.slots.view(), t.rows()?, exact.pools_mut());
                 let ((keys, values), (packing, source, source_pages)) = (rows.pools_mut(), t.packing());
                 let rows = tables.latents(config)?;
                 let mut args = AppendGroupsArgs { append, rows, keys, values, tables: shared, source, source_pages, packing };
                 return Ok(plan.launch(stream, &mut args, workspace)?);
             }
-            let Writing::Encoded(plan) = plans.append else { return invalid("layer", "it has no exact rows to encode") };
+            let Writing::Encoded(plan) = &plans.append else { return invalid("layer", "it has no exact rows to encode") };
             let mut args = as_given(tables.slots.view(), tables.rows(config)?, rows.pools_mut());
             args.tables = shared;
             return Ok(plan.launch(stream, &mut args, workspace)?);

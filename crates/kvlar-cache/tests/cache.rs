@@ -72,7 +72,10 @@ fn play(mut lab: Lab, ops: &[Op]) {
                 if let Err(CacheError::PartOfGroup { whole, .. }) = result {
                     // Codes of a group come back together, where no more of it is held.
                     assert!(
-                        lab.encoded.is_some() && whole < n && n - whole < lab.group && (whole - lab.exact.0) % lab.group == 0
+                        lab.encoded.is_some()
+                            && whole < n
+                            && n - whole < lab.group
+                            && (whole - lab.exact.0).is_multiple_of(lab.group)
                     );
                     assert!(n + lab.exact.2 < held || lab.lost.contains_key(&a), "{n} of {held} are within the rollback");
                     n = whole;

@@ -131,17 +131,20 @@ fn what_no_cache_keeps_yet_is_named() {
     let device = Device::reference();
     let stream = device.stream().unwrap();
     let refused = |p: &Plan| Cache::planned(&device, &stream, config(Codec::F16, 4), p).unwrap_err();
-    let unsupported = |p: &Plan, words: &[&str]| {
-        let e = refused(p);
+    let is_unsupported = |e: CacheError, words: &[&str]| {
         assert!(matches!(e, CacheError::Device(kvlar::Error::Unsupported { .. })), "{e}");
         let text = e.to_string();
         assert!(text.contains("unsupported") && words.iter().all(|w| text.contains(w)), "{text:?} does not say {words:?}");
     };
+    let unsupported = |p: &Plan, words: &[&str]| is_unsupported(refused(p), words);
     let with =
         |keys: Side| quantized([(side(QuantizedCodec::Int8), side(QuantizedCodec::Int8)), (keys, side(QuantizedCodec::Int4))]);
     let format = QuantizedCodec::Pq { subvectors: 8, centroids: 4 }.into();
     let pq = Side::Quantized(Quantized { format, codebooks: Some(vec![0.5; HEADS * 4 * DIM]) });
-    unsupported(&with(pq), &["pq rows"]);
+    if let Some(kernels) = devices().iter().find(|d| d.backend() == kvlar::Backend::Simt) {
+        let stream = kernels.stream().unwrap();
+        is_unsupported(Cache::planned(kernels, &stream, config(Codec::F16, 4), &with(pq)).unwrap_err(), &["pq rows", "Simt"]);
+    }
     let channels = |group| side(QuantizedFormat { group: Some(group), ..QuantizedCodec::Int4Channel.into() });
     unsupported(&with(channels(8)), &["groups of 8 rows", "multiples of 16"]);
     let two = quantized([(channels(16), side(QuantizedCodec::Int8)), (channels(32), side(QuantizedCodec::Int8))]);
@@ -160,6 +163,32 @@ fn stored(tokens: &[u64], layer: usize, format: &Format) -> Vec<f32> {
     let storage = kvlar_reference::HeadStorage::from(format.reference());
     let keys = tokens.iter().flat_map(|&t| (0..HEADS).map(move |h| row(t, layer, h, false)));
     keys.flat_map(|k| storage.row(&k).unwrap()).collect()
+}
+
+/// Keys in codebooks, on the reference: attention sees the nearest centroids.
+#[test]
+fn keys_in_codebooks_are_their_centroids() {
+    let device = Device::reference();
+    let stream = device.stream().unwrap();
+    let codebooks = kvlar_reference::testing::Rng::new(3).normals(HEADS * 4 * DIM, 1.0);
+    let format = QuantizedCodec::Pq { subvectors: 8, centroids: 4 }.into();
+    let keys = Side::Quantized(Quantized { format, codebooks: Some(codebooks.clone()) });
+    let p = quantized([(keys, side(QuantizedCodec::Int4)), (Side::Dense, Side::Dense)]);
+    let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
+    assert_eq!((cache.fixed_bytes(), p.fixed_bytes()), (4 * codebooks.len(), 4 * codebooks.len()));
+    assert_eq!(cache.bytes_per_token() as f64, p.bytes_per_token());
+    let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
+    let a = lab.create();
+    lab.extend(&[(a, 20)]).unwrap();
+    let read = lab.cache.decoded_keys(&lab.stream, a, 0, &Rope::none()).unwrap();
+    for (i, (k, &token)) in read.chunks(HEADS * DIM).zip(&lab.model[&a]).enumerate() {
+        for (h, k) in k.chunks(DIM).enumerate() {
+            let books = kvlar_reference::Codebooks { subvectors: 8, centroids: 4, values: &codebooks };
+            let head = books.head(h, DIM).unwrap();
+            let codes = kvlar_reference::encode_pq(&row(token, 0, h, false), &head).unwrap();
+            assert_eq!(k, kvlar_reference::decode_pq(&codes, DIM, &head).unwrap(), "row {i} head {h}");
+        }
+    }
 }
 
 #[test]

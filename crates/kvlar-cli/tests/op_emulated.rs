@@ -1,4 +1,4 @@
-//! attend_quantized on the emulated kernels, from outside: fused and decoded first.
+//! Quantized ops on the emulated kernels, from outside: attention fused and decoded first, scans, codebooks.
 
 use crate::case::{Case, Run, backends, run};
 use kvlar_reference::testing::Rng;
@@ -66,4 +66,68 @@ fn emulated_kernels_agree_with_the_reference() {
     // Queries that are rounded go with rows that are not stored as they are.
     let both = with(&pair("int8", "int8"), &[("query", "int8"), ("recent_rows", "4")]);
     run("attend_quantized", "simt", &both, &[]).fails(3, "unsupported");
+}
+
+/// Random codebooks `[heads.., m, c, d/m]`.
+fn with_codebooks(case: &Case, heads: &[usize], [m, c, width]: [usize; 3]) -> Case {
+    let shape = [heads, &[m, c, width]].concat();
+    case.clone().floats("codebooks", &shape, &Rng::new(7).normals(shape.iter().product(), 1.0))
+}
+
+/// By fragments, by tables, decoded; ragged, empty, more heads than a tile has.
+#[test]
+fn emulated_scans_agree_with_the_reference() {
+    if !backends().contains(&"simt") {
+        return;
+    }
+    let (b, hk, d) = (2, 2, 16);
+    let bare = |hq: usize, t: usize, codec: &str| {
+        let mut rng = Rng::new(3);
+        let (q, k) = (rng.normals(b * hq * d, 1.0), rng.normals(b * hk * t * d, 1.0));
+        Case::default().floats("q", &[b, hq, d], &q).floats("k", &[b, hk, t, d], &k).key("key_codec", codec)
+    };
+    let pq = |hq, book| with_codebooks(&bare(hq, 40, "pq"), &[hk], book);
+    for case in [
+        bare(4, 40, "bf16"),
+        bare(4, 33, "f16"),
+        bare(6, 40, "int4+hadamard").key("group", "8"),
+        bare(20, 40, "int8").ints("lengths", &[b, hk], &[40, 0, 33, 7]),
+        bare(4, 40, "fp8").floats("k_scale", &[hk], &[0.02, 0.3]).ints("lengths", &[b], &[9, 40]).key("scale", "0.7"),
+        bare(2, 0, "int2"),
+        pq(4, [8, 9, 2]),
+        pq(2, [2, 256, 8]).ints("lengths", &[b, hk], &[40, 1, 33, 7]),
+        with_codebooks(&bare(4, 40, "pq+hadamard"), &[hk], [16, 5, 1]),
+    ] {
+        let (on_cpu, emulated) = (run("scan", "reference", &case, &[]), run("scan", "simt", &case, &[]));
+        for (name, tolerance) in [("k_decoded", 1e-6), ("logits", 2e-3), ("lse", 2e-3)] {
+            assert_eq!(emulated.tensor(name).0, on_cpu.tensor(name).0, "{name}");
+            close(&emulated.tensor(name).1, &on_cpu.tensor(name).1, tolerance);
+        }
+    }
+}
+
+#[test]
+fn emulated_codebooks_and_reductions_agree_with_the_reference() {
+    if !backends().contains(&"simt") {
+        return;
+    }
+    let x = Case::default().floats("x", &[37, 24], &Rng::new(5).normals(37 * 24, 1.0)).key("codec", "pq");
+    let encoded = with_codebooks(&x, &[], [3, 200, 8]);
+    let decoded = |backend| run("encode", backend, &encoded, &[]).tensor("decoded");
+    assert_eq!(decoded("simt"), decoded("reference"));
+    let mut logits = Rng::new(6).normals(2 * 6 * 50, 3.0);
+    (logits[3], logits[60], logits[70]) = (f32::NAN, f32::NEG_INFINITY, f32::INFINITY);
+    let case = Case::default().floats("logits", &[2, 6, 50], &logits).floats("lse", &[2, 6], &[1.5; 12]).key("kv_heads", "2");
+    for method in ["max_prob", "max_logit", "mean_logit"] {
+        let scores = |backend| run("reduce", backend, &case, &["--set", &format!("method={method}")]).tensor("scores").1;
+        for (a, e) in scores("simt").iter().zip(scores("reference")) {
+            assert!(a.is_nan() && e.is_nan() || *a == e || (a - e).abs() < 1e-5, "{method}: {a} instead of {e}");
+        }
+    }
+    // Keys in codebooks are decoded, then attended.
+    let keys = attend_case().key("key_codec", "pq").key("value_codec", "int8").key("recent_rows", "5");
+    let case = with_codebooks(&keys, &[2], [4, 60, 4]);
+    let (on_cpu, emulated) = (reference("attend_quantized", &case), run("attend_quantized", "simt", &case, &[]));
+    close(&emulated.tensor("k_decoded").1, &on_cpu.tensor("k_decoded").1, 1e-6);
+    close(&emulated.tensor("out").1, &on_cpu.tensor("out").1, 3e-2);
 }

@@ -78,6 +78,17 @@ impl Tolerance {
         Self { absolute, relative: 1e-5, cosine: 1e-6 }
     }
 
+    /// Logits (and so scores and lse) of a scan, whose own standard deviation is `logit`. Rows that are stored as they are and
+    /// queries of integer rows are exact; fp32 sums are not ([`Tolerance::lse`] for those of codes). Centroids are rounded to
+    /// f16, and so are rotated queries: by 2⁻¹¹/√3 of every product, five standard deviations.
+    pub fn scan(codec: Codec, logit: f64) -> Self {
+        let absolute = match codec {
+            Codec::Bf16 | Codec::F16 => 1e-4,
+            c => Self::lse(c).absolute,
+        };
+        Self { absolute: absolute * logit.max(1.0), relative: 1e-5, cosine: 1e-6 }
+    }
+
     /// A merged output or lse: fp32 arithmetic only.
     pub fn merge() -> Self {
         Self { absolute: 1e-5, relative: 1e-5, cosine: 1e-9 }

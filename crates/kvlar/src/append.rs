@@ -95,7 +95,7 @@ pub struct AppendArgs<'a> {
     pub keys: Pool<ViewMut<'a>>,
     /// Value rows.
     pub values: Pool<ViewMut<'a>>,
-    /// Of fp8 rows.
+    /// Of fp8 and pq rows.
     pub tables: Tables<'a>,
 }
 
@@ -172,7 +172,8 @@ impl AppendPlan {
         within("slots", &args.slots, tokens * 4 * if args.slots_per_head { heads } else { 1 }, 4)?;
         let rows = Rows { positions: args.row_positions.as_ref().map(|p| p.as_view()), ..args.rows };
         rows.check("rows", s.seqs, (heads, heads), args.keys.page_count.min(args.values.page_count))?;
-        let [key_scales, value_scales] = args.tables.addresses(heads, [s.key_format, s.value_format])?;
+        let [key_scales, value_scales] =
+            args.tables.addresses(heads, [(s.key_format, s.head_dim), (s.value_format, s.value_dim)])?;
         args.keys.check("keys", &args.rows, s.seqs, heads, s.key_format.stored(s.head_dim))?;
         args.values.check("values", &args.rows, s.seqs, heads, s.value_format.stored(s.value_dim))?;
         let none = abi::KvlarRope { attention_factor: 1.0, layout: abi::KVLAR_ROPE_NONE, ..Default::default() };

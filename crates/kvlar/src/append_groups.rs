@@ -119,7 +119,8 @@ impl AppendGroupsPlan {
         }
         args.keys.check("encoded keys", &args.rows, a.seqs, a.kv_heads, s.key_format.stored(a.head_dim))?;
         args.values.check("encoded values", &args.rows, a.seqs, a.kv_heads, s.value_format.stored(a.value_dim))?;
-        let [key_tables, value_tables] = args.tables.addresses(a.kv_heads, [s.key_format, s.value_format])?;
+        let [key_tables, value_tables] =
+            args.tables.addresses(a.kv_heads, [(s.key_format, a.head_dim), (s.value_format, a.value_dim)])?;
         within("source", &args.source, 4 * a.seqs * args.source_pages, 4)?;
         within("packing", &args.packing, 16 * a.seqs, 16)?;
         let params = abi::KvlarAppendGroups {

@@ -63,12 +63,14 @@ pub enum Codec {
     Int4Channel,
     /// 2-bit codes, likewise.
     Int2Channel,
+    /// A byte a sub-vector of [`Format::group`] values: the number of the nearest of [`Format::centroids`] given centroids.
+    Pq,
 }
 
 impl Codec {
     /// All of them.
-    pub const ALL: [Self; 8] =
-        [Self::Bf16, Self::F16, Self::Fp8, Self::Int8, Self::Int4, Self::Int2, Self::Int4Channel, Self::Int2Channel];
+    pub const ALL: [Self; 9] =
+        [Self::Bf16, Self::F16, Self::Fp8, Self::Int8, Self::Int4, Self::Int2, Self::Int4Channel, Self::Int2Channel, Self::Pq];
 
     pub(crate) const fn abi(self) -> u32 {
         match self {
@@ -80,6 +82,7 @@ impl Codec {
             Self::Int2 => abi::KVLAR_CODEC_INT2,
             Self::Int4Channel => abi::KVLAR_CODEC_INT4_CHANNEL,
             Self::Int2Channel => abi::KVLAR_CODEC_INT2_CHANNEL,
+            Self::Pq => abi::KVLAR_CODEC_PQ,
         }
     }
 
@@ -98,6 +101,7 @@ impl Codec {
             Self::Int2 => kvlar_reference::Codec::Int2,
             Self::Int4Channel => kvlar_reference::Codec::Int4Channel,
             Self::Int2Channel => kvlar_reference::Codec::Int2Channel,
+            Self::Pq => kvlar_reference::Codec::Pq,
         }
     }
 
@@ -119,9 +123,9 @@ impl Codec {
         Ok(())
     }
 
-    /// Bytes of a row's codes, padded to 16.
-    pub fn row_bytes(self, dim: usize) -> usize {
-        self.reference().row_bytes(dim)
+    /// Bytes of a row's codes, padded to 16; `codes` is d, or the number of sub-vectors of [`Codec::Pq`].
+    pub fn row_bytes(self, codes: usize) -> usize {
+        self.reference().row_bytes(codes)
     }
 
     /// Bytes of a row's own scales and zeros; 0 where they belong to a group of rows.
@@ -163,21 +167,32 @@ impl Stored {
 pub struct Format {
     /// What their bytes mean.
     pub codec: Codec,
-    /// Values that share a scale and zero; `None`: all of a row. Channel-wise: rows that do; `None`: 32.
+    /// Values that share a scale and zero, or ([`Codec::Pq`]) a code; `None`: all of a row. Channel-wise: rows that do;
+    /// `None`: 32.
     pub group: Option<usize>,
     /// Rows are rotated by the normalized Walsh-Hadamard matrix before they are encoded (a power of two of values), and so
     /// are queries of such keys; decoding rotates them back.
     pub hadamard: bool,
+    /// Centroids of each sub-vector, 1 to 256; of [`Codec::Pq`] alone.
+    pub centroids: usize,
 }
+
+/// Centroids that a byte can number.
+const MAX_CENTROIDS: usize = 256;
 
 impl From<Codec> for Format {
     fn from(codec: Codec) -> Self {
-        Self { codec, group: None, hadamard: false }
+        Self { codec, group: None, hadamard: false, centroids: MAX_CENTROIDS }
     }
 }
 
 impl Format {
-    /// Values that share a scale and zero in rows of `dim` values, or rows that do.
+    /// Product quantization: sub-vectors of `width` values with `centroids` centroids each (HCAttention, arXiv 2507.19823 §3).
+    pub const fn pq(width: usize, centroids: usize) -> Self {
+        Self { codec: Codec::Pq, group: Some(width), hadamard: false, centroids }
+    }
+
+    /// Values that share a scale and zero (or a code) in rows of `dim` values, or rows that do.
     pub fn group_of(&self, dim: usize) -> usize {
         self.reference().group_of(dim)
     }
@@ -193,7 +208,12 @@ impl Format {
 
     /// Bytes of a row's codes, padded to 16.
     pub fn row_bytes(&self, dim: usize) -> usize {
-        self.codec.row_bytes(dim)
+        self.codec.row_bytes(if self.codec == Codec::Pq { dim / self.group_of(dim).max(1) } else { dim })
+    }
+
+    /// Bytes of the codebooks of `heads` heads; 0 of formats without.
+    pub fn codebook_bytes(&self, heads: usize, dim: usize) -> usize {
+        if self.codec == Codec::Pq { heads.saturating_mul(self.centroids).saturating_mul(4 * dim) } else { 0 }
     }
 
     /// Bytes of a row's own scales and zeros; 0 where they belong to a group of rows ([`Format::stored`]).
@@ -215,6 +235,12 @@ impl Format {
         } else if group == 0 || !dim.is_multiple_of(group) {
             return crate::error::invalid(arg, format!("a group of {group} does not divide {dim} values"));
         }
+        if self.codec == Codec::Pq && !(1..=MAX_CENTROIDS).contains(&self.centroids) {
+            return crate::error::invalid(
+                arg,
+                format!("{} centroids a sub-vector; 1 to {MAX_CENTROIDS} are possible", self.centroids),
+            );
+        }
         if self.hadamard && !dim.is_power_of_two() {
             return crate::error::invalid(arg, format!("{dim} values are no power of two, as a Hadamard rotation needs"));
         }
@@ -228,13 +254,14 @@ impl Format {
             codec: self.codec.abi(),
             group: self.group_of(dim) as u32,
             hadamard: self.hadamard.into(),
-            centroids: 0,
+            centroids: if self.codec == Codec::Pq { self.centroids as u32 } else { 0 },
         }
     }
 }
 
-/// What all rows of a head share. [`Codec::Fp8`]: what its rows are multiplied by, f32 `[heads]`; `None` = 1. Other formats
-/// have none.
+/// What all rows of a head share. [`Codec::Fp8`]: what its rows are multiplied by, f32 `[heads]`; `None` = 1. [`Codec::Pq`]:
+/// its codebooks, f32 `[heads][d / group][centroids][group]`, at a multiple of 16 bytes; they must be there. Other formats have
+/// none.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tables<'a> {
     /// Of keys.
@@ -244,16 +271,24 @@ pub struct Tables<'a> {
 }
 
 impl Tables<'_> {
-    /// The addresses of both, checked.
-    pub(crate) fn addresses(&self, heads: usize, formats: [Format; 2]) -> crate::Result<[u64; 2]> {
-        let side = |arg: &'static str, scales: Option<crate::View<'_>>, format: Format| match scales {
-            None => Ok(0),
-            Some(_) if format.codec != Codec::Fp8 => {
-                crate::error::invalid(arg, format!("{:?} rows have scales of their own", format.codec))
-            }
-            Some(x) => crate::paged::within(arg, &x, 4 * heads, 4).map(|()| crate::Memory::address(&x)),
+    /// The addresses of both, checked against the formats of rows and the values a row.
+    pub(crate) fn addresses(&self, heads: usize, formats: [(Format, usize); 2]) -> crate::Result<[u64; 2]> {
+        type Names = [&'static str; 2];
+        let side = |[scales, codebooks]: Names, table: Option<crate::View<'_>>, (format, dim): (Format, usize)| {
+            let (arg, need, align) = match (format.codec, table) {
+                (Codec::Fp8, _) => (scales, 4 * heads, 4),
+                (Codec::Pq, None) => return crate::error::invalid(codebooks, "pq rows need them: f32 [heads][m][c][d/m]"),
+                (Codec::Pq, Some(_)) => (codebooks, format.codebook_bytes(heads, dim), 16),
+                (_, None) => return Ok(0),
+                (codec, Some(_)) => return crate::error::invalid(scales, format!("{codec:?} rows have scales of their own")),
+            };
+            let Some(x) = table else { return Ok(0) };
+            crate::paged::within(arg, &x, need, align).map(|()| crate::Memory::address(&x))
         };
-        Ok([side("key scales", self.keys, formats[0])?, side("value scales", self.values, formats[1])?])
+        Ok([
+            side(["key scales", "key codebooks"], self.keys, formats[0])?,
+            side(["value scales", "value codebooks"], self.values, formats[1])?,
+        ])
     }
 }
 

@@ -4,7 +4,7 @@ use crate::append::check_dim;
 use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
-use crate::{Device, Dtype, Format, Memory, Pool, Result, Rows, Stream, Tables, View, ViewMut, abi};
+use crate::{Codec, Device, Dtype, Format, Memory, Pool, Result, Rows, Stream, Tables, View, ViewMut, abi};
 
 /// What [`TranscodePlan`] is made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +29,12 @@ pub struct EncodeShape {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TranscodePlan {
     shape: EncodeShape,
-    grid: u32,
 }
+
+/// Rows a CTA of `kernels/encode/pq.cu`.
+const PQ_ROWS: usize = 32;
+/// Its staged centroids, in floats, and what its warps have found (as many rows of a distance and a code each).
+const PQ_STAGE: usize = 2048 + 4 * PQ_ROWS * 2;
 
 impl EncodeShape {
     /// Validates.
@@ -41,11 +45,12 @@ impl EncodeShape {
     pub fn plan(&self, _: &Device) -> Result<TranscodePlan> {
         check_dim("encode", "dim", self.dim)?;
         self.format.check("group", self.dim)?;
-        let grid = (self.seqs * self.heads * self.rows).div_ceil(4);
+        let heads = self.seqs * self.heads;
+        let grid = (heads * self.rows).div_ceil(4).max(heads * self.rows.div_ceil(PQ_ROWS));
         if grid > i32::MAX as usize {
             return invalid("rows", format!("{} rows are too many for one launch", self.rows));
         }
-        Ok(TranscodePlan { shape: *self, grid: grid as u32 })
+        Ok(TranscodePlan { shape: *self })
     }
 }
 
@@ -63,8 +68,7 @@ impl TranscodePlan {
         scales: Option<View<'_>>,
     ) -> Result<()> {
         within("x", &x, self.elements() * self.shape.dtype.bytes(), 16)?;
-        let entry = self.encoder()?;
-        self.launch(stream, entry, (x.address(), self.shape.dtype), rows, pool, scales)
+        self.launch(stream, self.encoder()?, (x.address(), self.shape.dtype), rows, pool, scales)
     }
 
     /// Decodes rows 0.. of each (sequence, head) into `out [B, H, rows, dim]` f32; 0 beyond a length.
@@ -80,19 +84,30 @@ impl TranscodePlan {
         out: &mut ViewMut<'_>,
     ) -> Result<()> {
         within("out", out, self.elements() * 4, 16)?;
-        self.launch(stream, "kvlar_decode", (out.address(), Dtype::F32), rows, pool, scales)
+        self.launch(stream, self.a_row_a_warp("kvlar_decode"), (out.address(), Dtype::F32), rows, pool, scales)
     }
 
-    /// The entry point that encodes.
-    fn encoder(&self) -> Result<&'static str> {
-        let (s, group) = (&self.shape, self.shape.format.group_of(self.shape.dim));
-        if !s.format.codec.is_channel_wise() {
-            return Ok("kvlar_encode");
+    fn a_row_a_warp(&self, entry: &'static str) -> Launch {
+        let rows = self.shape.seqs * self.shape.heads * self.shape.rows;
+        Launch { entry, grid: rows.div_ceil(4) as u32, block: 128, shared_bytes: 0 }
+    }
+
+    fn encoder(&self) -> Result<Launch> {
+        let EncodeShape { format, seqs, heads, rows, dim, .. } = self.shape;
+        if format.codec.is_channel_wise() {
+            let group = format.group_of(dim);
+            if !rows.is_multiple_of(group) {
+                return invalid("rows", format!("{rows} rows are no whole groups of {group}"));
+            }
+            let grid = seqs * heads * (rows / group);
+            return Ok(Launch { entry: "kvlar_encode_channels", grid: grid as u32, block: 128, shared_bytes: 0 });
         }
-        if !s.rows.is_multiple_of(group) {
-            return invalid("rows", format!("{} rows are no whole groups of {group}", s.rows));
+        if format.codec != Codec::Pq {
+            return Ok(self.a_row_a_warp("kvlar_encode"));
         }
-        Ok("kvlar_encode_channels")
+        let shared = 4 * (PQ_STAGE + PQ_ROWS * (dim + 1));
+        let grid = seqs * heads * rows.div_ceil(PQ_ROWS);
+        Ok(Launch { entry: "kvlar_encode_pq", grid: grid as u32, block: 128, shared_bytes: shared as u32 })
     }
 
     fn elements(&self) -> usize {
@@ -102,7 +117,7 @@ impl TranscodePlan {
     fn launch<M: Memory>(
         &self,
         stream: &Stream,
-        entry: &'static str,
+        launch: Launch,
         (x, dtype): (u64, Dtype),
         rows: &Rows<'_>,
         pool: &Pool<M>,
@@ -114,7 +129,7 @@ impl TranscodePlan {
         }
         rows.check("rows", s.seqs, (s.heads, s.heads), pool.page_count)?;
         pool.check("pool", rows, s.seqs, s.heads, s.format.stored(s.dim))?;
-        let [scales, _] = Tables { keys: scales, values: None }.addresses(s.heads, [s.format; 2])?;
+        let [scales, _] = Tables { keys: scales, values: scales }.addresses(s.heads, [(s.format, s.dim); 2])?;
         let (n, d) = (s.rows as i64, s.dim as i64);
         let params = abi::KvlarTranscode {
             rows: rows.abi(),
@@ -133,7 +148,7 @@ impl TranscodePlan {
             reserved: 0,
         };
         // SAFETY: every address was checked against the shape.
-        unsafe { self.launch_raw(stream, entry, &params) }
+        unsafe { self.launch_raw(stream, launch, &params) }
     }
 
     /// Enqueues an encode with the caller's own parameter struct, for engines with their own tensors and strides.
@@ -158,21 +173,16 @@ impl TranscodePlan {
     /// As for [`TranscodePlan::encode_raw`].
     pub unsafe fn decode_raw(&self, stream: &Stream, params: &abi::KvlarTranscode) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.launch_raw(stream, "kvlar_decode", params) }
+        unsafe { self.launch_raw(stream, self.a_row_a_warp("kvlar_decode"), params) }
     }
 
     /// # Safety
     /// As for [`TranscodePlan::encode_raw`].
-    unsafe fn launch_raw(&self, stream: &Stream, entry: &'static str, params: &abi::KvlarTranscode) -> Result<()> {
-        if self.grid == 0 {
+    unsafe fn launch_raw(&self, stream: &Stream, launch: Launch, params: &abi::KvlarTranscode) -> Result<()> {
+        if launch.grid == 0 {
             return Ok(());
         }
-        let s = &self.shape;
-        let grid = match entry {
-            "kvlar_encode_channels" => (s.seqs * s.heads * (s.rows / s.format.group_of(s.dim))) as u32,
-            _ => self.grid,
-        };
         // SAFETY: the caller's promise.
-        unsafe { stream.enqueue(Launch { entry, grid, block: 128, shared_bytes: 0 }, params) }
+        unsafe { stream.enqueue(launch, params) }
     }
 }

@@ -2,7 +2,8 @@
 
 use kvlar::{
     AppendLowrankShape, AppendShape, AttendShape, Codec, Device, Dtype, EncodeShape, Format, Latents, LowrankShape,
-    LowrankValues, MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, SegmentShape, SetsShape, SideShape,
+    LowrankValues, MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, ReduceShape, Reduction, ScanShape, SegmentShape,
+    SetsShape, SideShape,
 };
 use std::fmt::Debug;
 
@@ -154,7 +155,29 @@ fn project(device: &Device) -> Op {
     }
 }
 
+fn reduce(device: &Device) -> Op {
+    let planned = |method| {
+        ReduceShape { seqs: 1, q_heads: 2, kv_heads: 1, rows: 1, method, histogram: true, fill: true }.plan(device).is_ok()
+    };
+    Op {
+        name: "reduce",
+        types: if planned(Reduction::MaxProb) { "f32".to_string() } else { String::new() },
+        stored: String::new(),
+        limits: "logits; any number of query heads a kv head".to_string(),
+    }
+}
+
+fn scan(device: &Device) -> Op {
+    let planned = |dtype, codec, dim| ScanShape::new(dtype, 1, (1, 1), dim, codec, 64).plan(device).is_ok();
+    Op {
+        name: "scan",
+        types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
+        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM))),
+        limits: head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d)),
+    }
+}
+
 /// Every op that has kernels, in the order of their names.
 pub fn ops(device: &Device) -> Vec<Op> {
-    [append, append_lowrank, attend, attend_lowrank, encode, merge, project].map(|op| op(device)).into()
+    [append, append_lowrank, attend, attend_lowrank, encode, merge, project, reduce, scan].map(|op| op(device)).into()
 }

@@ -8,11 +8,11 @@ fn of<'a>(ops: &'a [Op], name: &str) -> &'a Op {
     ops.iter().find(|o| o.name == name).unwrap_or_else(|| panic!("{name}"))
 }
 
-/// An entry point's op: behind its name comes nothing, a type, what quantized rows share, or the schedule. So `kvlar_attend_lowrank_…` is none of `attend`.
+/// An entry point's op: behind its name comes nothing, a type, what quantized rows share, the schedule, or how a scan reads keys. So `kvlar_attend_lowrank_…` is none of `attend`.
 fn op_of(entry: &str, ops: &[Op]) -> Option<&'static str> {
     let rest = entry.strip_prefix("kvlar_")?;
-    let variant =
-        |r: &str| r.is_empty() || ["_bf16", "_f16", "_quantized", "_channels", "_schedule"].iter().any(|v| r.starts_with(v));
+    let behind = ["_bf16", "_f16", "_quantized", "_channels", "_schedule", "_d", "_tables", "_pq"];
+    let variant = |r: &str| r.is_empty() || behind.iter().any(|v| r.starts_with(v));
     ops.iter().find(|o| rest.strip_prefix(o.name).is_some_and(variant)).map(|o| o.name)
 }
 
@@ -30,14 +30,15 @@ fn every_entry_point_is_of_an_op_that_is_listed() {
 #[test]
 fn types_codecs_and_limits_are_those_of_the_launchers() {
     let all = ops(&Device::reference());
-    for name in ["append", "append_lowrank", "attend", "attend_lowrank", "project"] {
+    for name in ["append", "append_lowrank", "attend", "attend_lowrank", "project", "scan"] {
         assert_eq!(of(&all, name).types, "bf16, f16", "{name}");
         assert!(of(&all, name).limits.contains("head dimension to 256"), "{}", of(&all, name).limits);
     }
-    assert_eq!(of(&all, "append").stored, "bf16, f16, fp8, int8, int4, int2");
-    for name in ["attend", "encode"] {
-        assert_eq!(of(&all, name).stored, "bf16, f16, fp8, int8, int4, int2, int4-channel, int2-channel", "{name}");
-    }
+    assert_eq!(of(&all, "append").stored, "bf16, f16, fp8, int8, int4, int2, pq");
+    assert_eq!(of(&all, "scan").stored, "bf16, f16, fp8, int8, int4, int2, pq");
+    let channels = "bf16, f16, fp8, int8, int4, int2, int4-channel, int2-channel";
+    assert_eq!(of(&all, "attend").stored, channels);
+    assert_eq!(of(&all, "encode").stored, format!("{channels}, pq"));
     assert_eq!(of(&all, "append_lowrank").stored, "bf16, f16, int8, int4");
     assert_eq!(of(&all, "encode").types, "bf16, f16, f32");
     assert_eq!(of(&all, "attend_lowrank").stored, "latents dtype, int8, int8basis, int4");

@@ -105,7 +105,7 @@ fn on_device(
     let rows = Rows { max_rows: s, ..Rows::block_table(table.view(), pages, lengths.view(), PAGE)? };
     let sizes = |format: Format, dim: usize| (format.row_bytes(dim), format.params_bytes(dim));
     let (key, value) = (sizes(shape.key_format, d), sizes(shape.value_format, dv));
-    let scales = [stored[0].upload_scales(&lab)?, stored[1].upload_scales(&lab)?];
+    let scales = [stored[0].upload_tables(&lab)?, stored[1].upload_tables(&lab)?];
     let [key_scales, value_scales] = scales.each_ref().map(|s| s.as_ref().map(kvlar::Buffer::view));
     let mut keys = lab.device.alloc(b * pages * h * PAGE * (key.0 + key.1))?;
     let mut values = lab.device.alloc(b * pages * h * PAGE * (value.0 + value.1))?;

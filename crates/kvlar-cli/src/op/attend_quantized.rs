@@ -2,6 +2,8 @@
 
 mod device;
 
+pub use device::Side;
+
 use super::attend::{Common, reference_dtype};
 use super::case::{Case, Output, expect};
 use super::formats::{Stored, group};

@@ -5,7 +5,7 @@ use super::case::{Case, Output};
 use super::formats::{Stored, group};
 use super::{Result, input};
 use crate::backend::Backend;
-use kvlar::{Dtype, EncodeShape, Pool, Rows};
+use kvlar::{Buffer, Dtype, EncodeShape, Pool, Rows};
 use kvlar_reference::{Tiers, quantize_rows};
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
@@ -48,12 +48,14 @@ fn on_device(
     if n == left {
         return Ok((values.to_vec(), bytes));
     }
+    let tables = stored.upload_tables(&lab)?;
+    let tables = tables.as_ref().map(Buffer::view);
     let (x, held_bytes) = (lab.upload(&values[..(n - left) * d])?, format.stored(d));
     let mut held = lab.device.alloc(held_bytes.bytes(n - left))?;
     let mut out = lab.device.alloc(4 * (n - left) * d)?;
     let rows = Rows::contiguous(None, n - left);
-    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n - left, held_bytes), None)?;
-    plan.decode(&lab.stream, &rows, &pool(held.view(), n - left, held_bytes), None, &mut out.view_mut())?;
+    plan.encode(&lab.stream, x.view(), &rows, &pool(held.view_mut(), n - left, held_bytes), tables)?;
+    plan.decode(&lab.stream, &rows, &pool(held.view(), n - left, held_bytes), tables, &mut out.view_mut())?;
     let mut decoded: Vec<f32> = lab.download(&out)?;
     decoded.extend_from_slice(&values[(n - left) * d..]);
     Ok((decoded, bytes))

@@ -18,6 +18,7 @@ pub struct Stored {
 #[derive(Clone)]
 struct Centroids {
     subvectors: usize,
+    width: usize,
     centroids: usize,
     values: Vec<f32>,
 }
@@ -86,7 +87,7 @@ impl Stored {
                 tensor.shape
             ));
         }
-        let codebooks = Centroids { subvectors, centroids, values: tensor.values };
+        let codebooks = Centroids { subvectors, width, centroids, values: tensor.values };
         codebooks.borrowed().check(heads.unwrap_or(1), dim)?;
         self.codebooks = Some(codebooks);
         Ok(self)
@@ -101,15 +102,18 @@ impl Stored {
     /// The launchers' format, if they have it.
     pub fn launched(&self) -> Result<kvlar::Format> {
         let Format { codec, group, hadamard } = self.format;
-        match kvlar::Codec::ALL.into_iter().find(|c| c.reference() == codec) {
-            Some(codec) => Ok(kvlar::Format { codec, group, hadamard }),
-            None => Err(OpError::Unsupported(format!("{} {} runs on the reference only", self.key, self.format))),
+        let bare = kvlar::Codec::ALL.into_iter().find(|c| c.reference() == codec).map(kvlar::Format::from);
+        match (bare, &self.codebooks) {
+            (Some(_), Some(c)) => Ok(kvlar::Format { hadamard, ..kvlar::Format::pq(c.width, c.centroids) }),
+            (Some(format), None) => Ok(kvlar::Format { group, hadamard, ..format }),
+            (None, _) => Err(OpError::Unsupported(format!("{} {} runs on the reference only", self.key, self.format))),
         }
     }
 
-    /// Scales of fp8 rows on a device.
-    pub fn upload_scales(&self, lab: &Lab) -> Result<Option<kvlar::Buffer>> {
-        self.scales.as_ref().map(|s| lab.upload(s)).transpose()
+    /// Scales of fp8 rows, or codebooks, on a device.
+    pub fn upload_tables(&self, lab: &Lab) -> Result<Option<kvlar::Buffer>> {
+        let tables = self.scales.as_ref().or(self.codebooks.as_ref().map(|c| &c.values));
+        tables.map(|t| lab.upload(t)).transpose()
     }
 }
 

@@ -1,14 +1,38 @@
 //! reduce.
 
+use super::attend::Lab;
 use super::case::{Case, Output, expect};
 use super::formats::required;
-use super::{OpError, Result, input};
+use super::{Result, input};
 use crate::backend::Backend;
+use kvlar::{Dtype, ReduceArgs, ReduceShape, Workspace};
 use kvlar_reference::{ReduceInput, Reduction};
 
-/// No kernel reduces outside of a scan yet.
-fn on_device(_: &ReduceInput<'_>, _: Backend) -> Result<Vec<f32>> {
-    Err(OpError::Unsupported("reduce runs on the reference only".into()))
+fn on_device(i: &ReduceInput<'_>, backend: Backend) -> Result<Vec<f32>> {
+    let lab = Lab::open(backend, Dtype::Bf16)?;
+    let shape = ReduceShape {
+        seqs: i.seqs,
+        q_heads: i.q_heads,
+        kv_heads: i.kv_heads,
+        rows: i.rows,
+        method: i.method,
+        histogram: false,
+        fill: true,
+    };
+    let plan = shape.plan(&lab.device)?;
+    let (logits, lse) = (lab.upload(i.logits)?, lab.upload(i.lse)?);
+    let mut scores = lab.device.alloc(4 * i.seqs * i.kv_heads * i.rows)?;
+    let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
+    let mut args = ReduceArgs {
+        logits: logits.view(),
+        lse: Some(lse.view()),
+        lengths: None,
+        lengths_per_head: false,
+        scores: scores.view_mut(),
+        histogram: None,
+    };
+    plan.launch(&lab.stream, &mut args, &mut workspace)?;
+    lab.download(&scores)
 }
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {

@@ -5,6 +5,7 @@ mod shape;
 mod tiling;
 mod work;
 
+pub(crate) use plan::SCHEDULE;
 pub use plan::{AttendArgs, AttendPlan, Segment};
 pub use shape::{AttendShape, Schedule, SegmentShape};
 pub use work::WorkList;

@@ -70,7 +70,8 @@ impl AttendArgs<'_> {
     }
 }
 
-const SCHEDULE: Launch = Launch { entry: "kvlar_attend_schedule", grid: 1, block: 1024, shared_bytes: 0 };
+/// Makes a work list.
+pub(crate) const SCHEDULE: Launch = Launch { entry: "kvlar_attend_schedule", grid: 1, block: 1024, shared_bytes: 0 };
 
 impl AttendPlan {
     /// What it was made from.
@@ -276,7 +277,8 @@ impl AttendShape {
         to.rows = from.rows.abi();
         to.keys = from.keys.abi();
         to.values = from.values.abi();
-        [to.key_format.tables, to.value_format.tables] = from.tables.addresses(self.kv_heads, [shape.keys, shape.values])?;
+        [to.key_format.tables, to.value_format.tables] =
+            from.tables.addresses(self.kv_heads, [(shape.keys, self.head_dim), (shape.values, self.value_dim)])?;
         Ok(())
     }
 }

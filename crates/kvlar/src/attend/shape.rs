@@ -6,7 +6,7 @@ use super::tiling::{Rows, Tiling, ctas_per_sm};
 use crate::append::check_dim;
 use crate::device::Launch;
 use crate::error::{invalid, unsupported};
-use crate::{Codec, Device, Dtype, Format, Result};
+use crate::{Backend, Codec, Device, Dtype, Format, Result};
 
 /// How rows are shared among CTAs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -141,8 +141,8 @@ impl AttendShape {
         Ok(())
     }
 
-    /// Refuses formats without a kernel; gives that of the quantized rows, if there are any.
-    fn check_formats(&self) -> Result<Option<SegmentShape>> {
+    /// Refuses formats without a kernel (the reference needs none); gives that of the quantized rows, if there are any.
+    fn check_formats(&self, device: &Device) -> Result<Option<SegmentShape>> {
         let native = Option::<Codec>::from(self.dtype);
         let mut quantized: Option<SegmentShape> = None;
         for s in self.segments() {
@@ -151,6 +151,9 @@ impl AttendShape {
                 if format.codec.dense().is_some() && (Some(format.codec) != native || format.hadamard) {
                     let rotated = if format.hadamard { "rotated " } else { "" };
                     return unsupported("attend", format!("{rotated}{:?} rows for {} q", format.codec, self.dtype));
+                }
+                if format.codec == Codec::Pq && device.backend() != Backend::Reference {
+                    return unsupported("attend", format!("{what} in codebooks (decode them first; scan takes them)"));
                 }
                 if format.codec.reference().is_integer()
                     && !s.keys.codec.is_channel_wise()
@@ -221,7 +224,7 @@ impl AttendShape {
     /// [`crate::Error::Unsupported`] for a combination without a kernel; [`crate::Error::Invalid`] for a contradiction.
     pub fn plan(&self, device: &Device) -> Result<AttendPlan> {
         self.check()?;
-        let quantized = self.check_formats()?;
+        let quantized = self.check_formats(device)?;
         let packed = self.group() * self.query_rows;
         let tiling = self.tiling(match quantized {
             None => Rows::Dense,

@@ -2,10 +2,10 @@
 
 use super::AttendPlan;
 use crate::attend_lowrank::ScheduleKey;
-use crate::{Buffer, Device, Error, Result};
+use crate::{Buffer, Device, Error, Result, ScanPlan};
 
 /// Which CTA takes which rows: built on the device by [`AttendPlan::schedule`] (or
-/// [`crate::LowrankPlan::schedule`]) once a step, and read by the launches of
+/// [`crate::LowrankPlan::schedule`], [`ScanPlan::schedule`]) once a step, and read by the launches of
 /// all layers whose rows have the same lengths.
 #[derive(Debug)]
 pub struct WorkList {
@@ -20,6 +20,7 @@ pub struct WorkList {
 pub(super) enum BuiltFor {
     Attend(AttendPlan, PositionSources),
     Lowrank(ScheduleKey, PositionSources),
+    Scan(ScanPlan),
 }
 
 /// Which segments (a bit each) have stored positions, and whether queries' positions are given.
@@ -51,5 +52,13 @@ impl WorkList {
 
     pub(crate) fn is_built_for_lowrank(&self, key: ScheduleKey, sources: PositionSources) -> bool {
         self.built_for == Some(BuiltFor::Lowrank(key, sources))
+    }
+
+    pub(crate) fn built_for_scan(&mut self, plan: ScanPlan) {
+        self.built_for = Some(BuiltFor::Scan(plan));
+    }
+
+    pub(crate) fn is_built_for_scan(&self, plan: &ScanPlan) -> bool {
+        self.built_for == Some(BuiltFor::Scan(*plan))
     }
 }

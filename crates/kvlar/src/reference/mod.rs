@@ -9,6 +9,7 @@ mod attend_lowrank;
 mod memory;
 mod project;
 mod rows;
+mod scan;
 mod write;
 
 use crate::{Error, Result, abi};
@@ -25,13 +26,15 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
         "kvlar_attend_schedule" | "kvlar_attend_lowrank_schedule" => Ok(()), // rows are not shared among CTAs here
         "kvlar_append" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
         "kvlar_append_groups" => unsafe { write::append_groups(&pod_read_unaligned::<abi::KvlarAppendGroups>(params)) },
-        "kvlar_encode" => unsafe { write::encode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
+        "kvlar_encode" | "kvlar_encode_pq" => unsafe { write::encode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_encode_channels" => unsafe { write::encode_groups(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_decode" => unsafe { write::decode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         e if e.starts_with("kvlar_project_") => unsafe { project::project(&pod_read_unaligned::<abi::KvlarProject>(params)) },
         e if e.starts_with("kvlar_append_lowrank_") => unsafe {
             project::append_lowrank(&pod_read_unaligned::<abi::KvlarAppendLowrank>(params))
         },
+        e if e.starts_with("kvlar_scan_") => unsafe { scan::scan(&pod_read_unaligned::<abi::KvlarScan>(params)) },
+        "kvlar_reduce" => unsafe { scan::reduce(&pod_read_unaligned::<abi::KvlarReduce>(params)) },
         "kvlar_merge" => unsafe { merge(&pod_read_unaligned::<abi::KvlarMerge>(params)) },
         _ => {
             if let Some(dtype) = crate::attend::dtype_of(entry) {

@@ -2,7 +2,10 @@
 
 use super::memory::{int, read, write};
 use crate::{Codec, Error, Result, abi};
-use kvlar_reference::{EncodedRow, decode_channels, decode_fp8, decode_row, encode_channels, encode_fp8, encode_row, hadamard};
+use kvlar_reference::{
+    Codebooks, EncodedRow, decode_channels, decode_fp8, decode_pq, decode_row, encode_channels, encode_fp8, encode_pq,
+    encode_row, hadamard,
+};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Sets bits of the status word, if there is one.
@@ -89,14 +92,21 @@ impl HeadRows<'_> {
         let (codec, group) = (codec(format.codec)?, format.group as usize);
         let (codes, params) = self.addresses(place, format)?;
         let params_bytes = if codec.is_channel_wise() { 4 * dim } else { codec.params_bytes(dim, group) };
-        let (codes, params) = unsafe { (read::<u8>(codes, codec.row_bytes(dim)), read::<u8>(params, params_bytes)) };
-        let row = if codec == Codec::Fp8 {
-            let scale = unsafe { self.scale(format) };
-            codes[..dim].iter().map(|&c| decode_fp8(c, scale)).collect()
-        } else if codec.is_channel_wise() {
-            decode_channels(&codes, &params, dim, codec.reference().bits())?
-        } else {
-            decode_row(&codes, &params, dim, codec.reference(), group)?
+        let count = if codec == Codec::Pq { dim / group } else { dim };
+        let (mut codes, params) = unsafe { (read::<u8>(codes, codec.row_bytes(count)), read::<u8>(params, params_bytes)) };
+        let row = match codec {
+            Codec::Fp8 => {
+                let scale = unsafe { self.scale(format) };
+                codes[..dim].iter().map(|&c| decode_fp8(c, scale)).collect()
+            }
+            Codec::Pq => {
+                let values = unsafe { self.codebooks(format, dim) };
+                // As the kernels: a code beyond the centroids reads the last one.
+                codes.iter_mut().for_each(|c| *c = (*c).min((format.centroids - 1) as u8));
+                decode_pq(&codes, dim, &borrowed(&values, format, dim))?
+            }
+            _ if codec.is_channel_wise() => decode_channels(&codes, &params, dim, codec.reference().bits())?,
+            _ => decode_row(&codes, &params, dim, codec.reference(), group)?,
         };
         Ok(if format.hadamard == 1 { hadamard(&row)? } else { row })
     }
@@ -104,6 +114,12 @@ impl HeadRows<'_> {
     /// What fp8 codes of the head are multiplied by.
     unsafe fn scale(&self, format: &abi::KvlarFormat) -> f32 {
         if format.tables == 0 { 1.0 } else { unsafe { read::<f32>(format.tables + 4 * self.head as u64, 1)[0] } }
+    }
+
+    /// The head's codebooks of rows of `dim` values.
+    unsafe fn codebooks(&self, format: &abi::KvlarFormat, dim: usize) -> Vec<f32> {
+        let count = format.centroids as usize * dim;
+        unsafe { read::<f32>(format.tables + 4 * self.head as u64 * count as u64, count) }
     }
 
     /// Encodes and stores a row.
@@ -114,13 +130,16 @@ impl HeadRows<'_> {
         let codec = codec(format.codec)?;
         let rotated = if format.hadamard == 1 { Some(hadamard(x)?) } else { None };
         let x = rotated.as_deref().unwrap_or(x);
-        let row = if codec == Codec::Fp8 {
-            let scale = unsafe { self.scale(format) };
-            let mut codes: Vec<u8> = x.iter().map(|&x| encode_fp8(x, scale)).collect();
-            codes.resize(codec.row_bytes(x.len()), 0);
-            EncodedRow { codes, params: Vec::new() }
-        } else {
-            encode_row(x, codec.reference(), format.group as usize)?
+        let row = match codec {
+            Codec::Fp8 => {
+                let scale = unsafe { self.scale(format) };
+                padded(x.iter().map(|&x| encode_fp8(x, scale)).collect(), codec)
+            }
+            Codec::Pq => {
+                let values = unsafe { self.codebooks(format, x.len()) };
+                padded(encode_pq(x, &borrowed(&values, format, x.len()))?, codec)
+            }
+            _ => encode_row(x, codec.reference(), format.group as usize)?,
         };
         let (codes, params) = self.addresses(place, format)?;
         unsafe {
@@ -148,6 +167,16 @@ impl HeadRows<'_> {
         unsafe { write(params, &group.params) };
         Ok(())
     }
+}
+
+fn borrowed<'a>(values: &'a [f32], format: &abi::KvlarFormat, dim: usize) -> Codebooks<'a> {
+    Codebooks { subvectors: dim / format.group as usize, centroids: format.centroids as usize, values }
+}
+
+/// Codes of a byte each, as a stored row without scales.
+fn padded(mut codes: Vec<u8>, codec: Codec) -> EncodedRow {
+    codes.resize(codec.row_bytes(codes.len()), 0);
+    EncodedRow { codes, params: Vec::new() }
 }
 
 pub fn codec(id: u32) -> Result<Codec> {

@@ -76,11 +76,11 @@ impl Inputs {
 
 /// Keys, or values.
 #[derive(Clone, Copy)]
-struct Side<'a> {
-    format: Format,
-    dim: usize,
-    /// Of fp8 rows.
-    scales: Option<&'a Buffer>,
+pub struct Side<'a> {
+    pub format: Format,
+    pub dim: usize,
+    /// What rows of a head share.
+    pub tables: Option<&'a Buffer>,
 }
 
 impl Side<'_> {
@@ -91,7 +91,7 @@ impl Side<'_> {
     }
 
     /// `[B, Hk]` rows next to each other, then their scales and zeros.
-    fn pool<M: kvlar::Memory>(&self, data: M, heads: usize, t: usize) -> Pool<M> {
+    pub fn pool<M: kvlar::Memory>(&self, data: M, heads: usize, t: usize) -> Pool<M> {
         let (rows, stored) = (self.capacity(t), self.format.stored(self.dim));
         let head_stride = stored.bytes(rows).next_multiple_of(16);
         Pool {
@@ -103,7 +103,7 @@ impl Side<'_> {
         }
     }
 
-    fn bytes(&self, heads: usize, t: usize) -> usize {
+    pub fn bytes(&self, heads: usize, t: usize) -> usize {
         heads * self.format.stored(self.dim).bytes(self.capacity(t)).next_multiple_of(16)
     }
 }
@@ -138,7 +138,7 @@ impl Session<'_> {
     /// their places in `decoded`.
     fn encode(&self, part: &Part, x: &[f32], side: &Side<'_>, decoded: &mut [f32]) -> Result<Buffer> {
         let (Dims { b, hk, t, .. }, lab) = (self.i.dims, self.lab);
-        let (shape, scales) = ((side.capacity(t), side.dim), side.scales.map(Buffer::view));
+        let (shape, scales) = ((side.capacity(t), side.dim), side.tables.map(Buffer::view));
         let encode = EncodeShape { format: side.format, dtype: Dtype::F32, seqs: b, heads: hk, rows: shape.0, dim: side.dim };
         let plan = encode.plan(&lab.device)?;
         let mut stored = lab.device.alloc(b * side.bytes(hk, t))?;
@@ -193,7 +193,7 @@ impl Session<'_> {
                 rows: self.rows(p.lengths.view(), p.positions.as_ref().map(Buffer::view)),
                 keys: p.sides[0].pool(p.stored[0].view(), hk, t),
                 values: p.sides[1].pool(p.stored[1].view(), hk, t),
-                tables: Tables { keys: p.sides[0].scales.map(Buffer::view), values: p.sides[1].scales.map(Buffer::view) },
+                tables: Tables { keys: p.sides[0].tables.map(Buffer::view), values: p.sides[1].tables.map(Buffer::view) },
             })
             .collect();
         let q = lab.upload_as(&self.i.q, c.dtype)?;
@@ -224,8 +224,8 @@ pub fn run(i: &Inputs, backend: Backend) -> Result<Outputs> {
     let formats = [i.keys.launched()?, i.values.launched()?];
     let lab = &Lab::open(backend, i.common.dtype)?;
     let native = Format::from(if i.common.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 });
-    let scales = [i.keys.upload_scales(lab)?, i.values.upload_scales(lab)?];
-    let side = |format, dim, scales| Side { format, dim, scales };
+    let scales = [i.keys.upload_tables(lab)?, i.values.upload_tables(lab)?];
+    let side = |format, dim, scales| Side { format, dim, tables: scales };
     let sides = [side(formats[0], d, scales[0].as_ref()), side(formats[1], dv, scales[1].as_ref())];
     let plain = [side(native, d, None), side(native, dv, None)];
     let session = Session { i, lab };
