@@ -41,7 +41,7 @@ const BUGS: &[Bug] = &[
     bug("off-by-one page", "attend/columns.cuh", "table, rows.row + 16 * b) : 0;", "table, max(0, rows.row + 16 * b - 1)) : 0;"),
     bug(
         "rows of a page not wrapped",
-        "append/append.cu",
+        "append/append.cuh",
         "slot & ((1 << p.rows.page_rows_log2) - 1)",
         "slot & ((2 << p.rows.page_rows_log2) - 1)",
     ),
@@ -90,12 +90,12 @@ const BUGS: &[Bug] = &[
         "u.lowest_query - p.window + 1",
         "u.highest_query - p.window + 1",
     ),
-    bug("skipped slots are written", "append/append.cu", "if (slot < 0) return;", "if (slot < -2) return;"),
+    bug("skipped slots are written", "append/append.cuh", "if (slot < 0) return;", "if (slot < -2) return;"),
     bug(
         "dropped warp barrier between rotation and rows",
-        "append/append.cu",
-        "own[kLaneDims * lane + i] = x[i];\n    __syncwarp();",
-        "own[kLaneDims * lane + i] = x[i];",
+        "append/append.cuh",
+        "scratch[kLaneDims * lane + i] = x[i];\n  __syncwarp();",
+        "scratch[kLaneDims * lane + i] = x[i];",
     ),
     bug("merge keeps vanished parts", "merge/merge.cu", "if (lse == -INFINITY) continue;", ""),
 ];
@@ -107,7 +107,7 @@ const SOURCE: &str = r#"
 KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_d64_n8, kvlar::attend::WarpAttend<64, 1, __nv_bfloat16>)
 GPU_EXPORT(kvlar_attend_bf16_d64_n8)
 #include "attend/schedule.cu"
-#include "append/append.cu"
+#include "append/append.cuh"
 #include "encode/encode.cu"
 #include "merge/merge.cu"
 "#;

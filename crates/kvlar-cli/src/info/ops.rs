@@ -172,7 +172,7 @@ fn scan(device: &Device) -> Op {
     Op {
         name: "scan",
         types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
-        stored: names(&CODECS, |c| any_type(|t| planned(t, c, DIM))),
+        stored: codecs(|t, c| planned(t, c, DIM)),
         limits: head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d)),
     }
 }
