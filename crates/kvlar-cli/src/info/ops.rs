@@ -1,9 +1,9 @@
 //! What each op takes, found by asking its launcher: a shape has a plan, or is refused.
 
 use kvlar::{
-    AppendLowrankShape, AppendShape, AttendShape, Codec, Device, Dtype, EncodeShape, Format, Latents, LowrankShape,
-    LowrankValues, MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, ReduceShape, Reduction, ScanShape, SegmentShape,
-    SetsShape, SideShape,
+    AppendGroupsShape, AppendLowrankShape, AppendShape, AttendShape, Codec, Device, Dtype, EncodeShape, Format, Latents,
+    LowrankShape, LowrankValues, MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, ReduceShape, Reduction, ScanShape,
+    SegmentShape, SetsShape, SideShape,
 };
 use std::fmt::Debug;
 
@@ -55,6 +55,23 @@ fn append(device: &Device) -> Op {
     };
     Op {
         name: "append",
+        types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
+        stored: codecs(|t, c| planned(t, c, DIM)),
+        limits: head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d)),
+    }
+}
+
+fn append_groups(device: &Device) -> Op {
+    let planned = |dtype, codec: Codec, dim| {
+        let Some(native) = Option::<Codec>::from(dtype) else { return false };
+        let (seqs, kv_heads, new_rows, own) = (1, 1, 1, Format::from(native));
+        let append =
+            AppendShape { dtype, key_format: own, value_format: own, seqs, kv_heads, new_rows, head_dim: dim, value_dim: dim };
+        let format = Format::from(codec);
+        AppendGroupsShape { append, key_format: format, value_format: format, pack_rows: 32, max_packs: 1 }.plan(device).is_ok()
+    };
+    Op {
+        name: "append_groups",
         types: names(&DTYPES, |t| planned(t, Codec::Int8, DIM)),
         stored: codecs(|t, c| planned(t, c, DIM)),
         limits: head_dims(|d| planned(Dtype::Bf16, Codec::Int8, d)),
@@ -179,5 +196,7 @@ fn scan(device: &Device) -> Op {
 
 /// Every op that has kernels, in the order of their names.
 pub fn ops(device: &Device) -> Vec<Op> {
-    [append, append_lowrank, attend, attend_lowrank, encode, merge, project, reduce, scan].map(|op| op(device)).into()
+    [append, append_groups, append_lowrank, attend, attend_lowrank, encode, merge, project, reduce, scan]
+        .map(|op| op(device))
+        .into()
 }
