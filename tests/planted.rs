@@ -45,7 +45,7 @@ struct Suite {
     run: fn(&Lab),
 }
 
-const SUITES: [&Suite; 1] = [&scan::SUITE];
+const SUITES: [&Suite; 5] = [&dense::SUITE, &lowrank::SUITE, &project::SUITE, &quantized::SUITE, &scan::SUITE];
 
 fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kernels")
