@@ -105,6 +105,9 @@ fn formats_that_are_decoded(lab: &Lab) {
     let keys = [grouped(Codec::Int4, 16), rotated(grouped(Codec::Int2, 8)), rotated(Codec::Bf16), Codec::F16.into()];
     all(lab, keys.map(|keys| ScanCase::new(keys, (6, 2), 64, &[35, 7])));
     all(lab, [grouped(Codec::Int8, 3), Format::pq(3, 7)].map(|keys| ScanCase::new(keys, (9, 1), 96, &[33])));
+    // Whole groups: what is left after them is not encoded.
+    let channels = [Codec::Int4Channel.into(), rotated(grouped(Codec::Int2Channel, 16))];
+    all(lab, channels.map(|keys| ScanCase::new(keys, (6, 2), 64, &[64, 0, 32]).with(|c| c.layout = Layout::Hnd(32))));
 }
 
 /// Every width as fragments and as tables.

@@ -6,7 +6,8 @@
 // 7.8 us for the codes' bytes. Making the tables takes c * d * G multiplications a CTA and unit, 1 us at c = 256, d = 128, G = 1.
 //
 // Decoded rows (WarpDecoded): a warp decodes one row after the other as decode does and multiplies in fp32: any format there
-// is, exactly, at 30 instructions a row and head: a way for formats that no tile fits (groups of a row, odd sub-vectors).
+// is, exactly, at 30 instructions a row and head: a way for formats that no tile fits (groups of a row, scales of channels,
+// odd sub-vectors).
 #pragma once
 #include "attend_quantized/copy.cuh"
 #include "attend_quantized/keys.cuh"
@@ -171,7 +172,7 @@ struct WarpDecoded : WarpRows {
 #pragma unroll 1
     for (int r = 0; r < rows.valid; ++r) {
       const int in_page = (rows.row + r) & ((1 << segment.rows.page_rows_log2) - 1);
-      const RowPlace place = place_row(segment.keys, shared.unit.seq, shared.unit.head, rows.page(r / 16), in_page);
+      const RowPlace place = place_row(segment.keys, segment.key_format, shared.unit.seq, shared.unit.head, rows.page(r / 16), in_page);
       float key[kLaneDims];
       load_row(key, place, segment.key_format, shared.unit.head, int(p.head_dim), lane);
 #pragma unroll

@@ -201,10 +201,8 @@ impl<'a> ScanRun<'a> {
         pages = pages.with_positions(|_, _, row| -(row as i32));
         let mut keys = vec![0xffu8; pages.pool_bytes(&c.keys, d)];
         for head in 0..c.seqs * c.kv_heads {
-            for row in 0..data.length(head) {
-                let key = &data.k[(head * c.capacity + row) * d..][..d];
-                pages.store(&mut keys, (head / c.kv_heads, head % c.kv_heads, row), key, &c.keys);
-            }
+            let rows = &data.k[head * c.capacity * d..][..data.length(head) * d];
+            pages.store_all(&mut keys, (head / c.kv_heads, head % c.kv_heads), rows, d, &c.keys);
         }
         let q: Vec<f32> = if c.strided {
             data.q.chunks(d).flat_map(|row| [row.to_vec(), vec![f32::NAN; d]].concat()).collect()

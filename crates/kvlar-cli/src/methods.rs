@@ -37,6 +37,23 @@ fn token_wise(name: &str, about: &str, keys: impl Into<Format>, values: impl Int
     }
 }
 
+/// KIVI (arXiv 2402.02750): keys channel-wise in groups of 32 rows, values in groups of 32, the last 32 rows at least and the
+/// unfinished group as they are.
+fn kivi(name: &str, about: &str, keys: Codec, values: Codec) -> Method {
+    const GROUP: usize = 32;
+    let store: Box<MakeStore> = Box::new(move |d, s, room| {
+        let group = s.head_dim.is_multiple_of(GROUP).then_some(GROUP);
+        let values = Format { group, ..values.into() };
+        let config = StoreConfig {
+            recent_rows: GROUP,
+            rollback_rows: room.rollback,
+            ..StoreConfig::of(Format { group: Some(GROUP), ..keys.into() }, values, room.tokens)
+        };
+        Ok(Box::new(PagedStore::new(d, s, config)?))
+    });
+    Method { name: name.into(), about: about.into(), store }
+}
+
 /// What all methods are compared with.
 pub fn full() -> Method {
     token_wise("bf16", "full cache in bf16", Codec::Bf16, Codec::Bf16)
@@ -52,6 +69,8 @@ pub fn uncalibrated() -> Vec<Method> {
         token_wise("int4", "keys and values in 4 bits, likewise", Codec::Int4, Codec::Int4),
         token_wise("int4+hadamard", "likewise, keys rotated", rotated(Codec::Int4), Codec::Int4),
         token_wise("k4v2", "rotated keys in 4 bits, values in 2", rotated(Codec::Int4), Codec::Int2),
+        kivi("kivi-int4", "KIVI: 4 bits, a key's scales a channel, 32 to 63 last rows exact", Codec::Int4Channel, Codec::Int4),
+        kivi("kivi-int2", "likewise, 2 bits", Codec::Int2Channel, Codec::Int2),
     ]
 }
 

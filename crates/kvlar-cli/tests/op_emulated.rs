@@ -94,6 +94,8 @@ fn emulated_scans_agree_with_the_reference() {
         bare(20, 40, "int8").ints("lengths", &[b, hk], &[40, 0, 33, 7]),
         bare(4, 40, "fp8").floats("k_scale", &[hk], &[0.02, 0.3]).ints("lengths", &[b], &[9, 40]).key("scale", "0.7"),
         bare(2, 0, "int2"),
+        bare(4, 40, "int4-channel"),
+        bare(6, 40, "int2-channel+hadamard").key("group", "8").ints("lengths", &[b, hk], &[40, 0, 33, 7]),
         pq(4, [8, 9, 2]),
         pq(2, [2, 256, 8]).ints("lengths", &[b, hk], &[40, 1, 33, 7]),
         with_codebooks(&bare(4, 40, "pq+hadamard"), &[hk], [16, 5, 1]),

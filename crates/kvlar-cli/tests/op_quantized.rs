@@ -28,14 +28,6 @@ fn refuses(op: &str, case: &Case, bad: &[(&str, &str)]) {
     }
 }
 
-/// Devices that have no kernel say so; what is wrong is wrong there too.
-fn unsupported_on_devices(op: &str, case: &Case) {
-    for backend in ["simt", "cuda"] {
-        run(op, backend, case, &[]).fails(3, "unsupported");
-        run(op, backend, &case.clone().key("colour", "red"), &[]).fails(2, "colour");
-    }
-}
-
 /// zero + scale · code over groups that lie `stride` apart inside each other, in f64 but for what is stored in f16.
 fn affine(x: &mut [f32], starts: &[usize], stride: usize, group: usize, bits: u32) {
     let half = |x: f64| f16::from_f64(x).to_f64();
@@ -349,7 +341,6 @@ fn wrong_scan_input_is_named() {
     fails(&case.clone().key("key_codec", "pq"), "codebooks");
     fails(&case.clone().key("key_codec", "pq").floats("codebooks", &[hk, 4, 2, 5], &[0.0; 80]), "codebooks");
     fails(&case.clone().floats("lse", &[1], &[0.0]), "unknown tensor");
-    unsupported_on_devices("scan", &case);
 }
 
 #[test]
@@ -370,7 +361,6 @@ fn reduce_has_three_methods() {
     reference("reduce", &case.clone().without("lse")).fails(2, "no tensor lse");
     reference("reduce", &replace(&case, "lse", &[2, 1], &[0.0; 2])).fails(2, "lse is [2, 1]");
     reference("reduce", &replace(&case, "logits", &[2, 3], &logits)).fails(2, "logits is [2, 3]");
-    unsupported_on_devices("reduce", &case);
 }
 
 fn bytes(r: &Run) -> i64 {

@@ -35,10 +35,9 @@ fn types_codecs_and_limits_are_those_of_the_launchers() {
         assert!(of(&all, name).limits.contains("head dimension to 256"), "{}", of(&all, name).limits);
     }
     assert_eq!(of(&all, "append").stored, "bf16, f16, fp8, int8, int4, int2, pq");
-    assert_eq!(of(&all, "scan").stored, "bf16, f16, fp8, int8, int4, int2, pq");
     let channels = "bf16, f16, fp8, int8, int4, int2, int4-channel, int2-channel";
     // Codebooks only where no kernel is needed.
-    for name in ["append_groups", "attend", "encode"] {
+    for name in ["append_groups", "attend", "encode", "scan"] {
         assert_eq!(of(&all, name).stored, format!("{channels}, pq"), "{name}");
     }
     assert_eq!(of(&all, "append_lowrank").stored, "bf16, f16, int8, int4");

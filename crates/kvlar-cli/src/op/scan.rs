@@ -6,7 +6,7 @@ use super::case::{Case, Output, expect, finite};
 use super::formats::{Stored, group};
 use super::{Result, input};
 use crate::backend::Backend;
-use kvlar::{Buffer, Dtype, EncodeShape, Rows, ScanArgs, ScanShape, Workspace};
+use kvlar::{Buffer, Codec, Dtype, EncodeShape, Rows, ScanArgs, ScanShape, Workspace};
 use kvlar_reference::{ScanInput, Scanned};
 
 /// Everything that a scan reads, rounded and checked.
@@ -61,58 +61,107 @@ impl Inputs {
     }
 }
 
-/// Encodes the keys, decodes them for the report, and scans.
+/// Encodes the keys, decodes them for the report, and scans. Channel-wise, what is left after the whole groups is scanned as
+/// it is.
 fn on_device(i: &Inputs, backend: Backend) -> Result<Scanned> {
     let [b, hq, hk, t, d] = i.dims;
-    let (format, rows) = (i.keys.launched()?, t.max(1));
-    let lab = Lab::open(backend, i.dtype)?;
-    let shape =
-        ScanShape { scale: i.scale as f32, scores: None, logits: true, ..ScanShape::new(i.dtype, b, (hq, hk), d, format, rows) };
-    let plan = shape.plan(&lab.device)?;
-    let encode = EncodeShape { format, dtype: Dtype::F32, seqs: b, heads: hk, rows, dim: d }.plan(&lab.device)?;
-    if b * hq == 0 {
-        return Ok(Scanned { logits: Vec::new(), lse: Vec::new(), k_decoded: vec![0.0; b * hk * t * d] });
-    }
-    let lengths = lab.upload(i.lengths.as_deref().unwrap_or(&vec![t as i32; b]))?;
-    let per_head = i.lengths.as_ref().is_some_and(|l| l.len() != b || hk == 1);
-    let held = Rows {
-        length_seq_stride: if per_head { hk } else { 1 },
-        length_head_stride: per_head.into(),
-        ..Rows::contiguous(Some(lengths.view()), rows)
-    };
+    let (format, lab) = (i.keys.launched()?, Lab::open(backend, i.dtype)?);
     let tables = i.keys.upload_tables(&lab)?;
-    let tables = tables.as_ref().map(Buffer::view);
-    // Rows are encoded in f32, already rounded to the type of q.
-    let mut k = i.k.clone();
-    k.resize(b * hk * rows * d, 0.0);
-    let k = lab.upload(&k)?;
-    let side = Side { format, dim: d, tables: None };
-    let mut stored = lab.device.alloc(b * side.bytes(hk, rows))?;
-    let (mut decoded, mut logits) = (lab.device.alloc(4 * b * hk * rows * d)?, lab.device.alloc(4 * b * hq * rows)?);
-    let mut lse = lab.device.alloc(4 * b * hq)?;
-    encode.encode(&lab.stream, k.view(), &held, &side.pool(stored.view_mut(), hk, rows), tables)?;
-    let keys = side.pool(stored.view(), hk, rows);
-    encode.decode(&lab.stream, &held, &keys, tables, &mut decoded.view_mut())?;
-    let q = lab.upload_as(&i.q, i.dtype)?;
-    let mut work = plan.work_list(&lab.device)?;
-    let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
-    let mut args = ScanArgs {
-        q: q.view(),
-        q_strides: None,
-        rows: held,
-        keys,
-        tables,
-        scores: None,
-        logits: Some(logits.view_mut()),
-        lse: Some(lse.view_mut()),
-        histogram: None,
+    let length = |head: usize| match &i.lengths {
+        None => t,
+        Some(l) => l[if l.len() == b && hk != 1 { head / hk } else { head }] as usize,
     };
-    plan.schedule(&lab.stream, &args, &mut work, &mut workspace)?;
-    plan.launch(&lab.stream, &mut args, &work, &mut workspace)?;
-    let [mut logits, mut k_decoded] = [lab.download(&logits)?, lab.download(&decoded)?];
-    logits.truncate(b * hq * t);
-    k_decoded.truncate(b * hk * t * d);
-    Ok(Scanned { logits, lse: lab.download(&lse)?, k_decoded })
+    let group = if format.codec.is_channel_wise() { format.group_of(d) } else { 1 };
+    let whole = |head: usize| length(head) / group * group;
+    let body = Part { lab: &lab, i, first: &|_| 0, len: &whole };
+    let mut all = body.scan(Side { format, dim: d, tables: tables.as_ref() })?;
+    if group > 1 {
+        let native = if i.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 };
+        let rest = Part { lab: &lab, i, first: &whole, len: &|head| length(head) - whole(head) };
+        let rest = rest.scan(Side { format: native.into(), dim: d, tables: None })?;
+        for head in 0..b * hq {
+            let kv = head / hq * hk + head % hq / (hq / hk);
+            let (first, len) = (whole(kv), length(kv) - whole(kv));
+            all.logits[head * t + first..][..len].copy_from_slice(&rest.logits[head * t..][..len]);
+            let top = all.lse[head].max(rest.lse[head]);
+            let sum: f32 = [all.lse[head], rest.lse[head]].iter().map(|x| (x - top).exp()).sum();
+            all.lse[head] = if top == f32::NEG_INFINITY { top } else { top + sum.ln() };
+        }
+        for head in 0..b * hk {
+            let (first, len) = (whole(head), length(head) - whole(head));
+            all.k_decoded[(head * t + first) * d..][..len * d].copy_from_slice(&rest.k_decoded[head * t * d..][..len * d]);
+        }
+    }
+    Ok(all)
+}
+
+/// `len` rows of each (sequence, kv head) from row `first` on.
+struct Part<'a> {
+    lab: &'a Lab,
+    i: &'a Inputs,
+    first: &'a dyn Fn(usize) -> usize,
+    len: &'a dyn Fn(usize) -> usize,
+}
+
+impl Part<'_> {
+    /// Logits, lse and decoded keys of the part's rows, at the start of each head.
+    fn scan(&self, side: Side<'_>) -> Result<Scanned> {
+        let (i, lab, [b, hq, hk, t, d]) = (self.i, self.lab, self.i.dims);
+        let rows = side.capacity(t);
+        let shape = ScanShape {
+            scale: i.scale as f32,
+            scores: None,
+            logits: true,
+            ..ScanShape::new(i.dtype, b, (hq, hk), d, side.format, rows)
+        };
+        let plan = shape.plan(&lab.device)?;
+        let encode = EncodeShape { format: side.format, dtype: Dtype::F32, seqs: b, heads: hk, rows, dim: d };
+        let encode = encode.plan(&lab.device)?;
+        if b * hq == 0 {
+            return Ok(Scanned { logits: Vec::new(), lse: Vec::new(), k_decoded: vec![0.0; b * hk * t * d] });
+        }
+        let lengths = lab.upload(&(0..b * hk).map(|h| (self.len)(h) as i32).collect::<Vec<_>>())?;
+        let held = Rows { length_seq_stride: hk, length_head_stride: 1, ..Rows::contiguous(Some(lengths.view()), rows) };
+        let tables = side.tables.map(Buffer::view);
+        // Rows are encoded in f32, already rounded to the type of q.
+        let mut k = vec![0f32; b * hk * rows * d];
+        for (head, to) in k.chunks_mut(rows * d).enumerate() {
+            let from = &i.k[(head * t + (self.first)(head)) * d..][..(self.len)(head) * d];
+            to[..from.len()].copy_from_slice(from);
+        }
+        let k = lab.upload(&k)?;
+        let mut stored = lab.device.alloc(b * side.bytes(hk, t))?;
+        let (mut decoded, mut logits) = (lab.device.alloc(4 * b * hk * rows * d)?, lab.device.alloc(4 * b * hq * rows)?);
+        let mut lse = lab.device.alloc(4 * b * hq)?;
+        encode.encode(&lab.stream, k.view(), &held, &side.pool(stored.view_mut(), hk, t), tables)?;
+        let keys = side.pool(stored.view(), hk, t);
+        encode.decode(&lab.stream, &held, &keys, tables, &mut decoded.view_mut())?;
+        let q = lab.upload_as(&i.q, i.dtype)?;
+        let mut work = plan.work_list(&lab.device)?;
+        let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
+        let mut args = ScanArgs {
+            q: q.view(),
+            q_strides: None,
+            rows: held,
+            keys,
+            tables,
+            scores: None,
+            logits: Some(logits.view_mut()),
+            lse: Some(lse.view_mut()),
+            histogram: None,
+        };
+        plan.schedule(&lab.stream, &args, &mut work, &mut workspace)?;
+        plan.launch(&lab.stream, &mut args, &work, &mut workspace)?;
+        // Rows that only make groups whole are left out.
+        let held_rows = |x: Vec<f32>, width: usize| -> Vec<f32> {
+            x.chunks(rows * width).flat_map(|head| &head[..t * width]).copied().collect()
+        };
+        Ok(Scanned {
+            logits: held_rows(lab.download(&logits)?, 1),
+            lse: lab.download(&lse)?,
+            k_decoded: held_rows(lab.download(&decoded)?, d),
+        })
+    }
 }
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {

@@ -63,7 +63,7 @@ impl Kernel {
                 }
             }
         }
-        unsupported("scan", format!("{:?} keys of {} values in the shared memory of {}", s.keys.codec, s.head_dim, info.name))
+        unsupported("scan", format!("{:?} keys of {} values on {}", s.keys.codec, s.head_dim, info.name))
     }
 
     fn new(s: &ScanShape, way: Way, stages: usize) -> Self {
@@ -108,7 +108,7 @@ impl Kernel {
 
     /// CTAs that fit an SM: as many as the kernel was compiled for, and as its shared memory allows.
     pub fn ctas_per_sm(&self, info: &DeviceInfo) -> usize {
-        let compiled = if matches!(self.way, Way::Tiles(_)) && self.columns == 8 { 3 } else { 2 };
+        let compiled = if matches!(self.way, Way::Tiles(64 | 256)) && self.columns == 8 { 3 } else { 2 };
         (info.shared_per_sm as usize / (self.shared.bytes + STATIC_BYTES + RESERVED_BYTES)).clamp(1, compiled)
     }
 }

@@ -85,7 +85,7 @@ pub struct Side<'a> {
 
 impl Side<'_> {
     /// Rows of a head of which up to `t` are held: whole groups.
-    fn capacity(&self, t: usize) -> usize {
+    pub fn capacity(&self, t: usize) -> usize {
         let group = if self.format.codec.is_channel_wise() { self.format.group_of(self.dim) } else { 1 };
         t.max(1).next_multiple_of(group)
     }
