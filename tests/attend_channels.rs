@@ -13,16 +13,16 @@ on_every_device!(
     lengths_around_groups,
     groups_and_layouts,
     value_groups,
-    rotated_keys,
+    rotated_channels,
     exact_rows_beside,
-    ragged_heads,
+    ragged_groups,
     positions_and_windows,
     softcap_and_sinks,
     int8_queries,
     constant_rows,
     broken_keys_and_values,
     small_and_large_numbers,
-    many_random_cases,
+    random_channels,
     equal_bits_from_run_to_run,
 );
 
@@ -112,7 +112,7 @@ fn value_groups(lab: &Lab) {
     }
 }
 
-fn rotated_keys(lab: &Lab) {
+fn rotated_channels(lab: &Lab) {
     for codec in KEYS {
         let rotated = Format { hadamard: true, ..codec.into() };
         let case =
@@ -145,7 +145,7 @@ fn exact_rows_beside(lab: &Lab) {
     all(lab, [tiers(Dtype::Bf16, 256, Codec::Int2Channel, Codec::Int2)]);
 }
 
-fn ragged_heads(lab: &Lab) {
+fn ragged_groups(lab: &Lab) {
     let case = kivi((6, 3), 128, &[0, 0], Codec::Int2Channel, Codec::Int2).with(|c| {
         let s = &mut c.segments[0];
         (s.layout, s.capacity) = (Layout::PerHead(32), 160);
@@ -231,7 +231,7 @@ fn random_case(rng: &mut Rng) -> AttendCase {
     c
 }
 
-fn many_random_cases(lab: &Lab) {
+fn random_channels(lab: &Lab) {
     let count = std::env::var("KVLAR_RANDOM_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(12);
     let mut rng = Rng::new(78);
     all(lab, (0..count).map(|_| random_case(&mut rng)));

@@ -9,10 +9,10 @@ use kvlar_tests::{Lab, on_every_device};
 on_every_device!(
     formats,
     head_dims,
-    gqa_ratios,
+    ratios_of_heads,
     lengths_around_tile_and_page_edges,
     layouts,
-    rotated_keys,
+    rotated_scans,
     formats_that_are_decoded,
     codebooks,
     codebooks_of_any_size,
@@ -24,7 +24,7 @@ on_every_device!(
     broken_rows,
     constant_rows,
     large_logits,
-    many_random_cases,
+    random_scans,
     equal_bits_from_run_to_run,
     own_schedule_ignores_the_batch,
     lengths_are_read_from_the_device,
@@ -65,7 +65,7 @@ fn head_dims(lab: &Lab) {
     }
 }
 
-fn gqa_ratios(lab: &Lab) {
+fn ratios_of_heads(lab: &Lab) {
     let keys = [Codec::Int4.into(), Codec::Bf16.into(), Format::pq(8, 16), Codec::Int8.into()];
     let ratios = [(1, 1), (2, 1), (3, 1), (4, 2), (5, 1), (6, 1), (7, 1), (16, 2), (9, 1), (16, 1), (33, 3)];
     let case = |(i, heads): (usize, (usize, usize))| {
@@ -92,7 +92,7 @@ fn layouts(lab: &Lab) {
     all(lab, [Codec::Fp8.into(), Format::pq(32, 9)].map(|keys| ScanCase::new(keys, (4, 2), 128, &[33, 17]).with(strided)));
 }
 
-fn rotated_keys(lab: &Lab) {
+fn rotated_scans(lab: &Lab) {
     for codec in [Codec::Int8, Codec::Int4, Codec::Int2, Codec::Fp8] {
         all(lab, [(64, (4, 2)), (128, (9, 1))].map(|(d, heads)| ScanCase::new(rotated(codec), heads, d, &[50])));
     }
@@ -224,7 +224,7 @@ fn random_case(rng: &mut Rng) -> ScanCase {
     })
 }
 
-fn many_random_cases(lab: &Lab) {
+fn random_scans(lab: &Lab) {
     let count = std::env::var("KVLAR_RANDOM_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(12);
     let mut rng = Rng::new(77);
     all(lab, (0..count).map(|_| random_case(&mut rng)));

@@ -2,7 +2,7 @@
 //!
 //! Goals on an H200, in percent of the read bandwidth measured in the same run: 8 bits 88, int4 80, int2 60.
 
-use kvlar::Codec;
+use kvlar::{Codec, Format};
 use kvlar_bench::{Attend, Case, Rig};
 
 const PAIRS: [(Codec, Codec); 7] = [
@@ -16,18 +16,22 @@ const PAIRS: [(Codec, Codec); 7] = [
 ];
 
 fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
-    let case = |codecs: (Codec, Codec), lengths: Vec<usize>| Attend { codecs, ..Attend::new(codecs.0, lengths) };
+    let case = |formats: (Format, Format), lengths: Vec<usize>| Attend { formats, ..Attend::new(Codec::Bf16, lengths) };
+    let grouped = |codec: Codec| Format { group: Some(32), ..codec.into() };
+    let kivi = |keys, values| (grouped(keys), grouped(values));
+    let of_channels = [kivi(Codec::Int4Channel, Codec::Int4), kivi(Codec::Int2Channel, Codec::Int2)];
     let mut all = Vec::new();
-    for codecs in PAIRS {
+    for formats in PAIRS.map(|(keys, values)| (keys.into(), values.into())).into_iter().chain(of_channels) {
         if rig.wants_tiny_shapes() {
-            all.push(Attend { heads: (8, 2), ..case(codecs, vec![192]) });
+            all.push(Attend { heads: (8, 2), ..case(formats, vec![192]) });
             continue;
         }
         for batch in [1, 4, 16] {
-            all.extend([4, 16, 32, 128].map(|k| case(codecs, vec![k << 10; batch])));
+            all.extend([4, 16, 32, 128].map(|k| case(formats, vec![k << 10; batch])));
         }
     }
-    let rotated = |lengths| Attend { rotated: true, ..case((Codec::Int4, Codec::Int4), lengths) };
+    let keys = Format { hadamard: true, ..Codec::Int4.into() };
+    let rotated = |lengths| case((keys, Codec::Int4.into()), lengths);
     if rig.wants_tiny_shapes() {
         all.push(Attend { heads: (8, 2), ..rotated(vec![192]) });
     } else {

@@ -1,7 +1,7 @@
 //! Attention over dense or quantized rows: one query row a sequence over paged caches. Dense rows are what the other
 //! kinds are measured beside.
 
-use crate::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock, codec_name};
+use crate::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock, format_name};
 use kvlar::{
     AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, Format, Result, Segment, SegmentShape, Stream, WorkList, Workspace,
 };
@@ -24,9 +24,7 @@ pub struct Attend {
     /// Type of q.
     pub dtype: Dtype,
     /// Of key rows and of value rows.
-    pub codecs: (Codec, Codec),
-    /// Whether keys (and so queries) are rotated.
-    pub rotated: bool,
+    pub formats: (Format, Format),
     /// Rows of each sequence.
     pub lengths: Vec<usize>,
     /// Rows next to each other, instead of in pages.
@@ -44,8 +42,7 @@ impl Attend {
         Self {
             part: Part::Attend,
             dtype,
-            codecs: (codec, codec),
-            rotated: false,
+            formats: (codec.into(), codec.into()),
             lengths,
             contiguous: false,
             heads: (32, 8),
@@ -62,16 +59,15 @@ impl Attend {
         self.lengths.len() * self.longest().div_ceil(HEAD_PAGE_ROWS) * self.heads.1
     }
 
-    /// Of a head's key and value.
-    fn row_bytes(&self) -> usize {
-        let side = |codec: Codec| codec.row_bytes(self.dim) + codec.params_bytes(self.dim, self.dim);
-        side(self.codecs.0) + side(self.codecs.1)
+    /// Of a head's keys and values.
+    fn rows_bytes(&self, rows: usize) -> usize {
+        self.formats.0.stored(self.dim).bytes(rows) + self.formats.1.stored(self.dim).bytes(rows)
     }
 
-    /// `int4+hadamard`, or `int8-int4` where keys and values differ.
+    /// `int4`, or `int8-int4` where keys and values differ in more than the rotation.
     fn format_name(&self) -> String {
-        let keys = format!("{}{}", codec_name(self.codecs.0), if self.rotated { "+hadamard" } else { "" });
-        if self.codecs.0 == self.codecs.1 { keys } else { format!("{keys}-{}", codec_name(self.codecs.1)) }
+        let (keys, values) = (format_name(self.formats.0), format_name(self.formats.1));
+        if keys.trim_end_matches("+hadamard") == values { keys } else { format!("{keys}-{values}") }
     }
 }
 
@@ -108,11 +104,11 @@ impl Case for Attend {
         let pages: usize = self.lengths.iter().map(|n| n.div_ceil(HEAD_PAGE_ROWS)).sum();
         let table = if self.contiguous { 0 } else { 4 * pages };
         let queries = b * self.heads.0 * (self.dim * (self.dtype.bytes() + 4) + 4);
-        rows * self.heads.1 * self.row_bytes() + table + 4 * b + queries
+        self.heads.1 * self.rows_bytes(rows) + table + 4 * b + queries
     }
 
     fn set_bytes(&self) -> usize {
-        self.head_pages() * HEAD_PAGE_ROWS * self.row_bytes()
+        self.head_pages() * self.rows_bytes(HEAD_PAGE_ROWS)
     }
 
     fn max_sets(&self) -> usize {
@@ -122,14 +118,14 @@ impl Case for Attend {
     fn prepare(&self, rig: &Rig, sets: usize) -> Result<Box<dyn Launches>> {
         let (b, device) = (self.lengths.len(), &rig.device);
         let segment = SegmentShape {
-            keys: Format { hadamard: self.rotated, ..self.codecs.0.into() },
-            values: self.codecs.1.into(),
+            keys: self.formats.0,
+            values: self.formats.1,
             max_rows: self.longest().next_multiple_of(HEAD_PAGE_ROWS),
         };
         let plan = AttendShape::new(self.dtype, b, self.heads, 1, self.dim, segment).plan(device)?;
         let (keys, values) = (
-            RowBlock::new(rig, self.codecs.0, self.dim, self.head_pages()),
-            RowBlock::new(rig, self.codecs.1, self.dim, self.head_pages()),
+            RowBlock::new(rig, self.formats.0, self.dim, self.head_pages()),
+            RowBlock::new(rig, self.formats.1, self.dim, self.head_pages()),
         );
         let cache = |_| Ok((keys.fill(rig, self.head_pages())?, values.fill(rig, self.head_pages())?));
         let queries = b * self.heads.0;
@@ -172,12 +168,12 @@ impl Buffers {
         set: usize,
         f: impl FnOnce(&AttendPlan, &mut AttendArgs<'_>, &mut WorkList, &mut Workspace) -> Result<()>,
     ) -> Result<()> {
-        let Attend { codecs, dim, heads, .. } = self.case;
+        let Attend { formats, dim, heads, .. } = self.case;
         let (keys, values) = &self.caches[set];
         let segments = [Segment {
             rows: self.pages.rows(),
-            keys: self.pages.pool(keys.view(), heads.1, codecs.0, dim),
-            values: self.pages.pool(values.view(), heads.1, codecs.1, dim),
+            keys: self.pages.pool(keys.view(), heads.1, formats.0, dim),
+            values: self.pages.pool(values.view(), heads.1, formats.1, dim),
             tables: Default::default(),
         }];
         let mut args = AttendArgs {

@@ -2,7 +2,7 @@
 
 use crate::Rig;
 use kvlar::{Buffer, Codec, Format, Memory, Pool, Result, Rows};
-use kvlar_reference::encode_row;
+use kvlar_reference::{encode_channels, encode_row};
 
 /// Rows a page of kvlar's own.
 pub const HEAD_PAGE_ROWS: usize = 64;
@@ -11,7 +11,12 @@ const DISTINCT_PAGES: usize = 128;
 
 /// As names of cases have it: `bf16`.
 pub fn codec_name(codec: Codec) -> String {
-    format!("{codec:?}").to_lowercase()
+    codec.reference().to_string()
+}
+
+/// Likewise: `int4+hadamard`, `int2-g32`.
+pub fn format_name(format: Format) -> String {
+    format!("{}{}", format.reference(), format.group.map_or(String::new(), |g| format!("-g{g}")))
 }
 
 /// Encoded random rows, in pages of one head: 64 rows, then their scales and zeros.
@@ -21,16 +26,24 @@ pub struct RowBlock {
 }
 
 impl RowBlock {
-    /// Rows of `dim` values with one scale each; `pages` are as many as will be stored.
-    pub fn new(rig: &Rig, codec: Codec, dim: usize, pages: usize) -> Self {
+    /// Rows of `dim` values, channel-wise ones in groups that a page holds; `pages` are as many as will be stored.
+    pub fn new(rig: &Rig, format: impl Into<Format>, dim: usize, pages: usize) -> Self {
+        let format = format.into();
+        let (codec, group) = (format.codec.reference(), format.group_of(dim));
         let mut bytes = Vec::new();
         for _ in 0..pages.min(DISTINCT_PAGES) {
-            let encode = |_| encode_row(&rig.with_rng(|rng| rng.normals(dim, 1.0)), codec.reference(), dim).expect("one group");
-            let rows: Vec<_> = (0..HEAD_PAGE_ROWS).map(encode).collect();
-            bytes.extend(rows.iter().flat_map(|r| &r.codes));
-            bytes.extend(rows.iter().flat_map(|r| &r.params));
+            let values = rig.with_rng(|rng| rng.normals(HEAD_PAGE_ROWS * dim, 1.0));
+            let (codes, params): (Vec<_>, Vec<_>) = if codec.is_channel_wise() {
+                let encode = |rows| encode_channels(rows, dim, codec.bits()).expect("a group");
+                values.chunks(group * dim).map(encode).map(|g| (g.codes, g.params)).unzip()
+            } else {
+                let encode = |row| encode_row(row, codec, group).expect("whole groups");
+                values.chunks(dim).map(encode).map(|r| (r.codes, r.params)).unzip()
+            };
+            bytes.extend(codes.concat());
+            bytes.extend(params.concat());
         }
-        Self { bytes, page_bytes: HEAD_PAGE_ROWS * (codec.row_bytes(dim) + codec.params_bytes(dim, dim)) }
+        Self { bytes, page_bytes: format.stored(dim).bytes(HEAD_PAGE_ROWS) }
     }
 
     /// Rows of one byte a code, `codes` of them and then padding to 16: `code(row, i)` is the i-th of a row.
@@ -86,10 +99,9 @@ impl Pages {
     /// The rows' bytes: `[page][head][row]`, or `[seq][head][row]` where rows are contiguous (dense codecs alone).
     pub fn pool<M: Memory>(&self, data: M, heads: usize, format: impl Into<Format>, dim: usize) -> Pool<M> {
         let format = format.into();
-        let (row, params) = (format.row_bytes(dim), format.params_bytes(dim));
         match self.table {
-            Some(_) => Pool::hnd(data, self.count, HEAD_PAGE_ROWS, heads, row, params),
-            None => Pool::contiguous(data, heads, self.per_seq * HEAD_PAGE_ROWS, row),
+            Some(_) => Pool::pages(data, self.count, HEAD_PAGE_ROWS, heads, format.stored(dim)),
+            None => Pool::contiguous(data, heads, self.per_seq * HEAD_PAGE_ROWS, format.row_bytes(dim)),
         }
     }
 }

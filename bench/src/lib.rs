@@ -20,7 +20,7 @@ mod runner;
 
 pub use attend::{Attend, Part};
 pub use case::{Case, Launches, Prefixed};
-pub use data::{HEAD_PAGE_ROWS, Pages, RowBlock, codec_name};
+pub use data::{HEAD_PAGE_ROWS, Pages, RowBlock, codec_name, format_name};
 pub use date::today;
 pub use gpu::driver_version;
 pub use rig::Rig;

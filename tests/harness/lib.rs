@@ -7,6 +7,8 @@
 #[allow(missing_docs)]
 pub mod append;
 #[allow(missing_docs)]
+pub mod append_groups;
+#[allow(missing_docs)]
 pub mod attend;
 #[allow(missing_docs)]
 pub mod encode;
