@@ -17,7 +17,8 @@
 
 namespace kvlar::attend_quantized {
 
-template <int D> struct WarpChannels : WarpRows<D, 1> {
+// kKeys, kValues: as WarpQuantized's.
+template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRows<D, 1> {
   using Base = WarpRows<D, 1>;
   using Base::at, Base::lane, Base::p, Base::ring, Base::shared, Base::state;
   using Values = GroupedValues<D>;
@@ -27,11 +28,14 @@ template <int D> struct WarpChannels : WarpRows<D, 1> {
 
   __device__ WarpChannels(const KvlarAttend& params, attend::SharedUnit& unit, unsigned char* raw) : Base(params, unit, raw) {}
 
+  __device__ __forceinline__ uint32_t key_codec() const { return kKeys < 0 ? p.key_codec : uint32_t(kKeys); }
+  __device__ __forceinline__ uint32_t value_codec() const { return kValues < 0 ? p.value_codec : uint32_t(kValues); }
+
   __device__ void prepare(float* scratch) const { coded.prepare(scratch, *this, kWarps); }
 
   __device__ void start(const float* scratch) {
     Base::load_positions();
-    if (p.key_codec == KVLAR_CODEC_INT4_CHANNEL) coded.template permute<ChannelKeys<D, 4>>(scratch);
+    if (key_codec() == KVLAR_CODEC_INT4_CHANNEL) coded.template permute<ChannelKeys<D, 4>>(scratch);
     else coded.template permute<ChannelKeys<D, 2>>(scratch);
     state.clear();
   }
@@ -96,7 +100,7 @@ template <int D> struct WarpChannels : WarpRows<D, 1> {
   __device__ __forceinline__ void consume_codes(const unsigned char* tile, const KvlarSegment& segment, const TileRows& rows, int row) {
     float s[2][1][4];
     const unsigned char* params = tile + segment.stage_key_params + row / 32 * (16 * kChunks);
-    if (p.key_codec == KVLAR_CODEC_INT4_CHANNEL) ChannelScores<D, 4>::score(s, tile, params, row, coded.b);
+    if (key_codec() == KVLAR_CODEC_INT4_CHANNEL) ChannelScores<D, 4>::score(s, tile, params, row, coded.b);
     else ChannelScores<D, 2>::score(s, tile, params, row, coded.b);
     const float scale = p.softcap > 0.f ? p.scale : p.scale * kLog2E;
 #pragma unroll
@@ -122,8 +126,8 @@ template <int D> struct WarpChannels : WarpRows<D, 1> {
 
   template <class Scales>
   __device__ __forceinline__ void add_values(const unsigned char* values, int row, const uint32_t (&weights)[2][1][2], const Scales& scales) {
-    if (p.value_codec == KVLAR_CODEC_INT4) Values::template add<4>(state.o, values, row, weights, scales);
-    else if (p.value_codec == KVLAR_CODEC_INT2) Values::template add<2>(state.o, values, row, weights, scales);
+    if (value_codec() == KVLAR_CODEC_INT4) Values::template add<4>(state.o, values, row, weights, scales);
+    else if (value_codec() == KVLAR_CODEC_INT2) Values::template add<2>(state.o, values, row, weights, scales);
     else Values::template add<8>(state.o, values, row, weights, scales);
   }
 

@@ -29,7 +29,8 @@ namespace kvlar::attend_quantized {
 
 using attend::TileRows;
 
-template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
+// kKeys, kValues: codecs that the template says instead of the parameters, for the ledger, which counts a pair's instructions.
+template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized : WarpRows<D, NT> {
   using Base = WarpRows<D, NT>;
   using Base::at, Base::lane, Base::p, Base::ring, Base::shared, Base::state;
   static constexpr int kWarps = Base::kWarps, kSteps = Base::kSteps;
@@ -41,11 +42,14 @@ template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
 
   __device__ WarpQuantized(const KvlarAttend& params, attend::SharedUnit& unit, unsigned char* raw) : Base(params, unit, raw) {}
 
+  __device__ __forceinline__ uint32_t key_codec() const { return kKeys < 0 ? p.key_codec : uint32_t(kKeys); }
+  __device__ __forceinline__ uint32_t value_codec() const { return kValues < 0 ? p.value_codec : uint32_t(kValues); }
+
   __device__ void prepare(float* scratch) const { coded.prepare(scratch, *this, kWarps); }
 
   __device__ void start(const float* scratch) {
     Base::load_positions();
-    coded.load_fragments(scratch, p.key_codec);
+    coded.load_fragments(scratch, key_codec());
     state.clear();
     in_codes = false;
 #pragma unroll
@@ -114,7 +118,7 @@ template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
   __device__ __forceinline__ void score(float (&s)[2][NT][4], const unsigned char* tile, const KvlarSegment& segment, int row) const {
     const float scale = p.softcap > 0.f ? p.scale : p.scale * kLog2E;
     clear(s);
-    if (p.key_codec == KVLAR_CODEC_FP8) {
+    if (key_codec() == KVLAR_CODEC_FP8) {
       KeyScores<D, NT>::fp8(s, tile, row, coded.b);
       const float head_scale = 256.f * scale * (segment.key_format.tables ? __ldg(segment.key_format.tables + shared.unit.head) : 1.f);
 #pragma unroll
@@ -125,8 +129,8 @@ template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
           for (int e = 0; e < 4; ++e) s[b][n][e] *= coded.scale[n][e % 2] * head_scale;
       return;
     }
-    if (p.key_codec == KVLAR_CODEC_INT4) KeyScores<D, NT>::int4(s, tile, row, coded.b);
-    else if (p.key_codec == KVLAR_CODEC_INT8) KeyScores<D, NT>::int8(s, tile, row, coded.b);
+    if (key_codec() == KVLAR_CODEC_INT4) KeyScores<D, NT>::int4(s, tile, row, coded.b);
+    else if (key_codec() == KVLAR_CODEC_INT8) KeyScores<D, NT>::int8(s, tile, row, coded.b);
     else KeyScores<D, NT>::int2(s, tile, row, coded.b);
 #pragma unroll
     for (int b = 0; b < 2; ++b)
@@ -155,7 +159,7 @@ template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
 
   __device__ __forceinline__ void load_value_params(float (&scale)[2][2], float (&offset)[2][2], const unsigned char* tile,
                                                     const KvlarSegment& segment, int row) const {
-    const bool fp8 = p.value_codec == KVLAR_CODEC_FP8;
+    const bool fp8 = value_codec() == KVLAR_CODEC_FP8;
     const float head_scale = fp8 && segment.value_format.tables ? __ldg(segment.value_format.tables + shared.unit.head) : 1.f;
 #pragma unroll
     for (int b = 0; b < 2; ++b)
@@ -233,7 +237,7 @@ template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
           }
           weights[b][n][h] = ptx::movmatrix_trans(ptx::pack_f16(w[0], w[1]));
         }
-    if (p.value_codec != KVLAR_CODEC_FP8) {
+    if (value_codec() != KVLAR_CODEC_FP8) {
       // 1024 times the weights as rounded: a product, so that tensor cores round it as they round the codes' own 1024.
       constexpr uint32_t all[4] = {kMagic, kMagic, kMagic, kMagic};
 #pragma unroll
@@ -245,9 +249,9 @@ template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
 
   __device__ __forceinline__ void add_values(const unsigned char* values, int row, const uint32_t (&weights)[2][NT][2]) {
     using Sums = ValueSums<D, NT>;
-    if (p.value_codec == KVLAR_CODEC_INT4) Sums::int4(state.o, values, row, weights);
-    else if (p.value_codec == KVLAR_CODEC_INT8) Sums::int8(state.o, values, row, weights);
-    else if (p.value_codec == KVLAR_CODEC_INT2) Sums::int2(state.o, values, row, weights);
+    if (value_codec() == KVLAR_CODEC_INT4) Sums::int4(state.o, values, row, weights);
+    else if (value_codec() == KVLAR_CODEC_INT8) Sums::int8(state.o, values, row, weights);
+    else if (value_codec() == KVLAR_CODEC_INT2) Sums::int2(state.o, values, row, weights);
     else Sums::fp8(state.o, values, row, weights);
   }
 
@@ -261,7 +265,7 @@ template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) state.o[i][n][e] *= value_weight(p.value_codec, i, e / 2);
+        for (int e = 0; e < 4; ++e) state.o[i][n][e] *= value_weight(value_codec(), i, e / 2);
   }
 
   // Sums of codes become sums of values.
@@ -278,7 +282,7 @@ template <int D, int NT> struct WarpQuantized : WarpRows<D, NT> {
 #pragma unroll
           for (int u = 0; u < 2; ++u) {
             float& o = state.o[i][n][2 * u + e];
-            o = fmaf(o - weight[n][e], 1.f / value_weight(p.value_codec, i, u), shift);
+            o = fmaf(o - weight[n][e], 1.f / value_weight(value_codec(), i, u), shift);
           }
         zero[n][e] = weight[n][e] = weight[n][e + 2] = 0.f;
       }

@@ -64,7 +64,7 @@ const BUGS: &[Bug] = &[
         "      settle();\n      Base::consume_dense",
         "      Base::consume_dense",
     ),
-    bug("sums of values enter as they are", "attend_quantized/warp.cuh", "*= value_weight(p.value_codec, i, e / 2);", "*= 1.f;"),
+    bug("sums of values enter as they are", "attend_quantized/warp.cuh", "*= value_weight(value_codec(), i, e / 2);", "*= 1.f;"),
     bug("weights not raised with the maximum", "attend_quantized/warp.cuh", "weight[n][e] *= factor;", ""),
     bug(
         "fp8 keys take the first head's scale",

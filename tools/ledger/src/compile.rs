@@ -42,7 +42,15 @@ impl Toolchain {
         })
     }
 
-    fn cuobjdump(&self, what: &str, cubin: &Path) -> Result<String, String> {
+    /// A compilation from `ptx` to `code`, as the build does it.
+    pub fn nvcc(&self, build: &BuildFlags, kernels: &Path, ptx: &str, code: &str) -> Command {
+        let mut nvcc = Command::new(&self.nvcc);
+        nvcc.args(&build.flags).arg(format!("-gencode=arch=compute_{ptx},code={code}")).arg("-I").arg(kernels);
+        nvcc
+    }
+
+    /// What the disassembler says of a cubin.
+    pub fn cuobjdump(&self, what: &str, cubin: &Path) -> Result<String, String> {
         let mut path = vec![self.bin.clone()]; // it looks for nvdisasm there
         path.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
         let path = env::join_paths(path).map_err(|e| e.to_string())?;
@@ -51,7 +59,7 @@ impl Toolchain {
 }
 
 /// Its standard output and standard error, if it succeeds.
-fn run(command: &mut Command) -> Result<(String, String), String> {
+pub fn run(command: &mut Command) -> Result<(String, String), String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let result = command.output().map_err(|e| format!("{program}: {e}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -167,6 +175,21 @@ fn digest_with_headers(root: &Path, path: &str) -> (String, bool) {
     (format!("{:016x}", hash.finish()), per_arch)
 }
 
+/// Of sources below `root`, of all that they include, and of `more`: the same wherever and with whatever it is made (FNV-1a).
+pub fn digest(root: &Path, sources: &[&str], more: &str) -> String {
+    let (mut seen, mut open) = (BTreeSet::new(), sources.iter().map(|s| s.to_string()).collect::<Vec<_>>());
+    while let Some(p) = open.pop() {
+        let Ok(text) = fs::read_to_string(root.join(&p)) else { continue };
+        if !seen.contains(&(p.clone(), text.clone())) {
+            open.extend(text.lines().filter_map(|l| Some(l.trim().strip_prefix("#include \"")?.strip_suffix('"')?.into())));
+            seen.insert((p, text));
+        }
+    }
+    let bytes = seen.iter().flat_map(|(path, text)| path.bytes().chain(text.bytes())).chain(more.bytes());
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    format!("{hash:016x}")
+}
+
 /// What the tools say of a unit compiled for an architecture.
 pub struct Report {
     /// `ptxas -v`.
@@ -226,9 +249,7 @@ impl Compiler<'_> {
     }
 
     fn nvcc(&self, ptx: &str, code: &str) -> Command {
-        let mut nvcc = Command::new(&self.tools.nvcc);
-        nvcc.args(&self.build.flags).arg(format!("-gencode=arch=compute_{ptx},code={code}")).arg("-I").arg(self.kernels);
-        nvcc
+        self.tools.nvcc(self.build, self.kernels, ptx, code)
     }
 
     /// The PTX that all architectures' code is made from; whoever is first makes it, the others wait.

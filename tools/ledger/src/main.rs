@@ -14,13 +14,14 @@
 mod compile;
 mod ledger;
 mod model;
+mod pairs;
 mod path;
 mod sass;
 
 use clap::Parser;
 use compile::{BuildFlags, Compiler, Report, Toolchain, Unit};
 use ledger::{Facts, Findings, Ledger};
-use model::Attend;
+use model::{Attend, LIMIT};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -39,6 +40,9 @@ struct Args {
     /// Compilers at a time [default: one a core].
     #[arg(short, long)]
     jobs: Option<usize>,
+    /// Count the instructions of pairs of quantized formats anew, write `kernels/ledger/pairs.json`, and nothing else.
+    #[arg(long, conflicts_with_all = ["write", "path"])]
+    pairs: bool,
     /// Print the fast paths of an attend kernel, and nothing else.
     #[arg(long, value_name = "ENTRY", conflicts_with = "write")]
     path: Option<String>,
@@ -70,6 +74,13 @@ fn run(args: &Args) -> Result<bool, String> {
     let compiler = Compiler { tools: &tools, build: &build, kernels: &kernels, cache: &cache };
     let jobs = args.jobs.or_else(|| thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
 
+    if args.pairs {
+        let pairs = pairs::measure(&tools, &build, &kernels, &cache)?;
+        let text = serde_json::to_string_pretty(&pairs).map_err(|e| e.to_string())? + "\n";
+        fs::write(kernels.join("ledger/pairs.json"), text).map_err(|e| format!("kernels/ledger/pairs.json: {e}"))?;
+        print_pairs(&pairs);
+        return Ok(true);
+    }
     if let Some(entry) = &args.path {
         let units: Vec<Unit> = units.into_iter().filter(|u| u.entries.contains(entry)).collect();
         if units.is_empty() {
@@ -104,6 +115,15 @@ fn run(args: &Args) -> Result<bool, String> {
             Some(Ok(committed)) => found.compare(&committed, &actual, &archs),
         }
     }
+    match pairs::check(&tools, &build, &kernels) {
+        Ok(pairs) => {
+            let beyond = pairs.pairs.iter().filter(|p| p.issue_percent > LIMIT);
+            found.notes.extend(beyond.map(|p| format!("{}: {} % of the floor to issue", p.formats, p.issue_percent)));
+        }
+        // Written by another option: a step of its own.
+        Err(e) if args.write => found.notes.push(e),
+        Err(e) => found.errors.push(e),
+    }
     found.notes.iter().for_each(|n| println!("note: {n}"));
     found.errors.iter().for_each(|e| println!("error: {e}"));
     println!(
@@ -116,6 +136,20 @@ fn run(args: &Args) -> Result<bool, String> {
         start.elapsed().as_secs_f64()
     );
     Ok(found.errors.is_empty())
+}
+
+fn print_pairs(pairs: &pairs::Pairs) {
+    println!(
+        "{:<32} {:>9} {:>10} {:>11} {:>9} {:>9} {:>7}",
+        "keys, values", "registers", "tile", "per element", "floor us", "issue us", "%"
+    );
+    for p in &pairs.pairs {
+        let tile = format!("{}/{}", p.tile, p.rows);
+        println!(
+            "{:<32} {:>9} {tile:>10} {:>11.2} {:>9.1} {:>9.1} {:>7.1}",
+            p.formats, p.registers, p.per_element, p.floor, p.issue, p.issue_percent
+        );
+    }
 }
 
 /// The facts of a unit's entry points, or why there are none.

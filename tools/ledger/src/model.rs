@@ -3,9 +3,9 @@
 use crate::path::Work;
 
 /// Warp instructions that an H200 issues a second: 132 SMs, four schedulers each, one instruction a cycle at 1.75 GHz.
-const ISSUE_RATE: f64 = 132.0 * 4.0 * 1.75e9;
+pub const ISSUE_RATE: f64 = 132.0 * 4.0 * 1.75e9;
 /// Bytes a second that an H200 reads from its memory: what the kernels' floors are reckoned with.
-const READ_RATE: f64 = 4.3e12;
+pub const READ_RATE: f64 = 4.3e12;
 /// The architecture of that GPU, the only one whose issue time is modelled.
 pub const MODELLED: &str = "90a";
 /// Issue time, in percent of the byte floor, beyond which a kernel can't be expected to reach the floor: instructions of

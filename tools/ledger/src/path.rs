@@ -141,6 +141,14 @@ impl Graph {
 
     /// The innermost loops that multiply on tensor cores, by address.
     pub fn main_loops(&self) -> Vec<Loop> {
+        let loops = self.loops();
+        let innermost = |l: &&BTreeSet<usize>| !loops.values().any(|other| other.len() < l.len() && other.is_subset(l));
+        let found = loops.iter().filter(|(_, l)| innermost(l));
+        found.map(|(&head, blocks)| Loop { head, blocks: blocks.clone() }).collect()
+    }
+
+    /// All loops that multiply on tensor cores, by the block that they jump back to.
+    fn loops(&self) -> BTreeMap<usize, BTreeSet<usize>> {
         let mut before = vec![Vec::new(); self.blocks.len()];
         for (b, block) in self.blocks.iter().enumerate() {
             for &n in &block.next {
@@ -164,9 +172,20 @@ impl Graph {
             }
         }
         loops.retain(|_, blocks| blocks.iter().any(|&b| self.blocks[b].work.mma > 0));
-        let innermost = |l: &&BTreeSet<usize>| !loops.values().any(|other| other.len() < l.len() && other.is_subset(l));
-        let found = loops.iter().filter(|(_, l)| innermost(l));
-        found.map(|(&head, blocks)| Loop { head, blocks: blocks.clone() }).collect()
+        loops
+    }
+
+    /// The smallest loops around the main loops: where those take a part of a tile, these take tiles.
+    pub fn tile_loops(&self) -> Vec<Loop> {
+        let main = self.main_loops();
+        let all = self.loops();
+        let around = |inner: &Loop| {
+            let outer = all.iter().filter(|(_, l)| l.len() > inner.blocks.len() && inner.blocks.is_subset(l));
+            outer.min_by_key(|(_, l)| l.len()).map(|(&head, blocks)| Loop { head, blocks: blocks.clone() })
+        };
+        let mut found: Vec<Loop> = main.iter().filter_map(around).collect();
+        found.dedup();
+        found
     }
 
     /// Static instructions of a loop.
