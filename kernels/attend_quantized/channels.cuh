@@ -7,7 +7,8 @@
 //   keys, values  bytes a token  32K rows  128K rows
 //   int4, int4           1280        9.8 us   39.0 us
 //   int2, int2            768        5.9 us   23.4 us
-// Tensor-core work beside token-wise keys: one more product a step for the zeros of each 32 rows.
+// Instructions: ledger/pairs.json. Tensor-core work beside token-wise keys: one more product a step for the zeros of each
+// 32 rows.
 #pragma once
 #include "attend_quantized/channel_keys.cuh"
 #include "attend_quantized/grouped_values.cuh"
@@ -88,7 +89,7 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
   __device__ __forceinline__ void consume(const TileRows& rows, int stage) {
     const KvlarSegment& segment = p.segments[rows.segment];
     const unsigned char* tile = ring + stage * p.stage_bytes;
-    if (!Base::holds_codes(segment)) {
+    if (kKeys < 0 && !Base::holds_codes(segment)) {
       Base::consume_dense(tile, segment, rows);
       return;
     }

@@ -19,7 +19,8 @@
 //   int4, int4         1088        8.3 us   33.2 us
 //   int4, int2          832        6.3 us   25.4 us
 //   int2, int2          576        4.4 us   17.6 us
-// In flight: all stages but one of 4 to 8 KB a warp, 8 warps an SM on Hopper: 64 to 128 KB. Registers: ledger/static.json.
+// In flight: all stages but one of 4 to 8 KB a warp, 8 warps an SM on Hopper: 64 to 128 KB. Registers: ledger/static.json;
+// instructions of each pair, and what issuing them takes beside these floors: ledger/pairs.json.
 #pragma once
 #include "attend_quantized/queries.cuh"
 #include "attend_quantized/rows.cuh"
@@ -29,7 +30,8 @@ namespace kvlar::attend_quantized {
 
 using attend::TileRows;
 
-// kKeys, kValues: codecs that the template says instead of the parameters, for the ledger, which counts a pair's instructions.
+// kKeys, kValues: codecs that the template says instead of the parameters, for the ledger, which counts a pair's instructions;
+// then there are no other rows.
 template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized : WarpRows<D, NT> {
   using Base = WarpRows<D, NT>;
   using Base::at, Base::lane, Base::p, Base::ring, Base::shared, Base::state;
@@ -86,7 +88,7 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
   __device__ __forceinline__ void consume(const TileRows& rows, int stage) {
     const KvlarSegment& segment = p.segments[rows.segment];
     const unsigned char* tile = ring + stage * p.stage_bytes;
-    if (!Base::holds_codes(segment)) {
+    if (kKeys < 0 && !Base::holds_codes(segment)) {
       settle();
       Base::consume_dense(tile, segment, rows);
       return;
