@@ -25,7 +25,7 @@ __device__ inline float reduce_row(const KvlarReduce& p, const float* logits, co
 
 }  // namespace kvlar
 
-extern "C" __global__ void __launch_bounds__(256) kvlar_reduce(const __grid_constant__ KvlarReduce p) {
+extern "C" __global__ void __launch_bounds__(256, 6) kvlar_reduce(const __grid_constant__ KvlarReduce p) {
   using namespace kvlar;
   __shared__ uint32_t bins[KVLAR_SCORE_BINS];
   const int head = int(blockIdx.x / p.blocks), block = int(blockIdx.x % p.blocks), t = int(threadIdx.x);
