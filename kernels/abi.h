@@ -377,7 +377,7 @@ typedef struct {
 } KvlarAppendGroups;
 KVLAR_CHECK_SIZE(KvlarAppendGroups, 632);
 
-// encode: dense rows to stored rows; decode: stored rows to dense fp32.
+// encode: dense rows to stored rows; decode: stored rows to dense ones.
 typedef struct {
   KvlarRows rows;    // of encode only the table and the page size are used
   KvlarPool pool;
@@ -391,7 +391,7 @@ typedef struct {
   uint32_t heads;
   uint32_t row_count;  // rows beyond the length decode to 0
   uint32_t dim;
-  uint32_t dtype;      // KVLAR_DTYPE_* of x; decode writes fp32
+  uint32_t dtype;      // KVLAR_DTYPE_* of x
   uint32_t reserved;
 } KvlarTranscode;
 KVLAR_CHECK_SIZE(KvlarTranscode, 216);

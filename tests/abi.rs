@@ -15,6 +15,7 @@ macro_rules! sizes {
 fn sizes() -> BTreeMap<&'static str, usize> {
     sizes![
         KvlarAppend,
+        KvlarAppendGroups,
         KvlarAppendLowrank,
         KvlarAttend,
         KvlarAttendLowrank,

@@ -1,4 +1,4 @@
-// encode: dense rows into stored rows of any codec; decode: stored rows into dense fp32.
+// encode: dense rows into stored rows of any codec; decode: stored rows into dense ones, fp32 or 16 bits.
 //
 //   x [seqs][heads][row_count][dim] <-> rows 0 .. row_count of each (sequence, head). A warp takes one row; of channel-wise
 //   formats, a CTA encodes one group of rows.
@@ -67,8 +67,14 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_decode(const __grid_cons
     if (page >= 0) load_row(x, place_row(p.pool, p.format, at.seq, at.head, page, in_page), p.format, at.head, int(p.dim), lane);
   }
   if (kLaneDims * lane >= int(p.dim)) return;
-  float* out = static_cast<float*>(p.x) + at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride + kLaneDims * lane;
-  reinterpret_cast<float4*>(out)[0] = make_float4(x[0], x[1], x[2], x[3]);
-  reinterpret_cast<float4*>(out)[1] = make_float4(x[4], x[5], x[6], x[7]);
+  const int64_t first = at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride + kLaneDims * lane;
+  if (p.dtype == KVLAR_DTYPE_F32) {
+    float4* out = reinterpret_cast<float4*>(static_cast<float*>(p.x) + first);
+    out[0] = make_float4(x[0], x[1], x[2], x[3]);
+    out[1] = make_float4(x[4], x[5], x[6], x[7]);
+  } else {
+    const auto pack = [&](int i) { return p.dtype == KVLAR_DTYPE_F16 ? ptx::pack_f16(x[i], x[i + 1]) : ptx::pack_bf16(x[i], x[i + 1]); };
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.x) + first) = make_uint4(pack(0), pack(2), pack(4), pack(6));
+  }
 }
 GPU_EXPORT(kvlar_decode)

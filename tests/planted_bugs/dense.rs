@@ -107,7 +107,7 @@ const SOURCE: &str = r#"
 KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_d64_n8, kvlar::attend::WarpAttend<64, 1, __nv_bfloat16>)
 GPU_EXPORT(kvlar_attend_bf16_d64_n8)
 #include "attend/schedule.cu"
-#include "append/append.cuh"
+#include "append/append.cu"
 #include "encode/encode.cu"
 #include "merge/merge.cu"
 "#;

@@ -7,7 +7,7 @@ use crate::quantized::RowBatch;
 use crate::tables::Tables;
 use crate::{CacheConfig, Result, SeqId};
 use kvlar::{
-    AppendLowrankPlan, AppendPlan, AppendShape, AttendShape, Backend, Device, Dtype, LowrankPlan, Schedule, SegmentShape,
+    AppendLowrankPlan, AppendPlan, AppendShape, AttendShape, Backend, Buffer, Device, Dtype, LowrankPlan, Schedule, SegmentShape,
     WorkList, Workspace, WorkspaceSize,
 };
 
@@ -55,6 +55,9 @@ pub struct Batch {
     pub(crate) cache: u64,
     /// Of layers without latents.
     pub(crate) rows: RowBatch,
+    /// Decoded keys and values of one layer, `[seqs, Hk, max_rows, dim]`, where some layer has formats that no kernel attends
+    /// over.
+    pub(crate) decoded: Option<[Buffer; 2]>,
     /// Of exact rows beside latents.
     pub(crate) append_exact: Option<AppendPlan>,
     pub(crate) workspace: Workspace,
@@ -116,6 +119,11 @@ impl Batch {
         };
         let rows = RowBatch::new(device, &config, &exact, append, attend_shape, layers)?;
         let mut workspace = rows.workspace();
+        let all_rows = |dim| device.alloc(seqs * config.kv_heads * config.max_rows * dim * config.dtype.bytes());
+        let decoded = match rows.decodes() {
+            true => Some([all_rows(config.head_dim)?, all_rows(config.value_dim)?]),
+            false => None,
+        };
         let (mut lowrank, mut lists) = (Vec::new(), Vec::<(LowrankPlan, WorkList)>::new());
         for layer in layers {
             let Some(l) = &layer.lowrank else {
@@ -144,6 +152,7 @@ impl Batch {
             cache,
             work_bytes: rows.work_bytes() + lists.iter().map(|(plan, _)| plan.work_list_bytes()).sum::<usize>(),
             rows,
+            decoded,
             append_exact: if exact.any() { Some(append_exact.plan(device)?) } else { None },
             workspace: Workspace::new(device, workspace.max(WorkspaceSize::default()))?,
             lowrank,
@@ -158,9 +167,10 @@ impl Batch {
         &self.shape
     }
 
-    /// Bytes that it allocated: tables, scratch and work lists.
+    /// Bytes that it allocated: tables, scratch, work lists, and room for a layer's decoded rows where they are needed.
     pub fn bytes(&self) -> usize {
-        self.tables.bytes() + self.workspace.size().bytes() + self.work_bytes
+        let decoded: usize = self.decoded.iter().flatten().map(Buffer::len).sum();
+        self.tables.bytes() + self.workspace.size().bytes() + self.work_bytes + decoded
     }
 
     /// Scratch and the status word of its launches.

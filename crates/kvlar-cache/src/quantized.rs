@@ -5,8 +5,8 @@ use crate::exact::{EXACT_PAGE_ROWS, ExactShape, Leaving};
 use crate::layer::{Layer, native};
 use crate::{CacheConfig, Result};
 use kvlar::{
-    AppendGroupsPlan, AppendGroupsShape, AppendPlan, AppendShape, AttendPlan, AttendShape, Backend, Buffer, Codec, Device,
-    Format, SegmentShape, Stream, Tables, WorkList, WorkspaceSize,
+    AppendGroupsPlan, AppendGroupsShape, AppendPlan, AppendShape, AttendPlan, AttendShape, Buffer, Codec, Device, EncodeShape,
+    Format, SegmentShape, Stream, Tables, TranscodePlan, WorkList, WorkspaceSize,
 };
 use kvlar_calibrate::{Plan, QuantizedCodec, QuantizedFormat, Side};
 
@@ -62,12 +62,6 @@ impl QuantizedLayer {
         }
         if sides.iter().any(|s| s.factors().is_some()) {
             return invalid("plan", format!("layer {layer} has latents beside codes: no attention reads both"));
-        }
-        // Kernels scan such rows, and decode them; none attends over them yet.
-        if let Some(pq) = sides.iter().filter_map(|s| s.quantized()).find(|q| matches!(q.format.codec, QuantizedCodec::Pq { .. }))
-            && device.backend() != Backend::Reference
-        {
-            return unsupported(format!("{} rows of a plan on {:?}", pq.format, device.backend()));
         }
         let upload = |side: &Side| {
             let Some(values) = side.quantized().and_then(|q| q.codebooks.as_ref()) else { return Ok(None) };
@@ -139,6 +133,8 @@ pub(crate) struct RowPlans {
     /// Whether some rows stay exact.
     exact: bool,
     pub append: Writing,
+    /// How rows are decoded before attention, keys and values, where no kernel attends over their formats.
+    pub decode: Option<Box<[TranscodePlan; 2]>>,
     pub attend: AttendPlan,
     pub work: WorkList,
     /// Whether the work list is that of this step.
@@ -177,12 +173,24 @@ impl RowBatch {
             let [keys, values] = formats;
             let own = native(config.dtype);
             let part = |pages: usize| (pages > 0).then_some(SegmentShape::new(own, pages * EXACT_PAGE_ROWS));
-            let body = SegmentShape { keys, values, max_rows: config.max_rows };
-            let mut segments = [None; kvlar::MAX_SEGMENTS];
-            let parts = [part(exact.sink_pages()), Some(body), part(exact.recent_pages())];
-            let present = parts.into_iter().flatten().filter(|s| keeps || *s == body);
-            segments.iter_mut().zip(present).for_each(|(to, segment)| *to = Some(segment));
-            let attend = AttendShape { segments, ..attend }.plan(device)?;
+            let planned = |body: SegmentShape| {
+                let sinks_and_recent = [exact.sink_pages(), exact.recent_pages()].map(|n| part(n).filter(|_| keeps));
+                let parts = [sinks_and_recent[0], Some(body), sinks_and_recent[1]];
+                let mut segments = [None; kvlar::MAX_SEGMENTS];
+                segments.iter_mut().zip(parts.into_iter().flatten()).for_each(|(to, segment)| *to = Some(segment));
+                AttendShape { segments, ..attend }.plan(device)
+            };
+            let (attend, decode) = match planned(SegmentShape { keys, values, max_rows: config.max_rows }) {
+                Ok(plan) => (plan, None),
+                Err(e @ kvlar::Error::Unsupported { .. }) => {
+                    // Decoded rows have the type of the model; if that is what there is no kernel for, say so.
+                    let plan = planned(SegmentShape::new(own, config.max_rows)).map_err(|_| e)?;
+                    let (seqs, heads, rows) = (append.seqs, config.kv_heads, config.max_rows);
+                    let decode = |format, dim| EncodeShape { format, dtype: config.dtype, seqs, heads, rows, dim }.plan(device);
+                    (plan, Some(Box::new([decode(keys, config.head_dim)?, decode(values, config.value_dim)?])))
+                }
+                Err(e) => return Err(e.into()),
+            };
             let append = if !keeps {
                 Writing::Encoded(AppendShape { key_format: keys, value_format: values, ..append }.plan(device)?)
             } else {
@@ -191,7 +199,8 @@ impl RowBatch {
                 let shape = AppendGroupsShape { append: new, key_format: keys, value_format: values, pack_rows, max_packs };
                 Writing::Groups(Box::new(shape.plan(device)?))
             };
-            all.plans.push(RowPlans { formats, exact: keeps, append, work: attend.work_list(device)?, attend, scheduled: false });
+            let work = attend.work_list(device)?;
+            all.plans.push(RowPlans { formats, exact: keeps, append, decode, work, attend, scheduled: false });
         }
         Ok(all)
     }
@@ -204,6 +213,11 @@ impl RowBatch {
     /// Likewise.
     pub fn of_mut(&mut self, layer: usize) -> Option<&mut RowPlans> {
         self.plans.get_mut(self.of_layer.get(layer).copied().flatten()?)
+    }
+
+    /// Whether some layer's rows are decoded before attention.
+    pub fn decodes(&self) -> bool {
+        self.plans.iter().any(|p| p.decode.is_some())
     }
 
     /// No work list is that of the step that begins.

@@ -8,7 +8,7 @@ use crate::pages::PageBook;
 use crate::quantized::{QuantizedLayer, Writing};
 use crate::sequence::Kind;
 use crate::{CacheError, Result};
-use kvlar::{AppendArgs, AppendGroupsArgs, AttendArgs, LowrankArgs, Pool, Rope, Segment, Stream, Strides, View, ViewMut};
+use kvlar::{AppendArgs, AppendGroupsArgs, AttendArgs, LowrankArgs, Pool, Rope, Rows, Segment, Stream, Strides, View, ViewMut};
 use std::collections::BTreeMap;
 
 /// A page that was copied because another sequence owns it too.
@@ -224,7 +224,8 @@ impl Cache {
     }
 
     /// Enqueues a layer's attention of the new tokens over all tokens of their sequences, the new ones included. The
-    /// first call of a step enqueues the work list too.
+    /// first call of a step enqueues the work list too. One launch; three where no kernel attends over the formats, so that
+    /// all rows are decoded first.
     ///
     /// # Errors
     /// [`CacheError::Invalid`] for a layer that does not exist or a batch without a step; [`CacheError::Device`].
@@ -234,17 +235,39 @@ impl Cache {
         let Layer { rows, exact, lowrank, quantized } = &self.layers[layer];
         let tables = &batch.tables;
         let shared = quantized.as_ref().map(QuantizedLayer::tables).unwrap_or_default();
-        let segment = |rows, pools: (Pool<_>, Pool<_>)| Segment { rows, keys: pools.0, values: pools.1, tables: shared };
+        // Rows behind the sinks that are not exact, or all.
+        let held = if lowrank.is_none() && exact.is_none() { tables.rows(config)? } else { tables.latents(config)? };
+        let decode = batch.rows.of(layer).and_then(|p| p.decode.as_deref());
+        if let (Some([keys, values]), Some([k, v])) = (decode, &mut batch.decoded) {
+            let pools = rows.pools();
+            keys.decode_as(stream, &held, &pools.0, shared.keys, config.dtype, &mut k.view_mut())?;
+            values.decode_as(stream, &held, &pools.1, shared.values, config.dtype, &mut v.view_mut())?;
+        }
+        let body = match (decode, &batch.decoded) {
+            (Some(_), Some([k, v])) => {
+                let (heads, most, bytes) = (config.kv_heads, config.max_rows, config.dtype.bytes());
+                Segment {
+                    rows: Rows::contiguous(held.lengths, most),
+                    keys: Pool::contiguous(k.view(), heads, most, config.head_dim * bytes),
+                    values: Pool::contiguous(v.view(), heads, most, config.value_dim * bytes),
+                    tables: Default::default(),
+                }
+            }
+            _ => {
+                let (keys, values) = rows.pools();
+                Segment { rows: held, keys, values, tables: shared }
+            }
+        };
         let mut segments = Vec::with_capacity(kvlar::MAX_SEGMENTS);
         if lowrank.is_none() && exact.is_none() {
-            segments.push(segment(tables.rows(config)?, rows.pools()));
+            segments.push(body);
         } else {
             let exact = exact.as_ref().zip(tables.exact.as_ref());
             // Rows as they were given share nothing.
             let given = |rows, (keys, values): (Pool<_>, Pool<_>)| Segment { rows, keys, values, tables: Default::default() };
             let part = |rows: Option<_>| rows.zip(exact).map(|(rows, (store, _))| given(rows, store.pools()));
             segments.extend(part(exact.map(|(_, t)| t.sinks()).transpose()?.flatten()));
-            segments.push(segment(tables.latents(config)?, rows.pools()));
+            segments.push(body);
             segments.extend(part(exact.map(|(_, t)| t.recent()).transpose()?.flatten()));
         }
         let rope = args.rope;

@@ -139,12 +139,6 @@ fn what_no_cache_keeps_yet_is_named() {
     let unsupported = |p: &Plan, words: &[&str]| is_unsupported(refused(p), words);
     let with =
         |keys: Side| quantized([(side(QuantizedCodec::Int8), side(QuantizedCodec::Int8)), (keys, side(QuantizedCodec::Int4))]);
-    let format = QuantizedCodec::Pq { subvectors: 8, centroids: 4 }.into();
-    let pq = Side::Quantized(Quantized { format, codebooks: Some(vec![0.5; HEADS * 4 * DIM]) });
-    if let Some(kernels) = devices().iter().find(|d| d.backend() == kvlar::Backend::Simt) {
-        let stream = kernels.stream().unwrap();
-        is_unsupported(Cache::planned(kernels, &stream, config(Codec::F16, 4), &with(pq)).unwrap_err(), &["pq rows", "Simt"]);
-    }
     let channels = |group| side(QuantizedFormat { group: Some(group), ..QuantizedCodec::Int4Channel.into() });
     unsupported(&with(channels(8)), &["groups of 8 rows", "multiples of 16"]);
     let two = quantized([(channels(16), side(QuantizedCodec::Int8)), (channels(32), side(QuantizedCodec::Int8))]);
@@ -165,16 +159,51 @@ fn stored(tokens: &[u64], layer: usize, format: &Format) -> Vec<f32> {
     keys.flat_map(|k| storage.row(&k).unwrap()).collect()
 }
 
-/// Keys in codebooks, on the reference: attention sees the nearest centroids.
+/// Formats that no kernel attends over are decoded first: kernels agree with the reference, which needs no decoding.
+#[test]
+fn formats_without_attention_are_decoded_first() {
+    let Ok(simt) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() }) else { return };
+    let grouped = |codec: Codec| Format { group: Some(8), ..codec.into() };
+    let rotated = Format { hadamard: true, ..Codec::Int8.into() };
+    for [keys, values] in
+        [[grouped(Codec::Int4), Codec::Int8.into()], [Codec::Int8.into(), rotated], [Codec::F16.into(), Codec::Int4.into()]]
+    {
+        let of = |device: &Device| {
+            let cache = Cache::new(device, CacheConfig { keys, values, ..config(Codec::F16, 12) }).unwrap();
+            let batch = cache.batch(BatchShape::new(2, 1, Q_HEADS)).unwrap();
+            (batch.bytes(), outputs(device, cache))
+        };
+        let ((_, expected), (bytes, actual)) = (of(&Device::reference()), of(&simt));
+        assert!(bytes >= 2 * HEADS * 100 * 2 * DIM * 2, "room for decoded rows");
+        let tolerance = Tolerance::attend(kvlar_reference::Dtype::F16, kvlar_reference::Codec::F16, 40, 8.0);
+        for (layer, (a, e)) in actual.iter().zip(&expected).enumerate() {
+            kvlar_reference::compare::compare(a, e, tolerance)
+                .unwrap_or_else(|e| panic!("{keys:?} {values:?} layer {layer}: {e}"));
+        }
+        // Beside exact rows, against the model.
+        let mut lab = Lab::encoded(&simt, 12, tolerance, (3, 5, 0), [keys, values], 16);
+        let (a, b) = (lab.create(), lab.create());
+        for new in [[(a, 30), (b, 3)], [(a, 1), (b, 1)], [(a, 4), (b, 40)]] {
+            lab.extend(&new).unwrap();
+        }
+    }
+}
+
+/// Keys in codebooks: attention sees the nearest centroids.
 #[test]
 fn keys_in_codebooks_are_their_centroids() {
-    let device = Device::reference();
+    for device in devices() {
+        codebooks_on(&device);
+    }
+}
+
+fn codebooks_on(device: &Device) {
     let stream = device.stream().unwrap();
     let codebooks = kvlar_reference::testing::Rng::new(3).normals(HEADS * 4 * DIM, 1.0);
     let format = QuantizedCodec::Pq { subvectors: 8, centroids: 4 }.into();
     let keys = Side::Quantized(Quantized { format, codebooks: Some(codebooks.clone()) });
     let p = quantized([(keys, side(QuantizedCodec::Int4)), (Side::Dense, Side::Dense)]);
-    let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
+    let cache = Cache::planned(device, &stream, config(Codec::F16, 12), &p).unwrap();
     assert_eq!((cache.fixed_bytes(), p.fixed_bytes()), (4 * codebooks.len(), 4 * codebooks.len()));
     assert_eq!(cache.bytes_per_token() as f64, p.bytes_per_token());
     let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());

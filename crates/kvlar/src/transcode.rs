@@ -83,8 +83,24 @@ impl TranscodePlan {
         scales: Option<View<'_>>,
         out: &mut ViewMut<'_>,
     ) -> Result<()> {
-        within("out", out, self.elements() * 4, 16)?;
-        self.launch(stream, self.a_row_a_warp("kvlar_decode"), (out.address(), Dtype::F32), rows, pool, scales)
+        self.decode_as(stream, rows, pool, scales, Dtype::F32, out)
+    }
+
+    /// Likewise into `out` of another type.
+    ///
+    /// # Errors
+    /// As for [`TranscodePlan::decode`].
+    pub fn decode_as(
+        &self,
+        stream: &Stream,
+        rows: &Rows<'_>,
+        pool: &Pool<View<'_>>,
+        scales: Option<View<'_>>,
+        dtype: Dtype,
+        out: &mut ViewMut<'_>,
+    ) -> Result<()> {
+        within("out", out, self.elements() * dtype.bytes(), 16)?;
+        self.launch(stream, self.a_row_a_warp("kvlar_decode"), (out.address(), dtype), rows, pool, scales)
     }
 
     fn a_row_a_warp(&self, entry: &'static str) -> Launch {
@@ -164,7 +180,7 @@ impl TranscodePlan {
         unsafe { self.launch_raw(stream, self.encoder()?, params) }
     }
 
-    /// Enqueues a decode likewise; `params.dtype` is not read, the output is f32.
+    /// Enqueues a decode likewise; `params.dtype` is the type of the output.
     ///
     /// # Errors
     /// Those of the launch.

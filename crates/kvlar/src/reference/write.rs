@@ -167,6 +167,7 @@ pub unsafe fn encode_groups(p: &abi::KvlarTranscode) -> Result<()> {
 /// # Safety
 /// As for [`super::run`].
 pub unsafe fn decode(p: &abi::KvlarTranscode) -> Result<()> {
+    let dtype = dtype(p.dtype)?;
     for (seq, head) in pairs(p.seqs, p.heads) {
         let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
         let length = unsafe { rows.length(p.row_count as usize) };
@@ -178,7 +179,7 @@ pub unsafe fn decode(p: &abi::KvlarTranscode) -> Result<()> {
                 x = unsafe { rows.load(place, &p.format, p.dim as usize)? };
             }
             let at = seq * p.x_seq_stride + head * p.x_head_stride + row * p.x_row_stride;
-            unsafe { store_dense(p.x, at, &x, crate::Dtype::F32) };
+            unsafe { store_dense(p.x, at, &x, dtype) };
         }
     }
     Ok(())
