@@ -10,6 +10,7 @@ on_every_device!(
     formats,
     steps_of_any_size_give_equal_bits,
     recent_rows_stay,
+    channels_side_by_side,
     sinks_are_negative,
     rotation_is_that_of_append,
     other_rows_are_left_alone,
@@ -77,6 +78,12 @@ fn recent_rows_stay(lab: &Lab) {
     for recent in [1, 31, 32, 50, 200] {
         GroupsRun { recent, ..GroupsRun::new(keys, values, &STEPS) }.check(lab);
     }
+}
+
+/// Both sides channel-wise, over a page's end, in little: the race detector's case.
+fn channels_side_by_side(lab: &Lab) {
+    GroupsRun { recent: 1, ..GroupsRun::new(Codec::Int4Channel.into(), Codec::Int2Channel.into(), &[[40, 5], [1, 27]]) }
+        .check(lab);
 }
 
 fn sinks_are_negative(lab: &Lab) {
