@@ -20,7 +20,7 @@ impl EncodeCase {
         EncodeShape { format: self.stored.format, dtype: self.dtype, seqs: 2, heads, rows: self.rows, dim: self.dim }
     }
 
-    /// Encodes, compares the bytes, decodes, compares the values.
+    /// Encodes, compares the bytes, decodes to each type, compares the values.
     pub fn check(&self, lab: &Lab, values: &[f32]) {
         let heads = values.len() / (2 * self.rows * self.dim);
         let (stored, dim) = (&self.stored, self.dim);
@@ -49,14 +49,17 @@ impl EncodeCase {
             };
             assert!(nan(&bytes) && nan(&expected), "{stored:?} d={dim}: byte {i} is {} instead of {}", bytes[i], expected[i]);
         }
-        let mut out = lab.poisoned(values.len() * 4);
-        plan.decode(&lab.stream, &rows, &pages.pool(pool.view(), stored, dim), scales, &mut out.view_mut()).expect("decode");
-        let actual: Vec<f32> = lab.download(&out);
-        for (i, (a, e)) in actual.iter().zip(&decoded).enumerate() {
-            assert!(
-                a.to_bits() == e.to_bits() || (a.is_nan() && e.is_nan()),
-                "{stored:?} d={dim}: value {i} is {a} instead of {e}"
-            );
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+            let mut out = lab.poisoned(values.len() * dtype.bytes());
+            let pool = pages.pool(pool.view(), stored, dim);
+            plan.decode_as(&lab.stream, &rows, &pool, scales, dtype, &mut out.view_mut()).expect("decode");
+            let expected = reference_dtype(dtype).round_all(&decoded);
+            for (i, (a, e)) in lab.download_as(&out, dtype).iter().zip(&expected).enumerate() {
+                assert!(
+                    a.to_bits() == e.to_bits() || (a.is_nan() && e.is_nan()),
+                    "{stored:?} d={dim}: value {i} as {dtype:?} is {a} instead of {e}"
+                );
+            }
         }
     }
 }
