@@ -13,6 +13,18 @@ pub const SUITE: Suite = Suite { name: "channels", source: SOURCE, bugs: BUGS, r
 
 const BUGS: &[Bug] = &[
     bug(
+        "decoded to the other 16-bit type",
+        "encode/encode.cu",
+        "return p.dtype == KVLAR_DTYPE_F16 ? ptx::pack_f16(x[i], x[i + 1])",
+        "return p.dtype != KVLAR_DTYPE_F16 ? ptx::pack_f16(x[i], x[i + 1])",
+    ),
+    bug(
+        "decoded pairs exchanged",
+        "encode/encode.cu",
+        "ptx::pack_bf16(x[i], x[i + 1]); };\n    *reint",
+        "ptx::pack_bf16(x[i + 1], x[i]); };\n    *reint",
+    ),
+    bug(
         "codes of channels meet queries in another order",
         "attend_quantized/channel_keys.cuh",
         "kCodes / 4 * (column / 8) + kCodes / 2 * (column % 2)",
