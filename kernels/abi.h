@@ -389,10 +389,10 @@ typedef struct {
   KvlarFormat format;
   uint32_t seqs;
   uint32_t heads;
-  uint32_t row_count;  // rows beyond the length decode to 0
+  uint32_t row_count;
   uint32_t dim;
   uint32_t dtype;      // KVLAR_DTYPE_* of x
-  uint32_t reserved;
+  uint32_t held_only;  // decode: whether rows beyond the length are left alone; else they become 0
 } KvlarTranscode;
 KVLAR_CHECK_SIZE(KvlarTranscode, 216);
 

@@ -9,6 +9,7 @@ use kvlar_tests::{Lab, on_every_device, reference_dtype};
 on_every_device!(
     formats,
     steps_of_any_size_give_equal_bits,
+    every_length,
     recent_rows_stay,
     channels_side_by_side,
     sinks_are_negative,
@@ -70,6 +71,14 @@ fn steps_of_any_size_give_equal_bits(lab: &Lab) {
         let (a, b) = (once.run(lab), some.run(lab));
         assert_eq!(a.packed, b.packed);
         assert!(a.keys == b.keys && a.values == b.values, "sinks {sinks}");
+    }
+}
+
+/// Of a group, every residue, before and after a step that ends one.
+fn every_length(lab: &Lab) {
+    let (keys, values) = kivi();
+    for n in 0..=33 {
+        GroupsRun::new(keys, values, &[[n, 33 - n], [31, 1], [1, 32]]).check(lab);
     }
 }
 

@@ -10,6 +10,7 @@ on_every_device!(
     pairs,
     head_dims,
     gqa_ratios_and_query_rows,
+    every_length,
     lengths_around_groups,
     groups_and_layouts,
     value_groups,
@@ -72,6 +73,14 @@ fn gqa_ratios_and_query_rows(lab: &Lab) {
     all(lab, ratios.map(|heads| kivi(heads, 64, &[21, 40], Codec::Int4Channel, Codec::Int4)));
     let rows = |s, heads| kivi(heads, 64, &[40, 9], Codec::Int2Channel, Codec::Int2).with(|c| c.query_rows = s);
     all(lab, [rows(2, (8, 2)), rows(3, (4, 4)), rows(8, (4, 1)), rows(17, (2, 2))]);
+}
+
+/// Of a tile and of groups, every residue.
+fn every_length(lab: &Lab) {
+    let lengths: Vec<usize> = (0..=130).collect();
+    for keys in KEYS {
+        all(lab, [kivi((2, 1), 64, &lengths, keys, Codec::Int4)]);
+    }
 }
 
 fn lengths_around_groups(lab: &Lab) {

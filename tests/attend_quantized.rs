@@ -11,6 +11,7 @@ on_every_device!(
     head_dims,
     gqa_ratios,
     query_rows,
+    every_length,
     lengths_around_tile_and_page_edges,
     layouts,
     rotated_keys,
@@ -84,6 +85,14 @@ fn query_rows(lab: &Lab) {
     };
     all(lab, [(2, (8, 2)), (3, (4, 4)), (8, (4, 1)), (9, (2, 1))].map(|(s, h)| case(s, h, Codec::Int4)));
     all(lab, [case(5, (6, 2), Codec::Fp8), case(17, (2, 2), Codec::Int2)]);
+}
+
+/// Of a tile of 64 rows and of pages, every residue.
+fn every_length(lab: &Lab) {
+    let lengths: Vec<usize> = (0..=130).collect();
+    for codec in [Codec::Fp8, Codec::Int8, Codec::Int4, Codec::Int2] {
+        all(lab, [stored(AttendCase::new(Dtype::Bf16, (2, 1), 64, &lengths), codec, codec)]);
+    }
 }
 
 fn lengths_around_tile_and_page_edges(lab: &Lab) {

@@ -10,6 +10,7 @@ on_every_device!(
     formats,
     head_dims,
     ratios_of_heads,
+    every_length,
     lengths_around_tile_and_page_edges,
     layouts,
     rotated_scans,
@@ -74,6 +75,13 @@ fn ratios_of_heads(lab: &Lab) {
     all(lab, ratios.into_iter().enumerate().map(case));
     // More heads than a tile has columns: scores are made of logits.
     all(lab, [(24, 1), (12, 1)].map(|heads| ScanCase::new(Codec::Int4, heads, 256, &[33]).with(|c| c.logits = heads.0 == 12)));
+}
+
+/// Of tiles and of pages, every residue.
+fn every_length(lab: &Lab) {
+    let lengths: Vec<usize> = (0..=130).collect();
+    let keys = [Codec::Fp8.into(), Codec::Int8.into(), Codec::Int4.into(), Codec::Int2.into(), Format::pq(4, 8)];
+    all(lab, keys.map(|keys| ScanCase::new(keys, (2, 1), 64, &lengths)));
 }
 
 fn lengths_around_tile_and_page_edges(lab: &Lab) {

@@ -52,6 +52,7 @@ template <class Warp> struct Cta {
         const KvlarPool &k = p.segments[s].keys, &v = p.segments[s].values;
         shared.keys[s] = static_cast<const char*>(k.data) + shared.unit.seq * k.seq_stride + shared.unit.head * k.head_stride;
         shared.values[s] = static_cast<const char*>(v.data) + shared.unit.seq * v.seq_stride + shared.unit.head * v.head_stride;
+        shared.tables[s] = table_of(p.segments[s].rows, shared.unit.seq, shared.unit.head);
       }
     }
   }

@@ -5,10 +5,17 @@
 
 namespace kvlar::attend {
 
+// The segment that a warp's tiles, which only go forward, have reached.
+struct SegmentCursor {
+  int segment = 0, first = 0, end;  // of the unit's tiles, [first, end) are the segment's
+  __device__ explicit SegmentCursor(const Unit& u) : end(u.tiles[0]) {}
+};
+
 struct SharedUnit {  // what all warps of a CTA know
   Unit unit;
   const char* keys[KVLAR_MAX_SEGMENTS];
   const char* values[KVLAR_MAX_SEGMENTS];
+  const int32_t* tables[KVLAR_MAX_SEGMENTS];  // of pages; null without
 };
 
 // NT: column tiles of 8.
@@ -74,26 +81,29 @@ template <int NT> struct Columns {
   }
 
   // Do all queries see `count` rows from row `first` of all rows on, of which the tile has `valid`?
-  __device__ bool all_visible(const TileRows& rows, int first, int count) const {
+  __device__ bool all_visible(const TilePlace& rows, int first, int count) const {
     const Unit& u = shared.unit;
     return rows.valid >= count && !p.segments[rows.segment].rows.positions && first + count - 1 <= u.lowest_query &&
            (p.window == 0 || u.highest_query - first < p.window);
   }
 
   // Where a tile lies; its pages are looked up by `find`. `height_of(segment)`: rows of a tile.
-  template <class Height> __device__ __forceinline__ void place(int tile, TileRows& rows, Height height_of) const {
+  template <class Height> __device__ __forceinline__ void place(SegmentCursor& cursor, int tile, TilePlace& rows, Height height_of) const {
     const Unit& u = shared.unit;
-    rows.segment = 0;
-    for (int tiles; rows.segment + 1 < int(p.segment_count) && tile >= (tiles = u.tiles[rows.segment]); ++rows.segment) tile -= tiles;
+    while (tile >= cursor.end && cursor.segment + 1 < int(p.segment_count)) {
+      cursor.first = cursor.end;
+      cursor.end += u.tiles[++cursor.segment];
+    }
+    rows.segment = cursor.segment;
     const int height = height_of(rows.segment);
-    rows.row = tile * height;
+    rows.row = (tile - cursor.first) * height;
     rows.valid = min(height, u.length[rows.segment] - rows.row);
   }
 
   template <int kBlocks> __device__ __forceinline__ void find_pages(TileRows& rows) const {
     static_assert(kBlocks <= 4, "TileRows holds four pages");
     const KvlarSegment& s = p.segments[rows.segment];
-    const int32_t* table = table_of(s.rows, shared.unit.seq, shared.unit.head);
+    const int32_t* table = shared.tables[rows.segment];
     const auto page = [&](int b) {
       return 16 * b < rows.valid ? page_of(p, s.rows, s.keys.page_count, table, rows.row + 16 * b) : 0;
     };
@@ -101,6 +111,13 @@ template <int NT> struct Columns {
     if constexpr (kBlocks > 1) rows.page1 = page(1);
     if constexpr (kBlocks > 2) rows.page2 = page(2);
     if constexpr (kBlocks > 3) rows.page3 = page(3);
+  }
+
+  // The page of the block of rows from row `first` of the tile on.
+  template <class Rows> __device__ __forceinline__ void find_page(Rows& rows, int first) const {
+    const KvlarSegment& s = p.segments[rows.segment];
+    const int32_t* table = shared.tables[rows.segment];
+    rows.page = first < rows.valid ? page_of(p, s.rows, s.keys.page_count, table, rows.row + first) : 0;
   }
 
   template <int kRows> __device__ __forceinline__ void copy_positions(const TileRows& rows, ptx::smem to) const {
@@ -117,8 +134,9 @@ template <int NT> struct Columns {
 template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, int warps, int first, int end) {
   const int stages = int(taker.p.stages), own = first + taker.warp;
   int issued = own, to = 0, stage = 0;
-  TileRows next{};
-  if (issued < end) taker.find(issued, next);
+  SegmentCursor finding(taker.shared.unit), consuming(taker.shared.unit);
+  typename Taker::Rows next{};
+  if (issued < end) taker.find(finding, issued, next);
   // The rounds before the first start their copies and have nothing to consume: copies are a lot of code, once.
 #pragma unroll 1
   for (int tile = own - (stages - 1) * warps; tile < end; tile += warps) {
@@ -127,13 +145,13 @@ template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, 
     if (issued < end) {
       taker.issue(next, to);
       issued += warps;
-      if (issued < end) taker.find(issued, next);  // its page ids arrive while this tile is computed
+      if (issued < end) taker.find(finding, issued, next);  // its page ids arrive while this tile is computed
     }
     ptx::cp_async_commit();
     to = to + 1 == stages ? 0 : to + 1;
     if (tile < own) continue;
-    TileRows rows{};
-    taker.place_tile(tile, rows);
+    TilePlace rows{};
+    taker.place_tile(consuming, tile, rows);
     taker.consume(rows, stage);
     stage = stage + 1 == stages ? 0 : stage + 1;
   }

@@ -4,11 +4,15 @@
 
 namespace kvlar::attend {
 
-// A tile's rows in global memory. Pages hold at least 16 rows and tiles start at multiples of 16, so each
-// block of 16 rows lies in one page.
-struct TileRows {
+// Where a tile lies.
+struct TilePlace {
   int segment, row;  // first row, within the segment
   int valid;         // rows of the tile that exist
+};
+
+// A tile's rows in global memory. Pages hold at least 16 rows and tiles start at multiples of 16, so each
+// block of 16 rows lies in one page.
+struct TileRows : TilePlace {
   int page0, page1, page2, page3;  // no array: indexed ones do not stay in registers across unrolled loops
 
   __device__ __forceinline__ int page(int block) const { return block == 0 ? page0 : block == 1 ? page1 : block == 2 ? page2 : page3; }

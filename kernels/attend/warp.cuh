@@ -12,6 +12,7 @@ template <int D, int NT, class T> struct WarpAttend : Columns<NT> {
   using Base = Columns<NT>;
   using Base::at, Base::lane, Base::p, Base::shared, Base::warp;
   using Tiles = Tiling<D>;
+  using Rows = TileRows;
   using Dims = OutputDims<D, false>;
   static constexpr int kDim = D, kTiles = NT, kWarps = Tiles::kWarps, kThreads = Tiles::kThreads, kLeastShared = Tiles::kLeastShared;
   static constexpr int kSteps = D / 16, kBlocks = Tiles::kRows / 16;
@@ -34,11 +35,11 @@ template <int D, int NT, class T> struct WarpAttend : Columns<NT> {
 
   // ---- rows
 
-  __device__ __forceinline__ void place_tile(int tile, TileRows& rows) const {
-    Base::place(tile, rows, [](int) { return Tiles::kRows; });
+  __device__ __forceinline__ void place_tile(SegmentCursor& cursor, int tile, TilePlace& rows) const {
+    Base::place(cursor, tile, rows, [](int) { return Tiles::kRows; });
   }
-  __device__ __forceinline__ void find(int tile, TileRows& rows) const {
-    place_tile(tile, rows);
+  __device__ __forceinline__ void find(SegmentCursor& cursor, int tile, Rows& rows) const {
+    place_tile(cursor, tile, rows);
     Base::template find_pages<kBlocks>(rows);
   }
 
@@ -59,7 +60,7 @@ template <int D, int NT, class T> struct WarpAttend : Columns<NT> {
 
   // ---- one tile
 
-  __device__ __forceinline__ void consume(const TileRows& rows, int stage) {
+  __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
     const unsigned char* tile = ring + stage * Tiles::kStageBytes;
     const ptx::smem tile_s = ring_s + uint32_t(stage * Tiles::kStageBytes);
     float s[kBlocks][NT][4] = {};

@@ -49,7 +49,7 @@ template <int D, int kBits> struct ChannelScores {
       for (int b = 0; b < 2; ++b)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          x[b][h] = KeyScores<D, 1>::template words<Keys::kWords>(keys, log_chunks<D>(kBits), row + 16 * b + 8 * h + at.g, u, at.c);
+          x[b][h] = KeyScores<D, 1>::template words<kBits, Keys::kWords>(keys + row * (D * kBits / 8), 2 * b + h, u);
 #pragma unroll
       for (int w = 0; w < Keys::kWords; ++w) {
         uint32_t channel[kCodes];  // (scale, zero) pairs of the word's codes

@@ -43,42 +43,42 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
 
   // ---- rows
 
-  __device__ __forceinline__ void issue(const TileRows& rows, int stage) const {
+  // Groups of codes lie in one page: a lane whose block has no row may still fetch what scales the block before.
+  __device__ __forceinline__ void find(attend::SegmentCursor& cursor, int tile, LaneRows& rows) const {
+    Base::place_tile(cursor, tile, rows);
+    const KvlarSegment& s = p.segments[rows.segment];
+    Base::find_page(rows, lane * int(s.tile_rows) / 32 & (Base::holds_codes(s) ? ~31 : ~15));
+  }
+  __device__ __forceinline__ void issue(const LaneRows& rows, int stage) const {
     const KvlarSegment& s = p.segments[rows.segment];
     const ptx::smem to = ptx::to_smem(ring + stage * p.stage_bytes);
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side) Base::copy_side(rows, s, side == 1, side ? to + s.stage_values : to);
-    if (Base::holds_codes(s)) {
-      copy_key_params(rows, s, to + s.stage_key_params);
-      copy_value_params(rows, s, to + s.stage_value_params);
-    }
-    Base::copy_tile_positions(rows, s, to);
+    with_lane(lane, s.tile_rows, [&](auto mine) {
+      const BlockPage keys = Base::page_at(mine, rows, s, false), values = Base::page_at(mine, rows, s, true);
+      Base::copy_side(mine, rows, s, false, key_codec(), keys, to);
+      Base::copy_side(mine, rows, s, true, value_codec(), values, to + s.stage_values);
+      if (Base::holds_codes(s)) {
+        copy_key_params(mine, rows, s, keys, to + s.stage_key_params);
+        // Rows' scales and zeros, one after the other.
+        copy_words(mine, to + s.stage_value_params, values.at(s.values.params_stride, s.values.params_offset), s.values.params_stride, rows.valid,
+                   scales_a_row(s));
+      }
+      Base::copy_positions(mine, rows, s, to);
+    });
   }
 
-  // Of each 32 rows their group's, whatever other rows share them.
-  __device__ __forceinline__ void copy_key_params(const TileRows& rows, const KvlarSegment& s, ptx::smem to) const {
+  // Of each 32 rows their group's, whatever other rows share them. Pages hold whole groups: both blocks have one page.
+  template <int kLanes>
+  __device__ __forceinline__ void copy_key_params(BlockLane<kLanes> mine, const LaneRows& rows, const KvlarSegment& s, const BlockPage& page,
+                                                  ptx::smem to) const {
     const KvlarPool& pool = s.keys;
-    const char* base = shared.keys[rows.segment] + pool.params_offset;
-    const int mask = (1 << s.rows.page_rows_log2) - 1;
-#pragma unroll 1
-    for (int i = lane; i < int(s.tile_rows) / 32 * kChunks; i += 32) {
-      const int part = i / kChunks, c = i % kChunks;
-      const uint32_t group = uint32_t((rows.row + 32 * part) & mask) / s.key_format.group;
-      const char* source = base + int64_t(rows.page(2 * part)) * pool.page_stride + uint64_t(group) * pool.params_stride + 16 * c;
+    const int part = mine.first / 32, half = mine.first / 16 % 2;
+    const uint32_t group = (page.row - 16 * half) / s.key_format.group;
+    const char* source = page.data + pool.params_offset + uint64_t(group) * pool.params_stride;
+#pragma unroll
+    for (int i = 0; i < kChunks; i += 2 * kLanes) {
+      const int c = i + kLanes * half + mine.place;
       const bool exists = 32 * part < rows.valid && 4 * c < int(p.head_dim);
-      ptx::cp_async16(to + uint32_t(16 * kChunks * part + channel_chunk_at(c)), source, exists ? 16 : 0);
-    }
-  }
-
-  // Rows' scales and zeros, one after the other.
-  __device__ __forceinline__ void copy_value_params(const TileRows& rows, const KvlarSegment& s, ptx::smem to) const {
-    const KvlarPool& pool = s.values;
-    const char* base = shared.values[rows.segment] + pool.params_offset;
-    const int mask = (1 << s.rows.page_rows_log2) - 1, count = scales_a_row(s);
-#pragma unroll 1
-    for (int r = lane; r < int(s.tile_rows); r += 32) {
-      const char* source = base + int64_t(rows.page(r / 16)) * pool.page_stride + uint64_t(uint32_t((rows.row + r) & mask)) * pool.params_stride;
-      for (int i = 0; i < count; ++i) ptx::cp_async4(to + uint32_t(4 * (r * count + i)), source + 4 * i, r < rows.valid ? 4 : 0);
+      if (c < kChunks) ptx::cp_async16(to + uint32_t(16 * kChunks * part + channel_chunk_at(c)), source + 16 * c, exists ? 16 : 0);
     }
   }
 
@@ -86,7 +86,7 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
 
   // ---- one tile
 
-  __device__ __forceinline__ void consume(const TileRows& rows, int stage) {
+  __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
     const KvlarSegment& segment = p.segments[rows.segment];
     const unsigned char* tile = ring + stage * p.stage_bytes;
     if (kKeys < 0 && !Base::holds_codes(segment)) {
@@ -98,7 +98,7 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
   }
 
   // 32 rows from `row` of the tile on.
-  __device__ __forceinline__ void consume_codes(const unsigned char* tile, const KvlarSegment& segment, const TileRows& rows, int row) {
+  __device__ __forceinline__ void consume_codes(const unsigned char* tile, const KvlarSegment& segment, const TilePlace& rows, int row) {
     float s[2][1][4];
     const unsigned char* params = tile + segment.stage_key_params + row / 32 * (16 * kChunks);
     if (key_codec() == KVLAR_CODEC_INT4_CHANNEL) ChannelScores<D, 4>::score(s, tile, params, row, coded.b);
@@ -110,7 +110,7 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
       for (int e = 0; e < 4; ++e) s[b][0][e] *= coded.scale[0][e % 2] * scale;
     attend::soft_cap_logits(s, p);
     const int first = shared.unit.first_row[rows.segment] + rows.row;
-    TileRows part = rows;
+    TilePlace part = rows;
     part.valid = rows.valid - row;
     const bool whole = Base::all_visible(part, first + row, 32);
     if (!whole) Base::hide(s, tile + segment.stage_positions, segment, rows, row, first);

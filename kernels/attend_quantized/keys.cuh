@@ -51,13 +51,12 @@ template <int D, int NT> struct KeyScores {
 
   __device__ static void int8(Scores s, const unsigned char* keys, int row, Queries q) {
     constexpr uint32_t kBytes = 0x64646464u;
-    const Lane at;
+    const unsigned char* rows = keys + row * D;
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll
       for (int u = 0; u < D / 64; ++u) {
-        const uint4 low = *reinterpret_cast<const uint4*>(keys + chunk_at(log_chunks<D>(8), row + 16 * b + at.g, 4 * u + at.c));
-        const uint4 high = *reinterpret_cast<const uint4*>(keys + chunk_at(log_chunks<D>(8), row + 16 * b + at.g + 8, 4 * u + at.c));
+        const uint4 low = words<8, 4>(rows, 2 * b, u), high = words<8, 4>(rows, 2 * b + 1, u);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const uint32_t x = word_of(low, w), y = word_of(high, w);
@@ -70,14 +69,13 @@ template <int D, int NT> struct KeyScores {
 
   // A row with a NaN among its codes scores NaN.
   __device__ static void fp8(Scores s, const unsigned char* keys, int row, Queries q) {
-    const Lane at;
+    const unsigned char* rows = keys + row * D;
     uint32_t nan[2][2] = {};
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll
       for (int u = 0; u < D / 64; ++u) {
-        const uint4 low = *reinterpret_cast<const uint4*>(keys + chunk_at(log_chunks<D>(8), row + 16 * b + at.g, 4 * u + at.c));
-        const uint4 high = *reinterpret_cast<const uint4*>(keys + chunk_at(log_chunks<D>(8), row + 16 * b + at.g + 8, 4 * u + at.c));
+        const uint4 low = words<8, 4>(rows, 2 * b, u), high = words<8, 4>(rows, 2 * b + 1, u);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const uint32_t x = word_of(low, w), y = word_of(high, w);
@@ -103,13 +101,12 @@ template <int D, int NT> struct KeyScores {
 
   __device__ static void int4(Scores s, const unsigned char* keys, int row, Queries q) {
     constexpr int kWords = D == 64 ? 2 : 4;
-    const Lane at;
+    const unsigned char* rows = keys + row * (D / 2);
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll
       for (int u = 0; u < D / (32 * kWords); ++u) {
-        const uint4 low = words<kWords>(keys, log_chunks<D>(4), row + 16 * b + at.g, u, at.c);
-        const uint4 high = words<kWords>(keys, log_chunks<D>(4), row + 16 * b + at.g + 8, u, at.c);
+        const uint4 low = words<4, kWords>(rows, 2 * b, u), high = words<4, kWords>(rows, 2 * b + 1, u);
 #pragma unroll
         for (int w = 0; w < kWords; ++w)
 #pragma unroll
@@ -123,11 +120,10 @@ template <int D, int NT> struct KeyScores {
 
   __device__ static void int2(Scores s, const unsigned char* keys, int row, Queries q) {
     constexpr int kWords = D / 64;
-    const Lane at;
+    const unsigned char* rows = keys + row * (D / 4);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const uint4 low = words<kWords>(keys, log_chunks<D>(2), row + 16 * b + at.g, 0, at.c);
-      const uint4 high = words<kWords>(keys, log_chunks<D>(2), row + 16 * b + at.g + 8, 0, at.c);
+      const uint4 low = words<2, kWords>(rows, 2 * b, 0), high = words<2, kWords>(rows, 2 * b + 1, 0);
 #pragma unroll
       for (int w = 0; w < kWords; ++w)
 #pragma unroll
@@ -141,10 +137,13 @@ template <int D, int NT> struct KeyScores {
     }
   }
 
-  // The words of lane c: neighbours in the row; the lane's bytes begin at (4 unit + c) * 4 words.
-  template <int kWords> __device__ static uint4 words(const unsigned char* keys, int log_chunks, int row, int unit, int c) {
-    const int byte = 4 * kWords * (4 * unit + c);
-    const unsigned char* from = keys + chunk_at(log_chunks, row, byte / 16) + byte % 16;
+  // The words of lane (g, c) in row g of the `eighth`-th 8 rows: neighbours in the row, from byte 4 kWords (4 unit + c) on. What
+  // depends on the lane is the same in every tile; the rest is an immediate.
+  template <int kBits, int kWords> __device__ static uint4 words(const unsigned char* rows, int eighth, int unit) {
+    constexpr int kLog = log_chunks<D>(kBits);
+    const Lane at;
+    const int byte = 4 * kWords * (4 * unit + at.c);
+    const unsigned char* from = rows + chunk_at(kLog, at.g, byte / 16) + byte % 16 + eighth * kRepeat * (16 << kLog);
     if constexpr (kWords == 4) return *reinterpret_cast<const uint4*>(from);
     if constexpr (kWords == 2) {
       const uint2 two = *reinterpret_cast<const uint2*>(from);

@@ -9,6 +9,9 @@
 
 namespace kvlar::attend_quantized {
 
+// Rows after which the pattern repeats.
+constexpr int kRepeat = 8;
+
 __host__ __device__ constexpr int chunk_at(int log_chunks, int r, int c) {
   return log_chunks == 0   ? r * 16
          : log_chunks == 1 ? (r >> 2) * 128 + (((((r & 3) << 1) | c) ^ (((r >> 2) & 1) << 1)) << 4)

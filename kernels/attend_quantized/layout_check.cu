@@ -8,6 +8,39 @@ namespace {
 
 constexpr int byte_at(int log, int row, int byte) { return chunk_at(log, row, byte / 16) + byte % 16; }
 
+// Offsets are exclusive sums of those of the bits of r and c.
+constexpr bool is_linear(int log) {
+  for (int r = 0; r < 64; ++r)
+    for (int c = 0; c < 1 << log; ++c) {
+      int sum = 0;
+      for (int bit = 1; bit < 64; bit *= 2) sum ^= (r & bit ? chunk_at(log, bit, 0) : 0) ^ (c & bit ? chunk_at(log, 0, bit) : 0);
+      if (sum != chunk_at(log, r, c)) return false;
+    }
+  return true;
+}
+
+constexpr bool repeats(int log) {
+  for (int r = 0; r < 56; ++r)
+    for (int c = 0; c < 1 << log; ++c)
+      if (chunk_at(log, r + kRepeat, c) != chunk_at(log, r, c) + (kRepeat * 16 << log)) return false;
+  return true;
+}
+
+// As copy_whole: kLanes serve each block of 16 rows.
+template <int kLog, int kLanes> constexpr bool copies_are_conflict_free() {
+  constexpr int kChunks = 1 << kLog, kAtOnce = kLanes < kChunks ? kLanes : kChunks;
+  for (int i = 0; i < 16; i += kLanes / kAtOnce)
+    for (int j = 0; j < kChunks; j += kAtOnce)
+      if (!conflict_free(
+              [=](int lane) {
+                const int place = lane % kLanes;
+                return chunk_at(kLog, lane / kLanes * 16 + i + place / kAtOnce, j + place % kAtOnce);
+              },
+              16))
+        return false;
+  return true;
+}
+
 // Lane (g, c) reads `width` bytes of row g, the c-th of each four.
 template <int D> constexpr bool keys_are_conflict_free(int bits) {
   const int log = log_chunks<D>(bits), bytes = D * bits / 8, width = bytes / 4 < 16 ? bytes / 4 : 16;
@@ -32,7 +65,9 @@ template <int D, int kBits> constexpr bool check() {
   static_assert((16 << kLog) == D * kBits / 8, "chunks of a row");
   constexpr auto at = [](int r, int c) { return chunk_at(kLog, r, c); };
   static_assert(places_every_chunk_once<64, 1 << kLog>(at), "layout");
-  static_assert(copies_are_conflict_free<1 << kLog>(at), "copies");
+  static_assert(is_linear(kLog), "copies and loads take offsets apart");
+  static_assert(repeats(kLog), "loads add whole groups of rows");
+  static_assert(copies_are_conflict_free<kLog, 8>() && copies_are_conflict_free<kLog, 16>(), "copies");
   static_assert(keys_are_conflict_free<D>(kBits), "keys");
   static_assert(values_are_conflict_free<D>(kBits), "values");
   return true;

@@ -10,7 +10,8 @@ namespace kvlar::attend_quantized {
 
 template <int D, int NT> struct WarpRows : attend::Columns<NT> {
   using Base = attend::Columns<NT>;
-  using Base::at, Base::lane, Base::p, Base::shared;
+  using Rows = LaneRows;
+  using Base::at, Base::find_page, Base::lane, Base::p, Base::shared;
   using Dims = attend::OutputDims<D, true>;
   static constexpr int kDim = D, kTiles = NT, kWarps = attend::warps_of(D), kThreads = 32 * kWarps, kSteps = D / 16;
   static constexpr int kDenseRows = attend::Tiling<D>::kRows, kDenseBlocks = kDenseRows / 16;
@@ -27,59 +28,73 @@ template <int D, int NT> struct WarpRows : attend::Columns<NT> {
 
   __device__ __forceinline__ bool holds_codes(const KvlarSegment& s) const { return s.key_format.codec > KVLAR_CODEC_F16; }
 
-  __device__ __forceinline__ void place_tile(int tile, TileRows& rows) const {
-    Base::place(tile, rows, [this](int segment) { return int(p.segments[segment].tile_rows); });
+  __device__ __forceinline__ void place_tile(attend::SegmentCursor& cursor, int tile, TilePlace& rows) const {
+    Base::place(cursor, tile, rows, [this](int segment) { return int(p.segments[segment].tile_rows); });
   }
-  __device__ __forceinline__ void find(int tile, TileRows& rows) const {
-    place_tile(tile, rows);
-    Base::template find_pages<4>(rows);
-  }
-
-  __device__ static __forceinline__ int bits_of(uint32_t codec) {
-    return codec == KVLAR_CODEC_INT4 || codec == KVLAR_CODEC_INT4_CHANNEL   ? 4
-           : codec == KVLAR_CODEC_INT2 || codec == KVLAR_CODEC_INT2_CHANNEL ? 2
-           : codec > KVLAR_CODEC_F16                                          ? 8
-                                                                              : 16;
+  __device__ __forceinline__ void find(attend::SegmentCursor& cursor, int tile, Rows& rows) const {
+    place_tile(cursor, tile, rows);
+    find_page(rows, lane * int(p.segments[rows.segment].tile_rows) / 32 & ~15);
   }
 
-  // Keys or values of a tile, without what scales them.
-  __device__ __forceinline__ void copy_side(const TileRows& rows, const KvlarSegment& s, bool values, ptx::smem to) const {
+  __device__ static __forceinline__ int bits_of(uint32_t codec) {  // of a code
+    return codec == KVLAR_CODEC_INT4 || codec == KVLAR_CODEC_INT4_CHANNEL ? 4 : codec == KVLAR_CODEC_INT2 || codec == KVLAR_CODEC_INT2_CHANNEL ? 2 : 8;
+  }
+
+  // The page of the lane's block of keys or values.
+  template <int kLanes>
+  __device__ __forceinline__ BlockPage page_at(BlockLane<kLanes> mine, const Rows& rows, const KvlarSegment& s, bool values) const {
+    return {values ? shared.values[rows.segment] : shared.keys[rows.segment], values ? s.values.page_stride : s.keys.page_stride, rows, mine.first,
+            int(s.rows.page_rows_log2)};
+  }
+
+  // Keys or values of a tile, without what scales them; `codec`: of those that are codes.
+  template <int kLanes>
+  __device__ __forceinline__ void copy_side(BlockLane<kLanes> mine, const Rows& rows, const KvlarSegment& s, bool values, uint32_t codec,
+                                            const BlockPage& page, ptx::smem to) const {
+    constexpr int kRows = 16 * (32 / kLanes);
     const KvlarPool& pool = values ? s.values : s.keys;
-    const char* base = values ? shared.values[rows.segment] : shared.keys[rows.segment];
-    const int dim = values ? int(p.value_dim) : int(p.head_dim), bits = bits_of(values ? s.value_format.codec : s.key_format.codec);
-    const int mask = (1 << s.rows.page_rows_log2) - 1, blocks = int(s.tile_rows) / 16;
-    if (bits == 16) {
-      if (rows.valid == kDenseRows && dim == D)
-        attend::copy_rows<D / 8, kDenseRows, attend::DenseLayout<D>, false>(lane, to, base, pool, rows, mask, dim / 8);
-      else
-        attend::copy_rows<D / 8, kDenseRows, attend::DenseLayout<D>, true>(lane, to, base, pool, rows, mask, dim / 8);
-      return;
-    }
-    if (rows.valid < 16 * blocks || dim != D) {
-      copy_part(lane, to, base, pool, rows, mask, blocks, log_chunks<D>(bits), (dim * bits / 8 + 15) / 16);
-    } else if (bits == 4) {
-      copy_whole<log_chunks<D>(4)>(lane, to, base, pool, rows, mask, blocks);
-    } else if (bits == 8) {
-      copy_whole<log_chunks<D>(8)>(lane, to, base, pool, rows, mask, blocks);
-    } else {
-      copy_whole<log_chunks<D>(2)>(lane, to, base, pool, rows, mask, blocks);
+    const int dim = values ? int(p.value_dim) : int(p.head_dim);
+    if constexpr (kRows == kDenseRows)
+      if (!holds_codes(s)) return copy_dense(rows, to, values ? shared.values[rows.segment] : shared.keys[rows.segment], pool, s, dim);
+    if constexpr (kRows >= 32) {
+      const char* block = page.at(pool.row_stride);
+      const int bits = bits_of(codec);
+      if (rows.valid < kRows || dim != D)
+        copy_part(mine, to, block, pool.row_stride, rows.valid, log_chunks<D>(bits), (dim * bits / 8 + 15) / 16);
+      else if (bits == 4) copy_whole<log_chunks<D>(4)>(mine, to, block, pool.row_stride);
+      else if (bits == 8) copy_whole<log_chunks<D>(8)>(mine, to, block, pool.row_stride);
+      else copy_whole<log_chunks<D>(2)>(mine, to, block, pool.row_stride);
     }
   }
 
-  __device__ __forceinline__ void copy_tile_positions(const TileRows& rows, const KvlarSegment& s, ptx::smem to) const {
-    if (!s.rows.positions) return;
-    if (s.tile_rows == 64) Base::template copy_positions<64>(rows, to + s.stage_positions);
-    else if (s.tile_rows == 32) Base::template copy_positions<32>(rows, to + s.stage_positions);
-    else Base::template copy_positions<16>(rows, to + s.stage_positions);
+  __device__ __forceinline__ void copy_dense(const Rows& rows, ptx::smem to, const char* base, const KvlarPool& pool, const KvlarSegment& s, int dim) const {
+    const int mask = (1 << s.rows.page_rows_log2) - 1;
+    attend::TileRows all{rows};
+    all.page0 = __shfl_sync(0xffffffffu, rows.page, 0);
+    all.page1 = __shfl_sync(0xffffffffu, rows.page, 16);
+    if (rows.valid == kDenseRows && dim == D)
+      attend::copy_rows<D / 8, kDenseRows, attend::DenseLayout<D>, false>(lane, to, base, pool, all, mask, dim / 8);
+    else
+      attend::copy_rows<D / 8, kDenseRows, attend::DenseLayout<D>, true>(lane, to, base, pool, all, mask, dim / 8);
+  }
+
+  template <int kLanes>
+  __device__ __forceinline__ void copy_positions(BlockLane<kLanes> mine, const Rows& rows, const KvlarSegment& s, ptx::smem to) const {
+    const KvlarRows& r = s.rows;
+    if (!r.positions) return;
+    const attend::Unit& u = shared.unit;
+    const int32_t* base = r.positions + u.seq * r.position_seq_stride + u.head * r.position_head_stride;
+    const BlockPage page(reinterpret_cast<const char*>(base), int64_t(4) << r.page_rows_log2, rows, mine.first, int(r.page_rows_log2));
+    copy_words(mine, to + s.stage_positions, page.at(4), 4, rows.valid);
   }
 
   // ---- rows that are stored as they are
 
-  __device__ __forceinline__ void consume_dense(const unsigned char* tile, const KvlarSegment& segment, const TileRows& rows) {
+  __device__ __forceinline__ void consume_dense(const unsigned char* tile, const KvlarSegment& segment, const TilePlace& rows) {
     if (p.q_dtype == KVLAR_DTYPE_F16) consume_dense_as<__half>(tile, segment, rows); else consume_dense_as<__nv_bfloat16>(tile, segment, rows);
   }
 
-  template <class T> __device__ __forceinline__ void consume_dense_as(const unsigned char* tile, const KvlarSegment& segment, const TileRows& rows) {
+  template <class T> __device__ __forceinline__ void consume_dense_as(const unsigned char* tile, const KvlarSegment& segment, const TilePlace& rows) {
     const ptx::smem tile_s = ptx::to_smem(tile);
     float s[kDenseBlocks][NT][4] = {};
     const uint16_t* query[NT];  // loaded anew each time: few tiles are stored as they are, and registers are scarce
@@ -108,7 +123,7 @@ template <int D, int NT> struct WarpRows : attend::Columns<NT> {
 
   // Hides rows from the columns that must not see them, of the blocks from row `row` of the tile on.
   template <int kBlocks>
-  __device__ __forceinline__ void hide(float (&s)[kBlocks][NT][4], const unsigned char* positions, const KvlarSegment& segment, const TileRows& rows,
+  __device__ __forceinline__ void hide(float (&s)[kBlocks][NT][4], const unsigned char* positions, const KvlarSegment& segment, const TilePlace& rows,
                                        int row, int first) const {
     const bool stored = segment.rows.positions != nullptr;
 #pragma unroll

@@ -29,12 +29,14 @@ template <int D, int NT> struct ValueSums {
     for (int n = 0; n < NT; ++n) Half16<__half>::mma(o[n], a, weights[n]);
   }
 
-  // The words of kWide codes of lane g in row r, from dimension 8 kWide j + kWide g on.
-  template <int kBits> __device__ static void load(uint32_t (&words)[kWide * kBits / 32 ? kWide * kBits / 32 : 1], const unsigned char* values,
-                                                   int r, int j, int g) {
-    constexpr int kBytes = kWide * kBits / 8;
-    const int byte = kBytes * (8 * j + g);
-    const unsigned char* from = values + chunk_at(log_chunks<D>(kBits), r, byte / 16) + byte % 16;
+  // The words of kWide codes of lane (g, c) in row 2c + odd of the `eighth`-th 8 rows, from dimension 8 kWide j + kWide g on.
+  // What depends on the lane is the same in every tile; the rest is an immediate.
+  template <int kBits> __device__ static void load(uint32_t (&words)[kWide * kBits / 32 ? kWide * kBits / 32 : 1], const unsigned char* rows,
+                                                   int eighth, int odd, int j) {
+    constexpr int kBytes = kWide * kBits / 8, kLog = log_chunks<D>(kBits);
+    const Lane at;
+    const int byte = kBytes * (8 * j + at.g);
+    const unsigned char* from = rows + chunk_at(kLog, 2 * at.c + odd, byte / 16) + byte % 16 + eighth * kRepeat * (16 << kLog);
     if constexpr (kBytes == 16) {
       const uint4 x = *reinterpret_cast<const uint4*>(from);
       words[0] = x.x; words[1] = x.y; words[2] = x.z; words[3] = x.w;
@@ -51,14 +53,14 @@ template <int D, int NT> struct ValueSums {
   // Calls `each(j, b, x)` with the words of rows 2c, 2c + 1, 2c + 8, 2c + 9 of each block of 16 rows.
   template <int kBits, class Each> __device__ static void rows(const unsigned char* values, int row, Each each) {
     constexpr int kWords = kWide * kBits / 32 ? kWide * kBits / 32 : 1;
-    const Lane at;
+    const unsigned char* from = values + row * (D * kBits / 8);
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll
       for (int j = 0; j < kBlocksOfDims; ++j) {
         uint32_t x[4][kWords];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) load<kBits>(x[r], values, row + 16 * b + 2 * at.c + (r & 1) + (r >> 1) * 8, j, at.g);
+        for (int r = 0; r < 4; ++r) load<kBits>(x[r], from, 2 * b + r / 2, r % 2, j);
         each(j, b, x);
         if constexpr (D == 256) __syncwarp();  // keeps the next loads behind: registers are scarce
       }

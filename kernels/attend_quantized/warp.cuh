@@ -28,8 +28,6 @@
 
 namespace kvlar::attend_quantized {
 
-using attend::TileRows;
-
 // kKeys, kValues: codecs that the template says instead of the parameters, for the ledger, which counts a pair's instructions;
 // then there are no other rows.
 template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized : WarpRows<D, NT> {
@@ -62,30 +60,30 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
     }
   }
 
-  __device__ __forceinline__ void issue(const TileRows& rows, int stage) const {
+  __device__ __forceinline__ void issue(const LaneRows& rows, int stage) const {
     const KvlarSegment& s = p.segments[rows.segment];
     const ptx::smem to = ptx::to_smem(ring + stage * p.stage_bytes);
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side) {
-      Base::copy_side(rows, s, side == 1, side ? to + s.stage_values : to);
-      copy_params(rows, s, side == 1, to + (side ? s.stage_value_params : s.stage_key_params));
-    }
-    Base::copy_tile_positions(rows, s, to);
+    with_lane(lane, s.tile_rows, [&](auto mine) {
+      copy_side(mine, rows, s, false, to, to + s.stage_key_params);
+      copy_side(mine, rows, s, true, to + s.stage_values, to + s.stage_value_params);
+      Base::copy_positions(mine, rows, s, to);
+    });
   }
 
-  __device__ __forceinline__ void copy_params(const TileRows& rows, const KvlarSegment& s, bool values, ptx::smem to) const {
+  template <int kLanes>
+  __device__ __forceinline__ void copy_side(BlockLane<kLanes> mine, const LaneRows& rows, const KvlarSegment& s, bool values, ptx::smem codes,
+                                            ptx::smem params) const {
+    const BlockPage page = Base::page_at(mine, rows, s, values);
+    const uint32_t codec = values ? value_codec() : key_codec();
+    Base::copy_side(mine, rows, s, values, codec, page, codes);
+    if (codec == KVLAR_CODEC_FP8 || (kKeys < 0 && !Base::holds_codes(s))) return;
     const KvlarPool& pool = values ? s.values : s.keys;
-    const uint32_t codec = values ? s.value_format.codec : s.key_format.codec;
-    if (codec != KVLAR_CODEC_INT4 && codec != KVLAR_CODEC_INT8 && codec != KVLAR_CODEC_INT2) return;
-    const char* from = (values ? shared.values[rows.segment] : shared.keys[rows.segment]) + pool.params_offset;
-    const int mask = (1 << s.rows.page_rows_log2) - 1;
-    if (s.tile_rows == 64) attend::copy_words<64>(lane, to, from, pool.page_stride, pool.params_stride, rows, mask);
-    else attend::copy_words<32>(lane, to, from, pool.page_stride, pool.params_stride, rows, mask);
+    copy_words(mine, params, page.at(pool.params_stride, pool.params_offset), pool.params_stride, rows.valid);
   }
 
   // ---- one tile
 
-  __device__ __forceinline__ void consume(const TileRows& rows, int stage) {
+  __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
     const KvlarSegment& segment = p.segments[rows.segment];
     const unsigned char* tile = ring + stage * p.stage_bytes;
     if (kKeys < 0 && !Base::holds_codes(segment)) {
@@ -99,12 +97,12 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
   }
 
   // 32 rows from `row` of the tile on.
-  __device__ __forceinline__ void consume_codes(const unsigned char* tile, const KvlarSegment& segment, const TileRows& rows, int row) {
+  __device__ __forceinline__ void consume_codes(const unsigned char* tile, const KvlarSegment& segment, const TilePlace& rows, int row) {
     float s[2][NT][4];
     score(s, tile, segment, row);
     attend::soft_cap_logits(s, p);
     const int first = shared.unit.first_row[rows.segment] + rows.row;
-    TileRows part = rows;
+    TilePlace part = rows;
     part.valid = rows.valid - row;
     const bool whole = Base::all_visible(part, first + row, 32);
     if (!whole) Base::hide(s, tile + segment.stage_positions, segment, rows, row, first);

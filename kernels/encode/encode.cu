@@ -65,6 +65,8 @@ extern "C" __global__ void __launch_bounds__(128) kvlar_decode(const __grid_cons
     const int page = checked_page(p.rows, p.pool.page_count, at.seq, at.head, at.row, p.status);
     const int in_page = at.row & ((1 << p.rows.page_rows_log2) - 1);
     if (page >= 0) load_row(x, place_row(p.pool, p.format, at.seq, at.head, page, in_page), p.format, at.head, int(p.dim), lane);
+  } else if (p.held_only) {
+    return;
   }
   if (kLaneDims * lane >= int(p.dim)) return;
   const int64_t first = at.seq * p.x_seq_stride + at.head * p.x_head_stride + at.row * p.x_row_stride + kLaneDims * lane;

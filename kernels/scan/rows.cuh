@@ -17,6 +17,9 @@
 namespace kvlar::scan {
 
 struct WarpRows : attend::Columns<1> {
+  using Rows = attend_quantized::LaneRows;
+  using BlockPage = attend_quantized::BlockPage;
+  using Mine = attend_quantized::BlockLane<16>;  // of 32 rows
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 32;
 
   const KvlarScan& scan;
@@ -48,16 +51,16 @@ struct WarpRows : attend::Columns<1> {
     for (int h = 0; h < kColumns; ++h) sums[h] = LogSum::empty();
   }
 
-  __device__ __forceinline__ void place_tile(int tile, TileRows& rows) const {
-    place(tile, rows, [](int) { return int(kRows); });
+  __device__ __forceinline__ void place_tile(attend::SegmentCursor& cursor, int tile, TilePlace& rows) const {
+    place(cursor, tile, rows, [](int) { return int(kRows); });
   }
-  __device__ __forceinline__ void find(int tile, TileRows& rows) const {
-    place_tile(tile, rows);
-    find_pages<2>(rows);
+  __device__ __forceinline__ void find(attend::SegmentCursor& cursor, int tile, Rows& rows) const {
+    place_tile(cursor, tile, rows);
+    find_page(rows, Mine(lane).first);
   }
 
   // Logits of the lane's row.
-  __device__ __forceinline__ void put(const float (&x)[kColumns], const TileRows& rows) {
+  __device__ __forceinline__ void put(const float (&x)[kColumns], const TilePlace& rows) {
     const bool exists = lane < rows.valid, mean = scan.method == KVLAR_SCORE_MEAN_LOGIT;
     const float weight = 1.f / float(p.group);
     float score = mean ? 0.f : __uint_as_float(0x7fc00000u);  // NaN is the least
@@ -107,13 +110,15 @@ struct WarpTables : WarpRows {
     return false;
   }
 
-  __device__ __forceinline__ void issue(const TileRows& rows, int stage) const {
+  __device__ __forceinline__ void issue(const Rows& rows, int stage) const {
+    const KvlarPool& pool = segment.keys;
     const int chunks = pq_row_bytes(int(p.head_dim) / int(segment.key_format.group)) / 16;
-    attend_quantized::copy_part(lane, ptx::to_smem(ring + stage * p.stage_bytes), shared.keys[0], segment.keys, rows,
-                                (1 << segment.rows.page_rows_log2) - 1, kRows / 16, int(scan.code_log), chunks);
+    const Mine mine(lane);
+    const BlockPage page(shared.keys[0], pool.page_stride, rows, mine.first, int(segment.rows.page_rows_log2));
+    copy_part(mine, ptx::to_smem(ring + stage * p.stage_bytes), page.at(pool.row_stride), pool.row_stride, rows.valid, int(scan.code_log), chunks);
   }
 
-  __device__ __forceinline__ void consume(const TileRows& rows, int stage) {
+  __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
     const unsigned char* tile = ring + stage * p.stage_bytes;
     float x[kColumns] = {};
     switch (scan.table_heads) {
@@ -163,16 +168,16 @@ struct WarpDecoded : WarpRows {
 
   __device__ void prepare() const { load_queries(false); }
   __device__ bool stage(bool) const { return false; }
-  __device__ __forceinline__ void issue(const TileRows&, int) const {}
+  __device__ __forceinline__ void issue(const Rows&, int) const {}
 
-  __device__ __forceinline__ void consume(const TileRows& tile, int) {
-    TileRows rows = tile;
-    find_pages<2>(rows);  // nothing was copied: rows are read where they are
+  __device__ __forceinline__ void consume(const TilePlace& tile, int) {
+    Rows rows{tile};
+    find_page(rows, Mine(lane).first);  // nothing was copied: rows are read where they are
     float x[kColumns] = {};
 #pragma unroll 1
     for (int r = 0; r < rows.valid; ++r) {
-      const int in_page = (rows.row + r) & ((1 << segment.rows.page_rows_log2) - 1);
-      const RowPlace place = place_row(segment.keys, segment.key_format, shared.unit.seq, shared.unit.head, rows.page(r / 16), in_page);
+      const int page = __shfl_sync(0xffffffffu, rows.page, 16 * (r / 16)), in_page = (rows.row + r) & ((1 << segment.rows.page_rows_log2) - 1);
+      const RowPlace place = place_row(segment.keys, segment.key_format, shared.unit.seq, shared.unit.head, page, in_page);
       float key[kLaneDims];
       load_row(key, place, segment.key_format, shared.unit.head, int(p.head_dim), lane);
 #pragma unroll

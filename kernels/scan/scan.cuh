@@ -25,7 +25,7 @@
 
 namespace kvlar::scan {
 
-using attend::TileRows;
+using attend::TilePlace;
 
 struct SharedScan {  // what all warps of a CTA know
   attend::SharedUnit unit;
@@ -77,6 +77,7 @@ template <class Warp> struct Cta {
       load_unit(p, index, unit);
       const KvlarPool& k = p.segments[0].keys;
       shared.unit.keys[0] = static_cast<const char*>(k.data) + unit.seq * k.seq_stride + unit.head * k.head_stride;
+      shared.unit.tables[0] = attend::table_of(p.segments[0].rows, unit.seq, unit.head);
     }
   }
 

@@ -16,6 +16,7 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
   using Base::at, Base::lane, Base::p, Base::kColumns;
   using Keys = attend_quantized::KeyScores<D, NT>;
   using Layout = attend::DenseLayout<D>;
+  using Rows = attend_quantized::LaneRows;
   static constexpr int kWarps = attend::warps_of(D), kThreads = 32 * kWarps, kSteps = D / 16, kDenseRows = 32;
 
   const KvlarScan& scan;
@@ -62,45 +63,55 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
 
   // ---- rows
 
-  __device__ __forceinline__ void place_tile(int tile, TileRows& rows) const {
-    Base::place(tile, rows, [this](int) { return int(segment.tile_rows); });
+  __device__ __forceinline__ void place_tile(attend::SegmentCursor& cursor, int tile, TilePlace& rows) const {
+    Base::place(cursor, tile, rows, [this](int) { return int(segment.tile_rows); });
   }
-  __device__ __forceinline__ void find(int tile, TileRows& rows) const {
-    place_tile(tile, rows);
-    Base::template find_pages<4>(rows);
+  __device__ __forceinline__ void find(attend::SegmentCursor& cursor, int tile, Rows& rows) const {
+    place_tile(cursor, tile, rows);
+    Base::find_page(rows, lane * int(segment.tile_rows) / 32 & ~15);
   }
 
-  __device__ __forceinline__ void issue(const TileRows& rows, int stage) const {
+  __device__ __forceinline__ void issue(const Rows& rows, int stage) const {
+    const ptx::smem to = ptx::to_smem(ring + stage * p.stage_bytes);
+    if (segment.tile_rows == 64) issue_as(attend_quantized::BlockLane<8>(lane), rows, to);
+    else issue_as(attend_quantized::BlockLane<16>(lane), rows, to);
+  }
+
+  template <int kLanes> __device__ __forceinline__ void issue_as(attend_quantized::BlockLane<kLanes> mine, const Rows& rows, ptx::smem to) const {
     using namespace attend_quantized;
     const KvlarPool& pool = segment.keys;
     const char* base = Base::shared.keys[0];
-    const ptx::smem to = ptx::to_smem(ring + stage * p.stage_bytes);
-    const int mask = (1 << segment.rows.page_rows_log2) - 1, blocks = int(segment.tile_rows) / 16, dim = int(p.head_dim);
-    if (is_dense()) {
-      if (rows.valid == kDenseRows && dim == D)
-        attend::copy_rows<D / 8, kDenseRows, Layout, false>(lane, to, base, pool, rows, mask, dim / 8);
-      else
-        attend::copy_rows<D / 8, kDenseRows, Layout, true>(lane, to, base, pool, rows, mask, dim / 8);
-      return;
-    }
+    constexpr int kRows = 16 * (32 / kLanes);
+    const int mask = (1 << segment.rows.page_rows_log2) - 1, dim = int(p.head_dim);
+    if constexpr (kRows == kDenseRows)
+      if (is_dense()) {
+        attend::TileRows all{rows};
+        all.page0 = __shfl_sync(0xffffffffu, rows.page, 0);
+        all.page1 = __shfl_sync(0xffffffffu, rows.page, 16);
+        if (rows.valid == kDenseRows && dim == D)
+          attend::copy_rows<D / 8, kDenseRows, Layout, false>(lane, to, base, pool, all, mask, dim / 8);
+        else
+          attend::copy_rows<D / 8, kDenseRows, Layout, true>(lane, to, base, pool, all, mask, dim / 8);
+        return;
+      }
+    const BlockPage page(base, pool.page_stride, rows, mine.first, int(segment.rows.page_rows_log2));
+    const char* block = page.at(pool.row_stride);
     if (is_pq()) {
-      copy_part(lane, to, base, pool, rows, mask, blocks, int(scan.code_log), pq_row_bytes(dim / int(segment.key_format.group)) / 16);
+      copy_part(mine, to, block, pool.row_stride, rows.valid, int(scan.code_log), pq_row_bytes(dim / int(segment.key_format.group)) / 16);
       return;
     }
     const int bits = p.key_codec == KVLAR_CODEC_INT4 ? 4 : p.key_codec == KVLAR_CODEC_INT2 ? 2 : 8;
-    if (rows.valid < 16 * blocks || dim != D) copy_part(lane, to, base, pool, rows, mask, blocks, log_chunks<D>(bits), (dim * bits / 8 + 15) / 16);
-    else if (bits == 4) copy_whole<log_chunks<D>(4)>(lane, to, base, pool, rows, mask, blocks);
-    else if (bits == 8) copy_whole<log_chunks<D>(8)>(lane, to, base, pool, rows, mask, blocks);
-    else copy_whole<log_chunks<D>(2)>(lane, to, base, pool, rows, mask, blocks);
+    if (rows.valid < kRows || dim != D) copy_part(mine, to, block, pool.row_stride, rows.valid, log_chunks<D>(bits), (dim * bits / 8 + 15) / 16);
+    else if (bits == 4) copy_whole<log_chunks<D>(4)>(mine, to, block, pool.row_stride);
+    else if (bits == 8) copy_whole<log_chunks<D>(8)>(mine, to, block, pool.row_stride);
+    else copy_whole<log_chunks<D>(2)>(mine, to, block, pool.row_stride);
     if (p.key_codec == KVLAR_CODEC_FP8) return;
-    const ptx::smem params = to + segment.stage_key_params;
-    if (blocks == 4) attend::copy_words<64>(lane, params, base + pool.params_offset, pool.page_stride, pool.params_stride, rows, mask);
-    else attend::copy_words<32>(lane, params, base + pool.params_offset, pool.page_stride, pool.params_stride, rows, mask);
+    copy_words(mine, to + segment.stage_key_params, page.at(pool.params_stride, pool.params_offset), pool.params_stride, rows.valid);
   }
 
   // ---- one tile
 
-  __device__ __forceinline__ void consume(const TileRows& rows, int stage) {
+  __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
     const unsigned char* tile = ring + stage * p.stage_bytes;
 #pragma unroll 1
     for (int row = 0; row < rows.valid; row += 32) {

@@ -97,8 +97,21 @@ const BUGS: &[Bug] = &[
     bug(
         "chunks laid out for other rows",
         "attend_quantized/copy.cuh",
-        "tile + uint32_t(chunk_at(log, r, c))",
-        "tile + uint32_t(16 * ((r << log) + c))",
+        "tile + uint32_t(chunk_at(log, at.first + r, c))",
+        "tile + uint32_t(16 * (((at.first + r) << log) + c))",
+    ),
+    bug("chunks of later rows not permuted", "attend_quantized/copy.cuh", "(to ^ (on & 127))", "(to + (on & 127))"),
+    bug(
+        "a block's page taken for the next one's",
+        "attend_quantized/rows.cuh",
+        "int(p.segments[rows.segment].tile_rows) / 32 & ~15",
+        "16 / 32 & ~15",
+    ),
+    bug(
+        "rows of a tile's other half",
+        "attend_quantized/keys.cuh",
+        "eighth * kRepeat * (16 << kLog)",
+        "(eighth ^ 1) * kRepeat * (16 << kLog)",
     ),
     bug(
         "scale rounded after the codes",

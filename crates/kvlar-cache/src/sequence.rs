@@ -145,9 +145,10 @@ impl Held {
 
     /// What a step from `rows` to `total` rows does, `committed` of which stay.
     fn growth(&self, exact: &ExactShape, page_rows: usize, (rows, total): (usize, usize), committed: usize) -> [Growth; 3] {
-        // Rows that leave the view are written where all rows are, beside those that come.
-        let leave_from = if exact.encodes() { self.exact_from(exact, rows) } else { rows };
         let view = exact.start(total).max(self.leaving(exact, total, committed).0).min(total);
+        // Rows that leave the view are written where all rows are, beside those that come.
+        let viewed = self.exact_from(exact, rows);
+        let leave_from = if exact.encodes() && view > viewed { viewed } else { rows };
         Kind::ALL.map(|kind| {
             let list = self.list(kind);
             let held = list.pages.len();

@@ -240,8 +240,8 @@ impl Cache {
         let decode = batch.rows.of(layer).and_then(|p| p.decode.as_deref());
         if let (Some([keys, values]), Some([k, v])) = (decode, &mut batch.decoded) {
             let pools = rows.pools();
-            keys.decode_as(stream, &held, &pools.0, shared.keys, config.dtype, &mut k.view_mut())?;
-            values.decode_as(stream, &held, &pools.1, shared.values, config.dtype, &mut v.view_mut())?;
+            keys.decode_held(stream, &held, &pools.0, shared.keys, config.dtype, &mut k.view_mut())?;
+            values.decode_held(stream, &held, &pools.1, shared.values, config.dtype, &mut v.view_mut())?;
         }
         let body = match (decode, &batch.decoded) {
             (Some(_), Some([k, v])) => {

@@ -145,6 +145,7 @@ proptest! {
         recent in 0..40usize,
         rollback in prop_oneof![Just(0), 0..40usize],
         kind in 0..4usize,
+        groups in prop_oneof![Just(1), Just(4)],
     ) {
         let channels = |group| Format { group: Some(group), ..Codec::Int4Channel.into() };
         let (formats, group) = match kind {
@@ -155,7 +156,7 @@ proptest! {
         };
         // Without exact rows, rows whose scales are their own are encoded at once: another test's.
         let recent = if kind == 0 && sinks == 0 { recent + 1 } else { recent };
-        play(Lab::encoded(&Device::reference(), 12, Tolerance::merge(), (sinks, recent, rollback), formats, group), &ops);
+        play(Lab::encoded(&Device::reference(), 12, Tolerance::merge(), (sinks, recent, rollback), formats, (group, groups)), &ops);
     }
     #[test]
     fn any_history_of_int8_rows_agrees_with_the_model(ops in ops()) {

@@ -181,7 +181,7 @@ fn formats_without_attention_are_decoded_first() {
                 .unwrap_or_else(|e| panic!("{keys:?} {values:?} layer {layer}: {e}"));
         }
         // Beside exact rows, against the model.
-        let mut lab = Lab::encoded(&simt, 12, tolerance, (3, 5, 0), [keys, values], 16);
+        let mut lab = Lab::encoded(&simt, 12, tolerance, (3, 5, 0), [keys, values], (16, 1));
         let (a, b) = (lab.create(), lab.create());
         for new in [[(a, 30), (b, 3)], [(a, 1), (b, 1)], [(a, 4), (b, 40)]] {
             lab.extend(&new).unwrap();

@@ -198,6 +198,25 @@ fn a_cancelled_step_that_copied_pages_changes_nothing() {
     }
 }
 
+/// A page of several owners is never written, not even with what the others would write there: rows that leave the exact ones
+/// beside earlier groups of a shared page are encoded into a copy.
+#[test]
+fn rows_are_encoded_into_pages_of_their_own() {
+    let formats = [Codec::Int4.into(), Codec::Int8.into()];
+    let mut lab = Lab::encoded(&Device::reference(), 12, Tolerance::merge(), (0, 24, 8), formats, (16, 4));
+    let a = lab.create();
+    lab.extend(&[(a, 64)]).unwrap(); // rows 0 to 31 are codes, in a page for 64
+    let b = lab.cache.fork(a).unwrap();
+    lab.forked(a, b);
+    let shared = |lab: &Lab| lab.cache.usage().shared;
+    assert_eq!(shared(&lab), 1);
+    lab.extend(&[(a, 1)]).unwrap();
+    assert_eq!(shared(&lab), 1, "nothing was encoded yet");
+    lab.extend(&[(a, 7)]).unwrap(); // rows 32 to 47 become codes
+    assert_eq!(shared(&lab), 0);
+    lab.extend(&[(b, 24), (a, 16)]).unwrap();
+}
+
 /// Pages of exact rows are enough for as many sequences as the configuration says, whatever those do.
 #[test]
 fn two_sequences_that_share_pages_have_room() {

@@ -68,7 +68,7 @@ impl TranscodePlan {
         scales: Option<View<'_>>,
     ) -> Result<()> {
         within("x", &x, self.elements() * self.shape.dtype.bytes(), 16)?;
-        self.launch(stream, self.encoder()?, (x.address(), self.shape.dtype), rows, pool, scales)
+        self.launch(stream, self.encoder()?, (x.address(), self.shape.dtype), rows, pool, scales, false)
     }
 
     /// Decodes rows 0.. of each (sequence, head) into `out [B, H, rows, dim]` f32; 0 beyond a length.
@@ -100,7 +100,25 @@ impl TranscodePlan {
         out: &mut ViewMut<'_>,
     ) -> Result<()> {
         within("out", out, self.elements() * dtype.bytes(), 16)?;
-        self.launch(stream, self.a_row_a_warp("kvlar_decode"), (out.address(), dtype), rows, pool, scales)
+        self.launch(stream, self.a_row_a_warp("kvlar_decode"), (out.address(), dtype), rows, pool, scales, false)
+    }
+
+    /// Likewise, but leaves rows of `out` beyond a length as they are: what a capacity of many rows costs is not written
+    /// where few are held.
+    ///
+    /// # Errors
+    /// As for [`TranscodePlan::decode`].
+    pub fn decode_held(
+        &self,
+        stream: &Stream,
+        rows: &Rows<'_>,
+        pool: &Pool<View<'_>>,
+        scales: Option<View<'_>>,
+        dtype: Dtype,
+        out: &mut ViewMut<'_>,
+    ) -> Result<()> {
+        within("out", out, self.elements() * dtype.bytes(), 16)?;
+        self.launch(stream, self.a_row_a_warp("kvlar_decode"), (out.address(), dtype), rows, pool, scales, true)
     }
 
     fn a_row_a_warp(&self, entry: &'static str) -> Launch {
@@ -138,6 +156,7 @@ impl TranscodePlan {
         rows: &Rows<'_>,
         pool: &Pool<M>,
         scales: Option<View<'_>>,
+        held_only: bool,
     ) -> Result<()> {
         let s = &self.shape;
         if rows.max_rows < s.rows {
@@ -161,7 +180,7 @@ impl TranscodePlan {
             row_count: s.rows as u32,
             dim: s.dim as u32,
             dtype: dtype.abi(),
-            reserved: 0,
+            held_only: held_only.into(),
         };
         // SAFETY: every address was checked against the shape.
         unsafe { self.launch_raw(stream, launch, &params) }

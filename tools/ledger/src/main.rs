@@ -7,6 +7,7 @@
 //!
 //! * `kvlar-ledger`: compile, compare, exit with 1 if anything differs or may not be.
 //! * `kvlar-ledger --write`: compile and write the file.
+//! * `kvlar-ledger --pairs`: count the instructions of pairs of quantized formats (`pairs.rs`).
 //! * `kvlar-ledger --path kvlar_attend_bf16_d128_n8 --archs 90a`: print the instructions that were counted.
 //!
 //! Needs `tools/cuda-toolchain` or a CUDA toolkit. What was compiled is kept in `target/ledger`.
@@ -41,9 +42,9 @@ struct Args {
     #[arg(short, long)]
     jobs: Option<usize>,
     /// Count the instructions of pairs of quantized formats anew, write `kernels/ledger/pairs.json`, and nothing else.
-    #[arg(long, conflicts_with_all = ["write", "path"])]
+    #[arg(long, conflicts_with = "write")]
     pairs: bool,
-    /// Print the fast paths of an attend kernel, and nothing else.
+    /// Print the fast paths of an attend kernel, or with --pairs that of a pair such as `int4, int4`, and nothing else.
     #[arg(long, value_name = "ENTRY", conflicts_with = "write")]
     path: Option<String>,
 }
@@ -75,7 +76,15 @@ fn run(args: &Args) -> Result<bool, String> {
     let jobs = args.jobs.or_else(|| thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
 
     if args.pairs {
-        let pairs = pairs::measure(&tools, &build, &kernels, &cache)?;
+        let show = |formats: &str, path: &[&sass::Instruction]| {
+            if args.path.as_deref() == Some(formats) {
+                path.iter().for_each(|i| println!("{:#06x} {} {}", i.address, i.opcode, i.operands));
+            }
+        };
+        let pairs = pairs::measure(&tools, &build, &kernels, &cache, show)?;
+        if args.path.is_some() {
+            return Ok(true);
+        }
         let text = serde_json::to_string_pretty(&pairs).map_err(|e| e.to_string())? + "\n";
         fs::write(kernels.join("ledger/pairs.json"), text).map_err(|e| format!("kernels/ledger/pairs.json: {e}"))?;
         print_pairs(&pairs);

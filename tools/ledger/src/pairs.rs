@@ -9,7 +9,7 @@
 use crate::compile::{BuildFlags, Toolchain, digest};
 use crate::model::{ISSUE_RATE, MODELLED, READ_RATE};
 use crate::path::{Graph, Work};
-use crate::sass;
+use crate::sass::{self, Instruction};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
@@ -110,7 +110,7 @@ fn work(keys: Side, values: Side) -> Work {
         mma: rows / 32 * (4 * steps + beside),
         row_copies: copies(keys) + copies(values),
         word_copies: words(values) + if is_channel_wise(keys) { 0 } else { words(keys) },
-        lookups: rows / 16,
+        lookups: 1,
     }
 }
 
@@ -137,11 +137,17 @@ fn digest_of(kernels: &Path, build: &BuildFlags) -> String {
     digest(kernels, &SOURCES, &format!("{}{:?}", source(), build.flags))
 }
 
-/// Compiles the pairs and counts.
+/// Compiles the pairs and counts; shows `each` pair's formats and the instructions counted.
 ///
 /// # Errors
 /// What does not compile, spills, or has no path that does a tile's work.
-pub fn measure(tools: &Toolchain, build: &BuildFlags, kernels: &Path, cache: &Path) -> Result<Pairs, String> {
+pub fn measure(
+    tools: &Toolchain,
+    build: &BuildFlags,
+    kernels: &Path,
+    cache: &Path,
+    each: impl Fn(&str, &[&Instruction]),
+) -> Result<Pairs, String> {
     fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
     let (text, cubin) = (cache.join("pairs.cu"), cache.join("pairs.cubin"));
     fs::write(&text, source()).map_err(|e| format!("{}: {e}", text.display()))?;
@@ -162,8 +168,11 @@ pub fn measure(tools: &Toolchain, build: &BuildFlags, kernels: &Path, cache: &Pa
         }
         let graph = Graph::new(body).map_err(|e| format!("{formats}: {e}"))?;
         let need = work(keys, values);
-        let paths = graph.tile_loops().into_iter().filter_map(|l| Some(graph.fast_path(&l, need)?.len() as u32));
-        let tile = paths.min().ok_or_else(|| format!("{formats}: no loop has a path that does {need:?}"))?;
+        let loops = graph.tile_loops();
+        let path = loops.iter().filter_map(|l| graph.fast_path(l, need)).min_by_key(Vec::len);
+        let path = path.ok_or_else(|| format!("{formats}: no loop has a path that does {need:?}"))?;
+        each(&formats, &path);
+        let tile = path.len() as u32;
         let (rows, all) = (tile_rows(keys, values), f64::from(128 * 1024 * 8));
         let row_bytes = DIM * (keys.bits + values.bits) / 8 + keys.params + values.params;
         let round = |x: f64, digits: i32| (x * 10f64.powi(digits)).round() / 10f64.powi(digits);

@@ -165,14 +165,14 @@ impl Lab {
         Self { factor, exact, ..Self::of(stream, cache, Codec::F16, tolerance) }
     }
 
-    /// Rows that are encoded `group` at a time, once they do not stay exact any more.
+    /// Rows that are encoded `group` at a time, once they do not stay exact any more, in pages of `groups` groups.
     pub fn encoded(
         device: &Device,
         pages: usize,
         tolerance: Tolerance,
         exact: Exact,
         formats: [Format; 2],
-        group: usize,
+        (group, groups): (usize, usize),
     ) -> Self {
         let config = CacheConfig {
             keys: formats[0],
@@ -180,7 +180,7 @@ impl Lab {
             sink_rows: exact.0,
             recent_rows: exact.1,
             rollback_rows: exact.2,
-            page_rows: group.next_power_of_two(),
+            page_rows: (group * groups).next_power_of_two(),
             ..config(Codec::F16, pages)
         };
         let (stream, cache) = (device.stream().unwrap(), Cache::new(device, config).unwrap());

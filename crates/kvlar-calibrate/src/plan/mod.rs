@@ -294,13 +294,15 @@ impl Plan {
     }
 
     /// Bytes kept of the 16-bit cache's for a context of `tokens`: exact sink and recent rows, bases and codebooks counted.
-    /// Recent rows are latents or codes too. Sequences share bases and codebooks; this is what one alone pays.
+    /// Recent rows are latents too, but not codes yet; what a cache keeps exact beyond them, less than a group, is not counted.
+    /// Sequences share bases and codebooks; this is what one alone pays.
     pub fn kept(&self, tokens: usize) -> f64 {
         let (sinks, dense) = (tokens.min(self.sink_rows), self.model.layer.dense_bytes());
         let exact = tokens.min(sinks + self.recent_rows);
         let of_layer = |(l, layer): (usize, &LayerPlan)| match (&layer.keys, &layer.values) {
             (Side::Dense, Side::Dense) => tokens * dense,
-            _ => (tokens - sinks) * self.layer_bytes_per_token(l) + exact * dense,
+            (Side::LowRank(_), _) | (_, Side::LowRank(_)) => (tokens - sinks) * self.layer_bytes_per_token(l) + exact * dense,
+            _ => (tokens - exact) * self.layer_bytes_per_token(l) + exact * dense,
         };
         let bytes = self.layers.iter().enumerate().map(of_layer).sum::<usize>() as f64;
         (bytes + self.fixed_bytes() as f64) / (self.dense_bytes_per_token() * tokens.max(1) as f64)

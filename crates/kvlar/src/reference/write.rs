@@ -171,7 +171,8 @@ pub unsafe fn decode(p: &abi::KvlarTranscode) -> Result<()> {
     for (seq, head) in pairs(p.seqs, p.heads) {
         let rows = HeadRows { rows: &p.rows, pool: &p.pool, seq, head, status: p.status };
         let length = unsafe { rows.length(p.row_count as usize) };
-        for row in 0..i64::from(p.row_count) {
+        let rows_written = if p.held_only != 0 { length.min(p.row_count as usize) as i64 } else { i64::from(p.row_count) };
+        for row in 0..rows_written {
             let mut x = vec![0f32; p.dim as usize];
             if (row as usize) < length
                 && let Some(place) = unsafe { rows.place(row as usize) }
