@@ -3,6 +3,7 @@ shapes of benches/attend_lowrank.rs."""
 
 import math
 
+from dense import first_sdpa
 from timing import DIM, KV_HEADS, Q_HEADS, buffer_sets
 
 SIZES = (1, 2, 4, 8)  # kv heads a group
@@ -88,17 +89,13 @@ def rotated_keys(torch, z, basis, cos, sin):
 def peers(torch, shape):
     """(name, launch, error) of each; where there is none, a reason in the place of launch."""
     try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+        sdpa = first_sdpa(torch)
     except ImportError as e:
         yield "rebuild-sdpa", f"this torch cannot choose backends ({e})", None
         return
-    # The first of these that takes the inputs, which flash attention does on a GPU.
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
     def attend(k, v):
-        k, v = (x.transpose(0, 1)[None] for x in (k, v))
-        with sdpa_kernel(backends):
-            return torch.nn.functional.scaled_dot_product_attention(shape.q, k, v, enable_gqa=True)
+        return sdpa(shape.q, *(x.transpose(0, 1)[None] for x in (k, v)))
 
     def eager(s):
         (zk, uk), (zv, uv) = shape.kv[s]

@@ -3,14 +3,31 @@
 import json
 import math
 import time
+from typing import Any, NamedTuple
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128  # of Llama-3.1-8B
 L2_TIMES = 4  # the buffers of a shape together, at least
 MIN_LAUNCHES = 20  # in a graph, so that the gap between replays does not count
 SAMPLES = 30
+SHAPE_SECONDS = 8.0  # after which the samples of a shape end, once there are these
+FEWEST_SAMPLES = 5
 SAMPLE_SECONDS = 0.01
 WARM_UP_SECONDS = 2.0
 TOLERANCE = 2e-2  # of bf16 operands, relative to the norm; a wrong kernel is near 1
+
+
+class Peer(NamedTuple):
+    name: str
+    launch: Any  # of the number of a buffer set; or the reason why there is none
+    error: Any  # of a launch's result, against fp64
+    tolerance: float = TOLERANCE
+
+
+def attention_error(out, q, k, v):
+    """Of some query heads of one kv head: out and q are [heads, d], k and v [rows, d]; against fp64."""
+    out, q, k, v = (x.double() for x in (out, q, k, v))
+    reference = (q @ k.T / math.sqrt(DIM)).softmax(-1) @ v
+    return ((out - reference).norm() / reference.norm()).item()
 
 
 def first_line(e):
@@ -149,14 +166,15 @@ def copy_ceiling(torch, clock):
 def ready(torch, clock, log, shape, peers):
     """Launches of the peers that run and are right, as (name, launches, error, replays a sample)."""
     cuda = clock.cuda
-    for name, launch, error in peers:
+    for peer in peers:
+        name, launch, error, tolerance = Peer(*peer)
         full = f"{name}/{shape.name}"
         if isinstance(launch, str):
             log.skip(full, launch)
             continue
         try:
             wrong = error(launch(0))
-            if not wrong < TOLERANCE:
+            if not wrong < tolerance:
                 log.skip(full, f"wrong result: relative error {wrong:.1e}")
                 continue
             launches = Launches(torch, cuda, shape.sets, launch)
@@ -170,14 +188,17 @@ def ready(torch, clock, log, shape, peers):
 
 
 def run_shape(torch, clock, log, shape, sources, plans=()):
-    """Samples all peers of a shape in turn. `sources` yield (name, launch, error of a result against fp64), or a reason in
-    the place of launch; `plans` has the seconds that some take to plan, by name."""
+    """Samples all peers of a shape in turn. `sources` yield what `Peer` is made of; `plans` has the seconds that some take to
+    plan, by name."""
     if shape.sets == 0:
         return log.skip(shape.name, f"one buffer set needs {shape.needs / 1e9:.1f} GB, more than it may take")
     shape.allocate()
     peers = [peer for source in sources for peer in ready(torch, clock, log, shape, source)]
     seconds = [[] for _ in peers]
-    for _ in range(SAMPLES if clock.cuda else 1):
+    start = time.monotonic()
+    for sample in range(SAMPLES if clock.cuda else 1):
+        if sample >= FEWEST_SAMPLES and time.monotonic() - start > SHAPE_SECONDS:
+            break
         for (_, launches, _, replays), samples in zip(peers, seconds):
 
             def work(launches=launches, replays=replays):

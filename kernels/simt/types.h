@@ -4,9 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 #define SIMT_INLINE inline __attribute__((always_inline))
 
@@ -34,9 +31,14 @@ template <class To, class From> SIMT_INLINE To bits(const From& from) {
   return to;
 }
 
+#ifdef __F16C__  // by the compilers' builtins: the header that names them takes longer to read than most kernels
+typedef short Halves __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(16)));
+#endif
+
 SIMT_INLINE float half_to_float(uint16_t h) {
 #ifdef __F16C__
-  return _cvtsh_ss(h);
+  return __builtin_ia32_vcvtph2ps(Halves{short(h)})[0];
 #else
   const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
   if (exponent == 31) return bits<float>(sign | 0x7f800000u | mantissa << 13);
@@ -48,7 +50,7 @@ SIMT_INLINE float half_to_float(uint16_t h) {
 
 SIMT_INLINE uint16_t float_to_half(float f) {
 #ifdef __F16C__
-  return uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT));
+  return uint16_t(__builtin_ia32_vcvtps2ph(Floats{f}, 0)[0]);  // 0: to nearest even
 #else
   const uint32_t u = bits<uint32_t>(f), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
   if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00);
