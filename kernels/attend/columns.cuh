@@ -5,12 +5,6 @@
 
 namespace kvlar::attend {
 
-// The segment that a warp's tiles, which only go forward, have reached.
-struct SegmentCursor {
-  int segment = 0, first = 0, end;  // of the unit's tiles, [first, end) are the segment's
-  __device__ explicit SegmentCursor(const Unit& u) : end(u.tiles[0]) {}
-};
-
 struct SharedUnit {  // what all warps of a CTA know
   Unit unit;
   const char* keys[KVLAR_MAX_SEGMENTS];
@@ -88,15 +82,12 @@ template <int NT> struct Columns {
   }
 
   // Where a tile lies; its pages are looked up by `find`. `height_of(segment)`: rows of a tile.
-  template <class Height> __device__ __forceinline__ void place(SegmentCursor& cursor, int tile, TilePlace& rows, Height height_of) const {
+  template <class Height> __device__ __forceinline__ void place(int tile, TilePlace& rows, Height height_of) const {
     const Unit& u = shared.unit;
-    while (tile >= cursor.end && cursor.segment + 1 < int(p.segment_count)) {
-      cursor.first = cursor.end;
-      cursor.end += u.tiles[++cursor.segment];
-    }
-    rows.segment = cursor.segment;
+    rows.segment = 0;
+    for (int tiles; rows.segment + 1 < int(p.segment_count) && tile >= (tiles = u.tiles[rows.segment]); ++rows.segment) tile -= tiles;
     const int height = height_of(rows.segment);
-    rows.row = (tile - cursor.first) * height;
+    rows.row = tile * height;
     rows.valid = min(height, u.length[rows.segment] - rows.row);
   }
 
@@ -134,9 +125,8 @@ template <int NT> struct Columns {
 template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, int warps, int first, int end) {
   const int stages = int(taker.p.stages), own = first + taker.warp;
   int issued = own, to = 0, stage = 0;
-  SegmentCursor finding(taker.shared.unit), consuming(taker.shared.unit);
   typename Taker::Rows next{};
-  if (issued < end) taker.find(finding, issued, next);
+  if (issued < end) taker.find(issued, next);
   // The rounds before the first start their copies and have nothing to consume: copies are a lot of code, once.
 #pragma unroll 1
   for (int tile = own - (stages - 1) * warps; tile < end; tile += warps) {
@@ -145,13 +135,13 @@ template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, 
     if (issued < end) {
       taker.issue(next, to);
       issued += warps;
-      if (issued < end) taker.find(finding, issued, next);  // its page ids arrive while this tile is computed
+      if (issued < end) taker.find(issued, next);  // its page ids arrive while this tile is computed
     }
     ptx::cp_async_commit();
     to = to + 1 == stages ? 0 : to + 1;
     if (tile < own) continue;
     TilePlace rows{};
-    taker.place_tile(consuming, tile, rows);
+    taker.place_tile(tile, rows);
     taker.consume(rows, stage);
     stage = stage + 1 == stages ? 0 : stage + 1;
   }

@@ -35,11 +35,11 @@ template <int D, int NT, class T> struct WarpAttend : Columns<NT> {
 
   // ---- rows
 
-  __device__ __forceinline__ void place_tile(SegmentCursor& cursor, int tile, TilePlace& rows) const {
-    Base::place(cursor, tile, rows, [](int) { return Tiles::kRows; });
+  __device__ __forceinline__ void place_tile(int tile, TilePlace& rows) const {
+    Base::place(tile, rows, [](int) { return Tiles::kRows; });
   }
-  __device__ __forceinline__ void find(SegmentCursor& cursor, int tile, Rows& rows) const {
-    place_tile(cursor, tile, rows);
+  __device__ __forceinline__ void find(int tile, Rows& rows) const {
+    place_tile(tile, rows);
     Base::template find_pages<kBlocks>(rows);
   }
 

@@ -40,7 +40,7 @@ template <int D, int kBits> struct ChannelScores {
   // s = scores of the 32 rows from `row` on; `params`: the scales and zeros of their group.
   __device__ static void score(float (&s)[2][1][4], const unsigned char* keys, const unsigned char* params, int row,
                                const uint32_t (&q)[D / 16][1][2]) {
-    const Lane at;
+    const Lane at = lane_of<D>();
     float sum[kClasses][2][4] = {}, zeros[4] = {};
 #pragma unroll
     for (int u = 0; u < Keys::kUnits; ++u) {
@@ -49,7 +49,7 @@ template <int D, int kBits> struct ChannelScores {
       for (int b = 0; b < 2; ++b)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          x[b][h] = KeyScores<D, 1>::template words<kBits, Keys::kWords>(keys + row * (D * kBits / 8), 2 * b + h, u);
+          x[b][h] = KeyScores<D, 1>::template words<kBits, Keys::kWords>(keys + row * (D * kBits / 8), at, 2 * b + h, u);
 #pragma unroll
       for (int w = 0; w < Keys::kWords; ++w) {
         uint32_t channel[kCodes];  // (scale, zero) pairs of the word's codes

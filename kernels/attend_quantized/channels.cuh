@@ -44,8 +44,8 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
   // ---- rows
 
   // Groups of codes lie in one page: a lane whose block has no row may still fetch what scales the block before.
-  __device__ __forceinline__ void find(attend::SegmentCursor& cursor, int tile, LaneRows& rows) const {
-    Base::place_tile(cursor, tile, rows);
+  __device__ __forceinline__ void find(int tile, LaneRows& rows) const {
+    Base::place_tile(tile, rows);
     const KvlarSegment& s = p.segments[rows.segment];
     Base::find_page(rows, lane * int(s.tile_rows) / 32 & (Base::holds_codes(s) ? ~31 : ~15));
   }

@@ -36,6 +36,12 @@ template <int D, int kBits, bool kFp8> struct RowKeys {
   __device__ static constexpr int weight(int k, int column) { return key_weight(kBits, k, column); }
 };
 
+// Where a lane's loads are follows from its place alone; with D = 256 there are no registers to hold that.
+template <int D> __device__ __forceinline__ Lane lane_of() {
+  if constexpr (D == 256) return Lane::anew();
+  return Lane();
+}
+
 __device__ __forceinline__ uint32_t word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 // s[b] += codes of rows 16b .. of the 32 rows from `row` on, times q.
@@ -52,11 +58,12 @@ template <int D, int NT> struct KeyScores {
   __device__ static void int8(Scores s, const unsigned char* keys, int row, Queries q) {
     constexpr uint32_t kBytes = 0x64646464u;
     const unsigned char* rows = keys + row * D;
+    const Lane at = lane_of<D>();
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll
       for (int u = 0; u < D / 64; ++u) {
-        const uint4 low = words<8, 4>(rows, 2 * b, u), high = words<8, 4>(rows, 2 * b + 1, u);
+        const uint4 low = words<8, 4>(rows, at, 2 * b, u), high = words<8, 4>(rows, at, 2 * b + 1, u);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const uint32_t x = word_of(low, w), y = word_of(high, w);
@@ -70,12 +77,13 @@ template <int D, int NT> struct KeyScores {
   // A row with a NaN among its codes scores NaN.
   __device__ static void fp8(Scores s, const unsigned char* keys, int row, Queries q) {
     const unsigned char* rows = keys + row * D;
+    const Lane at = lane_of<D>();
     uint32_t nan[2][2] = {};
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll
       for (int u = 0; u < D / 64; ++u) {
-        const uint4 low = words<8, 4>(rows, 2 * b, u), high = words<8, 4>(rows, 2 * b + 1, u);
+        const uint4 low = words<8, 4>(rows, at, 2 * b, u), high = words<8, 4>(rows, at, 2 * b + 1, u);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const uint32_t x = word_of(low, w), y = word_of(high, w);
@@ -102,11 +110,12 @@ template <int D, int NT> struct KeyScores {
   __device__ static void int4(Scores s, const unsigned char* keys, int row, Queries q) {
     constexpr int kWords = D == 64 ? 2 : 4;
     const unsigned char* rows = keys + row * (D / 2);
+    const Lane at = lane_of<D>();
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll
       for (int u = 0; u < D / (32 * kWords); ++u) {
-        const uint4 low = words<4, kWords>(rows, 2 * b, u), high = words<4, kWords>(rows, 2 * b + 1, u);
+        const uint4 low = words<4, kWords>(rows, at, 2 * b, u), high = words<4, kWords>(rows, at, 2 * b + 1, u);
 #pragma unroll
         for (int w = 0; w < kWords; ++w)
 #pragma unroll
@@ -121,9 +130,10 @@ template <int D, int NT> struct KeyScores {
   __device__ static void int2(Scores s, const unsigned char* keys, int row, Queries q) {
     constexpr int kWords = D / 64;
     const unsigned char* rows = keys + row * (D / 4);
+    const Lane at = lane_of<D>();
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const uint4 low = words<2, kWords>(rows, 2 * b, 0), high = words<2, kWords>(rows, 2 * b + 1, 0);
+      const uint4 low = words<2, kWords>(rows, at, 2 * b, 0), high = words<2, kWords>(rows, at, 2 * b + 1, 0);
 #pragma unroll
       for (int w = 0; w < kWords; ++w)
 #pragma unroll
@@ -139,9 +149,8 @@ template <int D, int NT> struct KeyScores {
 
   // The words of lane (g, c) in row g of the `eighth`-th 8 rows: neighbours in the row, from byte 4 kWords (4 unit + c) on. What
   // depends on the lane is the same in every tile; the rest is an immediate.
-  template <int kBits, int kWords> __device__ static uint4 words(const unsigned char* rows, int eighth, int unit) {
+  template <int kBits, int kWords> __device__ static uint4 words(const unsigned char* rows, Lane at, int eighth, int unit) {
     constexpr int kLog = log_chunks<D>(kBits);
-    const Lane at;
     const int byte = 4 * kWords * (4 * unit + at.c);
     const unsigned char* from = rows + chunk_at(kLog, at.g, byte / 16) + byte % 16 + eighth * kRepeat * (16 << kLog);
     if constexpr (kWords == 4) return *reinterpret_cast<const uint4*>(from);

@@ -28,11 +28,11 @@ template <int D, int NT> struct WarpRows : attend::Columns<NT> {
 
   __device__ __forceinline__ bool holds_codes(const KvlarSegment& s) const { return s.key_format.codec > KVLAR_CODEC_F16; }
 
-  __device__ __forceinline__ void place_tile(attend::SegmentCursor& cursor, int tile, TilePlace& rows) const {
-    Base::place(cursor, tile, rows, [this](int segment) { return int(p.segments[segment].tile_rows); });
+  __device__ __forceinline__ void place_tile(int tile, TilePlace& rows) const {
+    Base::place(tile, rows, [this](int segment) { return int(p.segments[segment].tile_rows); });
   }
-  __device__ __forceinline__ void find(attend::SegmentCursor& cursor, int tile, Rows& rows) const {
-    place_tile(cursor, tile, rows);
+  __device__ __forceinline__ void find(int tile, Rows& rows) const {
+    place_tile(tile, rows);
     find_page(rows, lane * int(p.segments[rows.segment].tile_rows) / 32 & ~15);
   }
 

@@ -32,9 +32,8 @@ template <int D, int NT> struct ValueSums {
   // The words of kWide codes of lane (g, c) in row 2c + odd of the `eighth`-th 8 rows, from dimension 8 kWide j + kWide g on.
   // What depends on the lane is the same in every tile; the rest is an immediate.
   template <int kBits> __device__ static void load(uint32_t (&words)[kWide * kBits / 32 ? kWide * kBits / 32 : 1], const unsigned char* rows,
-                                                   int eighth, int odd, int j) {
+                                                   Lane at, int eighth, int odd, int j) {
     constexpr int kBytes = kWide * kBits / 8, kLog = log_chunks<D>(kBits);
-    const Lane at;
     const int byte = kBytes * (8 * j + at.g);
     const unsigned char* from = rows + chunk_at(kLog, 2 * at.c + odd, byte / 16) + byte % 16 + eighth * kRepeat * (16 << kLog);
     if constexpr (kBytes == 16) {
@@ -54,13 +53,14 @@ template <int D, int NT> struct ValueSums {
   template <int kBits, class Each> __device__ static void rows(const unsigned char* values, int row, Each each) {
     constexpr int kWords = kWide * kBits / 32 ? kWide * kBits / 32 : 1;
     const unsigned char* from = values + row * (D * kBits / 8);
+    const Lane at = lane_of<D>();
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll
       for (int j = 0; j < kBlocksOfDims; ++j) {
         uint32_t x[4][kWords];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) load<kBits>(x[r], from, 2 * b + r / 2, r % 2, j);
+        for (int r = 0; r < 4; ++r) load<kBits>(x[r], from, at, 2 * b + r / 2, r % 2, j);
         each(j, b, x);
         if constexpr (D == 256) __syncwarp();  // keeps the next loads behind: registers are scarce
       }

@@ -10,7 +10,12 @@ namespace kvlar {
 
 struct Lane {  // a lane's place in those tiles
   int g, c;
-  __device__ Lane() : g((int(threadIdx.x) & 31) >> 2), c(int(threadIdx.x) & 3) {}
+  __device__ Lane() : Lane(int(threadIdx.x)) {}
+  // What follows from it is worked out where it is asked for, instead of held in registers through the loop around.
+  __device__ static Lane anew() { return Lane(ptx::unknown(int(threadIdx.x))); }
+
+ private:
+  __device__ explicit Lane(int thread) : g((thread & 31) >> 2), c(thread & 3) {}
 };
 
 template <class T> struct Half16;  // a 16-bit float type: arithmetic is done in fp32

@@ -115,6 +115,11 @@ PTX_FN uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+// x, of which the compiler knows nothing: what follows from it is not moved out of a loop.
+PTX_FN int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 template <int LUT> PTX_FN uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(LUT));

@@ -51,11 +51,11 @@ struct WarpRows : attend::Columns<1> {
     for (int h = 0; h < kColumns; ++h) sums[h] = LogSum::empty();
   }
 
-  __device__ __forceinline__ void place_tile(attend::SegmentCursor& cursor, int tile, TilePlace& rows) const {
-    place(cursor, tile, rows, [](int) { return int(kRows); });
+  __device__ __forceinline__ void place_tile(int tile, TilePlace& rows) const {
+    place(tile, rows, [](int) { return int(kRows); });
   }
-  __device__ __forceinline__ void find(attend::SegmentCursor& cursor, int tile, Rows& rows) const {
-    place_tile(cursor, tile, rows);
+  __device__ __forceinline__ void find(int tile, Rows& rows) const {
+    place_tile(tile, rows);
     find_page(rows, Mine(lane).first);
   }
 

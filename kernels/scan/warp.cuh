@@ -63,11 +63,11 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
 
   // ---- rows
 
-  __device__ __forceinline__ void place_tile(attend::SegmentCursor& cursor, int tile, TilePlace& rows) const {
-    Base::place(cursor, tile, rows, [this](int) { return int(segment.tile_rows); });
+  __device__ __forceinline__ void place_tile(int tile, TilePlace& rows) const {
+    Base::place(tile, rows, [this](int) { return int(segment.tile_rows); });
   }
-  __device__ __forceinline__ void find(attend::SegmentCursor& cursor, int tile, Rows& rows) const {
-    place_tile(cursor, tile, rows);
+  __device__ __forceinline__ void find(int tile, Rows& rows) const {
+    place_tile(tile, rows);
     Base::find_page(rows, lane * int(segment.tile_rows) / 32 & ~15);
   }
 

@@ -146,6 +146,7 @@ PTX_FN uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
   const float2 x = unpack_f16(a), y = unpack_f16(b), z = unpack_f16(c);
   return fma_f16(x.x, y.x, z.x) | uint32_t(fma_f16(x.y, y.y, z.y)) << 16;
 }
+PTX_FN int unknown(int x) { return x; }
 template <int LUT> PTX_FN uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r = 0;
   for (int i = 0; i < 8; ++i)

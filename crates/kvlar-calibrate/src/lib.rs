@@ -46,7 +46,7 @@ pub use error::{Error, Result};
 pub use faer;
 pub use fit::{Weights, fit};
 pub use moments::{Moments, SecondMoment};
-pub use plan::{Factors, FitConfig, LayerPlan, PLAN_FORMAT, Plan, Quantized, QuantizedCodec, QuantizedFormat, Side};
+pub use plan::{Factors, FitConfig, LayerPlan, PLAN_FORMAT, Plan, PlanSize, Quantized, QuantizedCodec, QuantizedFormat, Side};
 pub use pq::{PqConfig, PqLayerReport, PqReport, fit_pq};
 pub use report::{LayerReport, Report, SideReport};
 pub use sample::KeySample;

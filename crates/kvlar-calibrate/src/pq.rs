@@ -2,7 +2,7 @@
 
 use crate::codebooks::{CodebookConfig, fit_codebooks};
 use crate::error::{Result, config as refuse};
-use crate::plan::{LayerPlan, PLAN_FORMAT, Plan, Quantized, QuantizedCodec, QuantizedFormat, Side};
+use crate::plan::{LayerPlan, Plan, PlanSize, Quantized, QuantizedCodec, QuantizedFormat, Side};
 use crate::sample::KeySample;
 use crate::shape::ModelShape;
 use serde::{Deserialize, Serialize};
@@ -96,14 +96,9 @@ pub struct PqReport {
     pub rows: u64,
     /// Of them, fitted to.
     pub fitted_rows: usize,
-    /// Stored bytes of one token in all layers, scales and padding included.
-    pub bytes_per_token: f64,
-    /// The same of the 16-bit cache.
-    pub dense_bytes_per_token: f64,
-    /// Their ratio.
-    pub kept: f64,
-    /// Bytes of the codebooks.
-    pub fixed_bytes: usize,
+    /// What the plan's rows take.
+    #[serde(flatten)]
+    pub size: PlanSize,
 }
 
 /// Fits codebooks to one [`KeySample`] a layer, of keys after RoPE. `progress` is told how many layers are done, and of how
@@ -153,25 +148,12 @@ pub fn fit_pq(
         layers.push(layer);
         progress(l + 1, model.layers);
     }
-    let plan = Plan {
-        format: PLAN_FORMAT,
-        method: "pq".into(),
-        fingerprint: fingerprint.into(),
-        model: *model,
-        config: config.clone().into(),
-        sink_rows: config.sink_rows,
-        recent_rows: config.recent_rows,
-        layers,
-    };
-    let (bytes, dense) = (plan.bytes_per_token(), plan.dense_bytes_per_token());
+    let plan = Plan::fitted(fingerprint, model, config.clone().into(), layers);
     let report = PqReport {
         layers: reports,
         rows: samples.iter().map(KeySample::seen).min().unwrap_or(0),
         fitted_rows: samples.iter().map(KeySample::len).min().unwrap_or(0),
-        bytes_per_token: bytes,
-        dense_bytes_per_token: dense,
-        kept: bytes / dense,
-        fixed_bytes: plan.fixed_bytes(),
+        size: plan.size(),
     };
     Ok((plan, report))
 }
@@ -208,10 +190,10 @@ impl fmt::Display for PqReport {
             "{} calibration tokens, {} fitted to; {} of {} bytes a token ({:.2} %), codebooks {:.2} MB",
             self.rows,
             self.fitted_rows,
-            self.bytes_per_token,
-            self.dense_bytes_per_token,
-            100.0 * self.kept,
-            self.fixed_bytes as f64 / 1e6
+            self.size.bytes_per_token,
+            self.size.dense_bytes_per_token,
+            100.0 * self.size.kept,
+            self.size.fixed_bytes as f64 / 1e6
         )
     }
 }

@@ -1,5 +1,6 @@
 //! What a fit achieved.
 
+use crate::plan::PlanSize;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -41,14 +42,9 @@ pub struct Report {
     pub layers: Vec<LayerReport>,
     /// Calibration tokens.
     pub rows: u64,
-    /// Stored bytes of one token in all layers, scales and padding included.
-    pub bytes_per_token: f64,
-    /// The same of the 16-bit cache.
-    pub dense_bytes_per_token: f64,
-    /// Their ratio.
-    pub kept: f64,
-    /// Bytes of the bases at 16 bit.
-    pub fixed_bytes: usize,
+    /// What the plan's rows take.
+    #[serde(flatten)]
+    pub size: PlanSize,
 }
 
 impl fmt::Display for Report {
@@ -84,10 +80,10 @@ impl fmt::Display for Report {
             f,
             "{} calibration tokens; {} of {} bytes a token ({:.2} %), bases {:.2} MB",
             self.rows,
-            self.bytes_per_token,
-            self.dense_bytes_per_token,
-            100.0 * self.kept,
-            self.fixed_bytes as f64 / 1e6
+            self.size.bytes_per_token,
+            self.size.dense_bytes_per_token,
+            100.0 * self.size.kept,
+            self.size.fixed_bytes as f64 / 1e6
         )
     }
 }

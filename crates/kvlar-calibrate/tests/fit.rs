@@ -114,9 +114,9 @@ fn the_report_says_what_the_plan_does() {
                 assert!(layer.values.factors().unwrap().mean.is_none());
                 assert_eq!(r.keys.bytes + r.values.bytes, plan.layer_bytes_per_token(l));
             }
-            assert_eq!(report.bytes_per_token, plan.bytes_per_token());
-            close(report.kept, plan.bytes_per_token() / 512.0, 1e-12);
-            assert_eq!((report.rows, report.fixed_bytes), (300, plan.fixed_bytes()));
+            assert_eq!(report.size.bytes_per_token, plan.bytes_per_token());
+            close(report.size.kept, plan.bytes_per_token() / 512.0, 1e-12);
+            assert_eq!((report.rows, report.size.fixed_bytes), (300, plan.fixed_bytes()));
             let text = report.to_string();
             assert!(text.lines().count() == 4 && text.contains("300 calibration tokens"), "{text}");
             assert_eq!(serde_json::from_str::<Report>(&serde_json::to_string(&report).unwrap()).unwrap().layers.len(), 2);
@@ -148,7 +148,7 @@ fn full_rank_is_dense_or_exact() {
     for budget in [Budget::Uniform, Budget::Spectral, Budget::Fixed { keys: 32, values: 32 }] {
         let (plan, report) = data.fit(&RecalkvConfig { kept: 1.0, budget, ..config() }).unwrap();
         assert!(plan.layers.iter().all(|l| l.keys == Side::Dense && l.values == Side::Dense), "{budget:?}");
-        assert_eq!((report.kept, report.fixed_bytes), (1.0, 0));
+        assert_eq!((report.size.kept, report.size.fixed_bytes), (1.0, 0));
         assert!(report.to_string().contains("dense"));
     }
     for (weighting_keys, weighting_values) in [(Weighting::None, Weighting::None), (Weighting::Query, Weighting::Output)] {
@@ -208,7 +208,7 @@ fn ranks_follow_the_budget() {
     let data = Data::new(7, small(), 200);
     let ranks = |c: &RecalkvConfig, importance: Option<&[[f64; 2]]>| -> Vec<[Option<usize>; 2]> {
         let (plan, report) = data.fit_with(c, importance).unwrap();
-        close(report.kept, plan.bytes_per_token() / plan.dense_bytes_per_token(), 1e-15);
+        close(report.size.kept, plan.bytes_per_token() / plan.dense_bytes_per_token(), 1e-15);
         plan.layers.iter().map(|l| [&l.keys, &l.values].map(|s| s.factors().map(|f| f.rank))).collect()
     };
     let uniform = RecalkvConfig { kept: 0.5, ..config() };
@@ -224,12 +224,12 @@ fn ranks_follow_the_budget() {
     assert_eq!(ranks(&wide, None), [[Some(32), Some(8)]; 2]);
     let spectral = RecalkvConfig { budget: Budget::Spectral, kept: 0.4, multiple: 2, ..config() };
     let (plan, report) = data.fit(&spectral).unwrap();
-    assert!(plan.bytes_per_token() <= 0.4 * plan.dense_bytes_per_token() && report.kept > 0.3);
+    assert!(plan.bytes_per_token() <= 0.4 * plan.dense_bytes_per_token() && report.size.kept > 0.3);
     // Its sum of weighted relative losses is less than that of uniform ranks of as many bytes.
     let (_, same) = data.fit(&RecalkvConfig { budget: Budget::Uniform, kept: 0.25, ..spectral.clone() }).unwrap();
-    let (_, best) = data.fit(&RecalkvConfig { kept: same.kept, ..spectral }).unwrap();
+    let (_, best) = data.fit(&RecalkvConfig { kept: same.size.kept, ..spectral }).unwrap();
     let sum = |r: &Report| r.layers.iter().map(|l| l.keys.discarded_weighted + l.values.discarded_weighted).sum::<f64>();
-    assert!(best.kept <= same.kept && sum(&best) < sum(&same), "{} against {}", sum(&best), sum(&same));
+    assert!(best.size.kept <= same.size.kept && sum(&best) < sum(&same), "{} against {}", sum(&best), sum(&same));
 }
 
 /// "Neither, HSR, OVC, both" of the paper's table 3.
@@ -326,7 +326,7 @@ fn presets_clamp_to_the_model() {
         for (q, kv, d) in [(9, 3, 64), (4, 1, 80), (6, 6, 16)] {
             let data = Data::new(30, ModelShape { hidden: 32, ..model(1, q, kv, d, d) }, 20);
             let (plan, report) = data.fit(&preset.config(&data.model.layer, 1)).unwrap();
-            assert!(report.kept <= 1.0 && plan.layers.len() == 1);
+            assert!(report.size.kept <= 1.0 && plan.layers.len() == 1);
         }
     }
 }

@@ -100,9 +100,9 @@ fn a_plan_holds_the_codebooks_of_each_layer() {
         assert_eq!((report.layer, report.key_bytes, report.value_bytes), (l, 2 * 16, 2 * (16 + 4)));
     }
     assert_eq!((report.rows, report.fitted_rows), (n as u64, n));
-    assert_eq!(report.bytes_per_token, 2.0 * 72.0);
-    assert_eq!(report.fixed_bytes, 2 * 4 * heads * 16 * dim);
-    assert_eq!(report.kept, plan.bytes_per_token() / plan.dense_bytes_per_token());
+    assert_eq!(report.size.bytes_per_token, 2.0 * 72.0);
+    assert_eq!(report.size.fixed_bytes, 2 * 4 * heads * 16 * dim);
+    assert_eq!(report.size.kept, plan.bytes_per_token() / plan.dense_bytes_per_token());
     let text = report.to_string();
     assert!(text.contains("200 calibration tokens, 200 fitted to") && text.lines().count() == 4, "{text}");
     // A file of it is read back whole.

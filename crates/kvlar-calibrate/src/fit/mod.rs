@@ -6,7 +6,7 @@ mod side;
 use crate::config::{Budget, RecalkvConfig, ValueFit, Weighting};
 use crate::error::{Error, Result, config as refuse, finite, shape};
 use crate::moments::Moments;
-use crate::plan::{LayerPlan, PLAN_FORMAT, Plan};
+use crate::plan::{LayerPlan, Plan};
 use crate::report::{LayerReport, Report};
 use crate::shape::ModelShape;
 use rayon::prelude::*;
@@ -82,25 +82,8 @@ pub fn fit(
         reports.push(report);
         layers.push(layer);
     }
-    let plan = Plan {
-        format: PLAN_FORMAT,
-        method: "recalkv".into(),
-        fingerprint: fingerprint.into(),
-        model: *model,
-        config: config.clone().into(),
-        sink_rows: config.sink_rows,
-        recent_rows: config.recent_rows,
-        layers,
-    };
-    let (bytes, dense) = (plan.bytes_per_token(), plan.dense_bytes_per_token());
-    let report = Report {
-        layers: reports,
-        rows: moments.iter().map(Moments::rows).min().unwrap_or(0),
-        bytes_per_token: bytes,
-        dense_bytes_per_token: dense,
-        kept: bytes / dense,
-        fixed_bytes: plan.fixed_bytes(),
-    };
+    let plan = Plan::fitted(fingerprint, model, config.clone().into(), layers);
+    let report = Report { layers: reports, rows: moments.iter().map(Moments::rows).min().unwrap_or(0), size: plan.size() };
     Ok((plan, report))
 }
 

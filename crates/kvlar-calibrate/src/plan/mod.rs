@@ -40,6 +40,15 @@ impl From<PqConfig> for FitConfig {
 }
 
 impl FitConfig {
+    /// The plan's method, and how many of a sequence's first and last rows it leaves exact.
+    fn method(&self) -> (&'static str, usize, usize) {
+        match self {
+            Self::Chosen => ("quantized", 0, 0),
+            Self::Recalkv(c) => ("recalkv", c.sink_rows, c.recent_rows),
+            Self::Pq(c) => ("pq", c.sink_rows, c.recent_rows),
+        }
+    }
+
     /// Those of ReCalKV.
     pub fn recalkv(&self) -> Option<&RecalkvConfig> {
         match self {
@@ -73,6 +82,19 @@ pub struct Plan {
     pub recent_rows: usize,
     /// Layer by layer.
     pub layers: Vec<LayerPlan>,
+}
+
+/// What a plan's rows take.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlanSize {
+    /// Stored bytes of one token in all layers, scales and padding included.
+    pub bytes_per_token: f64,
+    /// The same of the 16-bit cache.
+    pub dense_bytes_per_token: f64,
+    /// Their ratio.
+    pub kept: f64,
+    /// Bytes that do not grow with the context: bases and codebooks.
+    pub fixed_bytes: usize,
 }
 
 /// Keys and values of one layer.
@@ -259,6 +281,20 @@ impl Plan {
             return Ok(());
         }
         Err(Error::OtherModel { plan: self.fingerprint.clone(), model: fingerprint.into() })
+    }
+
+    /// A plan of what was fitted, of the current format.
+    pub(crate) fn fitted(fingerprint: &str, model: &ModelShape, config: FitConfig, layers: Vec<LayerPlan>) -> Self {
+        let (method, sink_rows, recent_rows) = config.method();
+        let (method, fingerprint) = (method.into(), fingerprint.into());
+        Self { format: PLAN_FORMAT, method, fingerprint, model: *model, config, sink_rows, recent_rows, layers }
+    }
+
+    /// What its rows take.
+    pub fn size(&self) -> PlanSize {
+        let (bytes, dense) = (self.bytes_per_token(), self.dense_bytes_per_token());
+        let kept = bytes / dense;
+        PlanSize { bytes_per_token: bytes, dense_bytes_per_token: dense, kept, fixed_bytes: self.fixed_bytes() }
     }
 
     /// Stored bytes of one token in one layer, scales, zeros and padding included; 0 beyond the last layer.
