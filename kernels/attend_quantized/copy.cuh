@@ -13,6 +13,15 @@ struct LaneRows : TilePlace {
   int page;  // of the lane's block; 0 where it has no row
 };
 
+// The pages that all lanes see, of a tile of 16 or 32 rows.
+__device__ __forceinline__ attend::TileRows all_pages(const LaneRows& rows) {
+  attend::TileRows all{};
+  static_cast<TilePlace&>(all) = rows;
+  all.page0 = __shfl_sync(0xffffffffu, rows.page, 0);
+  all.page1 = __shfl_sync(0xffffffffu, rows.page, 16);
+  return all;
+}
+
 // A lane among the kLanes that serve each block of 16 rows: 8, 16 or 32 for tiles of 64, 32 or 16 rows.
 template <int kLanes> struct BlockLane {
   const int first;  // row of the tile that the block begins with

@@ -69,9 +69,7 @@ template <int D, int NT> struct WarpRows : attend::Columns<NT> {
 
   __device__ __forceinline__ void copy_dense(const Rows& rows, ptx::smem to, const char* base, const KvlarPool& pool, const KvlarSegment& s, int dim) const {
     const int mask = (1 << s.rows.page_rows_log2) - 1;
-    attend::TileRows all{rows};
-    all.page0 = __shfl_sync(0xffffffffu, rows.page, 0);
-    all.page1 = __shfl_sync(0xffffffffu, rows.page, 16);
+    const attend::TileRows all = all_pages(rows);
     if (rows.valid == kDenseRows && dim == D)
       attend::copy_rows<D / 8, kDenseRows, attend::DenseLayout<D>, false>(lane, to, base, pool, all, mask, dim / 8);
     else

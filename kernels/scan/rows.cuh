@@ -171,7 +171,7 @@ struct WarpDecoded : WarpRows {
   __device__ __forceinline__ void issue(const Rows&, int) const {}
 
   __device__ __forceinline__ void consume(const TilePlace& tile, int) {
-    Rows rows{tile};
+    Rows rows{tile, 0};
     find_page(rows, Mine(lane).first);  // nothing was copied: rows are read where they are
     float x[kColumns] = {};
 #pragma unroll 1

@@ -85,9 +85,7 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
     const int mask = (1 << segment.rows.page_rows_log2) - 1, dim = int(p.head_dim);
     if constexpr (kRows == kDenseRows)
       if (is_dense()) {
-        attend::TileRows all{rows};
-        all.page0 = __shfl_sync(0xffffffffu, rows.page, 0);
-        all.page1 = __shfl_sync(0xffffffffu, rows.page, 16);
+        const attend::TileRows all = all_pages(rows);
         if (rows.valid == kDenseRows && dim == D)
           attend::copy_rows<D / 8, kDenseRows, Layout, false>(lane, to, base, pool, all, mask, dim / 8);
         else
