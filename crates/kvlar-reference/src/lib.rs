@@ -10,7 +10,9 @@ mod append;
 mod attend;
 mod attend_quantized;
 mod basis;
+mod budget;
 mod codec;
+mod compact;
 pub mod compare;
 mod dtype;
 mod error;
@@ -19,6 +21,7 @@ mod merge;
 mod reduce;
 mod rope;
 mod scan;
+mod select;
 mod storage;
 pub mod testing;
 pub mod tolerance;
@@ -27,10 +30,14 @@ pub use append::{AppendInput, Appended, append};
 pub use attend::{AttendInput, Attended, HeadQuery, Masking, attend, attend_row};
 pub use attend_quantized::{Int8Query, QuantizedAttended, QuantizedInput, attend_quantized};
 pub use basis::{Int8Basis, RotaryPairs};
+pub use budget::{
+    HeadsInput, LayerBudget, LayersInput, best_counts, budget_heads, budget_layers, dynamickv_rounds, largest_remainder,
+};
 pub use codec::{
     Codebooks, Codec, EncodedChannels, EncodedRow, Format, decode_channels, decode_fp8, decode_pq, decode_row, encode_channels,
     encode_fp8, encode_pq, encode_row, hadamard, pack_codes, unpack_codes,
 };
+pub use compact::{CompactInput, CompactOrder, Compacted, compact};
 pub use dtype::Dtype;
 pub use error::ReferenceError;
 pub use lowrank::{LowrankInput, LowrankValues, ProjectInput, attend_lowrank, expand_row, project};
@@ -38,4 +45,8 @@ pub use merge::merge;
 pub use reduce::{ReduceInput, Reduction, reduce};
 pub use rope::{Rope, RopeLayout, RopeScaling, Yarn};
 pub use scan::{ScanInput, Scanned, scan};
+pub use select::{
+    Chosen, Cut, Forced, Resolve, ThresholdInput, ThresholdRule, TopK, TopP, TopkInput, ToppInput, ordered_key, ordered_row,
+    threshold, topk, topp,
+};
 pub use storage::{HeadStorage, QuantizedRows, Storage, Tiers, quantize_rows};

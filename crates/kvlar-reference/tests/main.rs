@@ -1,6 +1,10 @@
 //! The crate's suites, in one program: linking each would take longer than running it.
 
+mod budget;
 mod codecs;
+mod compact;
 mod ops;
 mod quantized;
 mod scan;
+mod select;
+mod select_sorting;

@@ -5,7 +5,7 @@ use super::memory::{dense, int, read, write};
 use super::rows::{HeadRows, dtype};
 use crate::scan::SCORE_BINS;
 use crate::{Error, Reduction, Result, abi};
-use kvlar_reference::{ReduceInput, reduce as reduce_logits};
+use kvlar_reference::{ReduceInput, ordered_key, reduce as reduce_logits};
 
 /// # Safety
 /// As for [`super::run`].
@@ -110,15 +110,9 @@ unsafe fn put_scores((scores, histogram): (u64, u64), index: u64, columns: usize
     }
 }
 
-/// As `kernels/device/order.cuh` has it.
+/// As `kernels/device/order.cuh` has it: the top 11 bits.
 fn bin(x: f32) -> usize {
-    let bits = if x == 0.0 { 0 } else { x.to_bits() };
-    let key = match bits >> 31 {
-        _ if x.is_nan() => 0,
-        1 => !bits,
-        _ => bits | 1 << 31,
-    };
-    (key >> 21) as usize
+    (ordered_key(x) >> 21) as usize
 }
 
 /// ln Σ exp(x); NaN if there is one.
