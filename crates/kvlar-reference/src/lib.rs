@@ -19,6 +19,7 @@ mod merge;
 mod reduce;
 mod rope;
 mod scan;
+mod score;
 mod storage;
 pub mod testing;
 pub mod tolerance;
@@ -38,4 +39,8 @@ pub use merge::merge;
 pub use reduce::{ReduceInput, Reduction, reduce};
 pub use rope::{Rope, RopeLayout, RopeScaling, Yarn};
 pub use scan::{ScanInput, Scanned, scan};
+pub use score::{
+    ColumnInput, Gate, HeadReduction, KeyMethod, KeysInput, Pool, RepeatInput, RowReduction, WindowInput, score_column,
+    score_gate, score_keys, score_repeat, score_window,
+};
 pub use storage::{HeadStorage, QuantizedRows, Storage, Tiers, quantize_rows};

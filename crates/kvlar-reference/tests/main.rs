@@ -4,3 +4,4 @@ mod codecs;
 mod ops;
 mod quantized;
 mod scan;
+mod score;
