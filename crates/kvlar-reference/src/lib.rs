@@ -21,6 +21,7 @@ mod merge;
 mod reduce;
 mod rope;
 mod scan;
+mod score;
 mod select;
 mod storage;
 pub mod testing;
@@ -48,5 +49,9 @@ pub use scan::{ScanInput, Scanned, scan};
 pub use select::{
     Chosen, Cut, Forced, Resolve, ThresholdInput, ThresholdRule, TopK, TopP, TopkInput, ToppInput, ordered_key, ordered_row,
     threshold, topk, topp,
+};
+pub use score::{
+    ColumnInput, Gate, HeadReduction, KeyMethod, KeysInput, Pool, RepeatInput, RowReduction, WindowInput, score_column,
+    score_gate, score_keys, score_repeat, score_window,
 };
 pub use storage::{HeadStorage, QuantizedRows, Storage, Tiers, quantize_rows};

@@ -33,7 +33,7 @@ pub struct ReduceInput<'a> {
 }
 
 /// The larger in the order of scores: NaN < −∞ < finite < +∞, −0 = +0; of equals the first.
-fn larger(a: f64, b: f64) -> f64 {
+pub(crate) fn larger(a: f64, b: f64) -> f64 {
     if a < b || (a.is_nan() && !b.is_nan()) { b } else { a }
 }
 

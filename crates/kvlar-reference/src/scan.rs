@@ -71,7 +71,7 @@ pub fn scan(i: &ScanInput<'_>) -> Result<Scanned, ReferenceError> {
 }
 
 /// ln Σ exp(x); NaN if there is one.
-fn log_sum_exp(x: &[f64]) -> f64 {
+pub(crate) fn log_sum_exp(x: &[f64]) -> f64 {
     let top = x.iter().fold(f64::NEG_INFINITY, |top, &x| if top.is_nan() || x.is_nan() { f64::NAN } else { top.max(x) });
     if top == f64::NEG_INFINITY { top } else { top + x.iter().map(|x| (x - top).exp()).sum::<f64>().ln() }
 }

@@ -6,5 +6,6 @@ mod compact;
 mod ops;
 mod quantized;
 mod scan;
+mod score;
 mod select;
 mod select_sorting;
