@@ -220,6 +220,32 @@ typedef struct {
 } KvlarReduce;
 KVLAR_CHECK_SIZE(KvlarReduce, 104);
 
+// The k largest scores of sets of rows, beside their first and last scores, as a cut a set (select/order.cuh).
+typedef struct {
+  KVLAR_ADDR(const float) scores;     // [rows][score_stride]; `members` neighbours are a set
+  KVLAR_ADDR(const int32_t) lengths;  // [rows]; null = row_count
+  KVLAR_ADDR(const int32_t) ks;       // [sets] how many are kept, sinks and recent rows counted, k at most; null = k
+  KVLAR_ADDR(uint64_t) cuts;          // [sets]; may be null where it is not read, as may be
+  KVLAR_ADDR(int32_t) counts;         // [rows]
+  KVLAR_ADDR(int32_t) selected;       // [rows][k] ascending, -1 behind them
+  KVLAR_ADDR(uint8_t) mask;           // [rows][row_count]
+  KVLAR_ADDR(uint64_t) candidates;    // [sets][members][row_count]: kvlar_select_cut alone, as are the three below
+  KVLAR_ADDR(uint32_t) bins;          // [sets][KVLAR_SCORE_BINS]; zero before and after both launches
+  KVLAR_ADDR(uint32_t) found;         // [sets] likewise
+  KVLAR_ADDR(uint32_t) counters;      // [sets] likewise
+  int64_t score_stride;               // elements
+  int64_t k_stride;                   // of ks: 1, or 0 for one k
+  uint32_t rows;
+  uint32_t row_count;
+  uint32_t k;
+  uint32_t sink_rows;                 // first rows, always kept
+  uint32_t recent_rows;               // last rows of the length, always kept
+  uint32_t members;                   // rows of a set; kvlar_topk: 1
+  uint32_t parts;                     // CTAs a row of kvlar_select_bins and kvlar_select_cut
+  uint32_t strict;                    // kvlar_select_cut: keep what is above the k-th largest score, not that score
+} KvlarTopk;
+KVLAR_CHECK_SIZE(KvlarTopk, 136);
+
 // How attend_lowrank divides a CTA's dynamic shared memory; bytes from its start, multiples of 16.
 typedef struct {
   uint32_t basis;         // the tile's heads' basis rows, in the order of the rebuild; only where `resident`

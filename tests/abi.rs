@@ -32,6 +32,7 @@ fn sizes() -> BTreeMap<&'static str, usize> {
         KvlarRows,
         KvlarScan,
         KvlarSegment,
+        KvlarTopk,
         KvlarTranscode,
     ]
 }

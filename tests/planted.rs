@@ -16,6 +16,8 @@ mod project;
 mod quantized;
 #[path = "planted_bugs/scan.rs"]
 mod scan;
+#[path = "planted_bugs/select.rs"]
+mod select;
 
 use kvlar::{Device, Emulation, SimtOptions};
 use kvlar_tests::Lab;
@@ -47,7 +49,8 @@ struct Suite {
     run: fn(&Lab),
 }
 
-const SUITES: [&Suite; 6] = [&channels::SUITE, &dense::SUITE, &lowrank::SUITE, &project::SUITE, &quantized::SUITE, &scan::SUITE];
+const SUITES: [&Suite; 7] =
+    [&channels::SUITE, &dense::SUITE, &lowrank::SUITE, &project::SUITE, &quantized::SUITE, &scan::SUITE, &select::SUITE];
 
 fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kernels")
@@ -82,8 +85,39 @@ fn copy_tree(from: &Path, to: &Path) {
     }
 }
 
+/// What all builds share, in a folder.
+struct Common {
+    dir: PathBuf,
+    runtime: Vec<PathBuf>,
+}
+
+impl Common {
+    fn build(dir: &Path) -> Self {
+        let object = |name: &str| {
+            let (source, object) = (kernels().join(format!("simt/{name}.cpp")), dir.join(format!("{name}.o")));
+            run(compiler().expect("a compiler").arg("-O2").arg("-I").arg(kernels()).arg("-c").arg(source).arg("-o").arg(&object));
+            object
+        };
+        let runtime = ["runtime", "collectives", "mbarrier"].map(object).to_vec();
+        // Reading the emulation's header takes half as long as compiling most suites: once is enough. A copy, since what is
+        // precompiled is looked for beside the header.
+        let header = dir.join("host.h");
+        std::fs::copy(kernels().join("simt/host.h"), &header).expect("a copy");
+        let mut precompile = compiler().expect("a compiler");
+        precompile
+            .args(["-w", "-c", "-x", "c++-header"])
+            .arg("-I")
+            .arg(kernels())
+            .arg(&header)
+            .arg("-o")
+            .arg(dir.join("host.h.gch"));
+        run(&mut precompile);
+        Self { dir: dir.into(), runtime }
+    }
+}
+
 /// The emulation of the sources with one bug, or none.
-fn build(dir: &Path, runtime: &[PathBuf], source_text: &str, bug: Option<&Bug>) -> PathBuf {
+fn build(dir: &Path, common: &Common, source_text: &str, bug: Option<&Bug>) -> PathBuf {
     let tree = dir.join("kernels");
     copy_tree(&kernels(), &tree);
     if let Some(b) = bug {
@@ -95,9 +129,15 @@ fn build(dir: &Path, runtime: &[PathBuf], source_text: &str, bug: Option<&Bug>) 
     let (source, object, library) = (dir.join("short.cu"), dir.join("short.o"), dir.join("libshort.so"));
     std::fs::write(&source, source_text).expect("a file");
     // Without warnings as errors: a bug may leave something unused. Without optimization: compiling takes longer than running.
-    run(compiler().expect("a compiler").arg("-w").arg("-I").arg(&tree).arg("-c").arg(&source).arg("-o").arg(&object));
+    let mut compile = compiler().expect("a compiler");
+    compile.arg("-w").arg("-include").arg(common.dir.join("host.h")).arg("-I").arg(&tree);
+    run(compile.arg("-c").arg(&source).arg("-o").arg(&object));
     let name = std::env::var("CXX").unwrap_or("c++".into());
-    run(Command::new(name).args(["-shared", "-Wl,-Bsymbolic", "-pthread", "-o"]).arg(&library).arg(&object).args(runtime));
+    run(Command::new(name)
+        .args(["-shared", "-Wl,-Bsymbolic", "-pthread", "-o"])
+        .arg(&library)
+        .arg(&object)
+        .args(&common.runtime));
     library
 }
 
@@ -177,16 +217,12 @@ fn planted_bugs_are_found() {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");
-    let runtime: Vec<PathBuf> = ["runtime", "collectives", "mbarrier"].map(|name| dir.path().join(format!("{name}.o"))).to_vec();
-    for object in &runtime {
-        let source = kernels().join("simt").join(object.with_extension("cpp").file_name().expect("a name"));
-        run(compiler().expect("a compiler").arg("-O2").arg("-I").arg(kernels()).arg("-c").arg(source).arg("-o").arg(object));
-    }
+    let common = Common::build(dir.path());
     // One suite's alone, where its name is given.
     let chosen = std::env::var("KVLAR_PLANTED_ONLY").ok();
     let of_interest = |s: &&&Suite| chosen.as_ref().is_none_or(|name| name == s.name);
     for suite in SUITES.iter().filter(of_interest) {
-        let sound = build(&dir.path().join(suite.name), &runtime, suite.source, None);
+        let sound = build(&dir.path().join(suite.name), &common, suite.source, None);
         assert!(!found(suite, &sound), "the unchanged kernels fail the short suites: {}", suite.name);
     }
     let all: Vec<(&Suite, &Bug)> = SUITES.iter().filter(of_interest).flat_map(|s| s.bugs.iter().map(move |b| (*s, b))).collect();
@@ -197,7 +233,7 @@ fn planted_bugs_are_found() {
             scope.spawn(|| {
                 loop {
                     let Some((i, (suite, bug))) = next.lock().expect("a lock").next() else { break };
-                    if !found(suite, &build(&dir.path().join(i.to_string()), &runtime, suite.source, Some(bug))) {
+                    if !found(suite, &build(&dir.path().join(i.to_string()), &common, suite.source, Some(bug))) {
                         missed.lock().expect("a lock").push(bug.name);
                     }
                 }

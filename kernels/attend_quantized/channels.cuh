@@ -116,17 +116,14 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
     if (!whole) Base::hide(s, tile + segment.stage_positions, segment, rows, row, first);
     uint32_t weights[2][1][2];
     attend::weigh<__half>(weights, state, s);
-    const typename Values::Params scales = {tile + segment.stage_value_params, scales_a_row(segment), int(segment.value_format.group)};
-    if (whole) {
-      add_values(tile + segment.stage_values, row, weights, [&](int r, int j) { return Values::scales(scales, r, j); });
-    } else {
-      spread_broken_rows(s, scales, row);
-      add_values(tile + segment.stage_values, row, weights, [&](int r, int j) { return without_nan(Values::scales(scales, r, j)); });
-    }
+    const typename Values::Params scales = {const_cast<unsigned char*>(tile) + segment.stage_value_params, scales_a_row(segment), int(segment.value_format.group)};
+    if (!whole) isolate_broken_rows(s, scales, row);
+    add_values(tile + segment.stage_values, row, weights, scales);
   }
 
-  template <class Scales>
-  __device__ __forceinline__ void add_values(const unsigned char* values, int row, const uint32_t (&weights)[2][1][2], const Scales& scales) {
+  __device__ __forceinline__ void add_values(const unsigned char* values, int row, const uint32_t (&weights)[2][1][2],
+                                             const typename Values::Params& params) {
+    const auto scales = [&](int r, int j) { return Values::scales(params, r, j); };
     if (value_codec() == KVLAR_CODEC_INT4) Values::template add<4>(state.o, values, row, weights, scales);
     else if (value_codec() == KVLAR_CODEC_INT2) Values::template add<2>(state.o, values, row, weights, scales);
     else Values::template add<8>(state.o, values, row, weights, scales);
@@ -135,21 +132,10 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
   // ---- rows that decode to NaN: a weight of 0 would not undo it for the columns that do not see them
 
   __device__ static __forceinline__ bool is_nan(uint32_t param) { return (param & 0x7fffu) > 0x7c00u; }
-  __device__ static __forceinline__ uint32_t clean(uint32_t scales, uint32_t x) {
-    const uint32_t keep = ((scales & 0x7fffu) > 0x7c00u ? 0u : 0xffffu) | ((scales >> 16 & 0x7fffu) > 0x7c00u ? 0u : 0xffff0000u);
-    return x & keep;
-  }
-  __device__ static __forceinline__ PairScales without_nan(PairScales by) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      by.zero[h] = clean(by.scale[h], by.zero[h]);
-      by.scale[h] = clean(by.scale[h], by.scale[h]);
-    }
-    return by;
-  }
 
-  // Columns that see such a row have NaN in the dimensions it has it in.
-  __device__ __forceinline__ void spread_broken_rows(const float (&s)[2][1][4], const typename Values::Params& scales, int row) {
+  // Columns that see such a row have NaN in the dimensions it has it in; for all, its scales and zeros become 0, in the warp's
+  // own copy.
+  __device__ __forceinline__ void isolate_broken_rows(const float (&s)[2][1][4], const typename Values::Params& scales, int row) {
     bool broken = false;  // among the lane's share of the rows
     for (int i = lane; i < 32 * scales.count; i += 32) broken = broken || is_nan(scales.at(row, i));
     if (!__any_sync(0xffffffffu, broken)) return;
@@ -167,6 +153,10 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
               if (seen && is_nan(scales.at(row + 16 * b + 8 * h + g, scales.index(i / (Values::kWide / 2), at.g))))
                 state.o[i][0][e] = state.o[i][0][e + 2] = quiet_nan();
           }
+    __syncwarp();  // all have read them
+    for (int i = lane; i < 32 * scales.count; i += 32)
+      if (is_nan(scales.at(row, i))) scales.clear(row, i);
+    __syncwarp();
   }
 
   __device__ void take(int first, int end) { attend::take_tiles(*this, kWarps, first, end); }

@@ -31,11 +31,12 @@ template <int D> struct GroupedValues {
 
   // Where a row's scales and zeros are: `count` of them, one for `group` dimensions.
   struct Params {
-    const unsigned char* data;
+    unsigned char* data;
     int count, group;
     // Of lane group g's dimensions of block j.
     __device__ int index(int j, int g) const { return min((8 * j + g) * kWide / group, count - 1); }
     __device__ uint32_t at(int row, int index) const { return reinterpret_cast<const uint32_t*>(data)[row * count + index]; }
+    __device__ void clear(int row, int index) const { reinterpret_cast<uint32_t*>(data)[row * count + index] = 0; }
   };
 
   __device__ static PairScales scales(const Params& params, int row, int j) {

@@ -22,6 +22,8 @@ pub mod lowrank;
 pub mod pages;
 #[allow(missing_docs)]
 pub mod scan;
+#[allow(missing_docs)]
+pub mod select;
 
 use kvlar::{Backend, Buffer, Device, Dtype, Error, SimtOptions, Stream, Workspace, WorkspaceSize};
 use std::any::{Any, TypeId};

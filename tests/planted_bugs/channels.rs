@@ -53,12 +53,17 @@ const BUGS: &[Bug] = &[
         "min((8 * j + g) * kWide / group, count - 1)",
         "min(8 * j * kWide / group, count - 1)",
     ),
-    bug("broken values kept from who sees them", "attend_quantized/channels.cuh", "spread_broken_rows(s, scales, row);\n", ""),
+    bug(
+        "broken values kept from who sees them",
+        "attend_quantized/channels.cuh",
+        "= state.o[i][0][e + 2] = quiet_nan();",
+        "+= 0.f;",
+    ),
     bug(
         "a broken value reaches those who don't see it",
         "attend_quantized/channels.cuh",
-        "return without_nan(Values::scales(scales, r, j));",
-        "return Values::scales(scales, r, j);",
+        "scales.clear(row, i);",
+        "scales.at(row, i);",
     ),
     bug(
         "extremes of the first warp's rows alone",

@@ -46,12 +46,12 @@ pub use merge::merge;
 pub use reduce::{ReduceInput, Reduction, reduce};
 pub use rope::{Rope, RopeLayout, RopeScaling, Yarn};
 pub use scan::{ScanInput, Scanned, scan};
-pub use select::{
-    Chosen, Cut, Forced, Resolve, ThresholdInput, ThresholdRule, TopK, TopP, TopkInput, ToppInput, ordered_key, ordered_row,
-    threshold, topk, topp,
-};
 pub use score::{
     ColumnInput, Gate, HeadReduction, KeyMethod, KeysInput, Pool, RepeatInput, RowReduction, WindowInput, score_column,
     score_gate, score_keys, score_repeat, score_window,
+};
+pub use select::{
+    Chosen, Cut, Forced, Resolve, ThresholdInput, ThresholdRule, TopK, TopP, TopkInput, ToppInput, ordered_key, ordered_row,
+    threshold, topk, topp,
 };
 pub use storage::{HeadStorage, QuantizedRows, Storage, Tiers, quantize_rows};

@@ -54,6 +54,21 @@ impl EncodeShape {
     }
 }
 
+/// Dense rows that are encoded, or decoded into.
+#[derive(Clone, Copy)]
+struct Outer {
+    address: u64,
+    dtype: Dtype,
+    /// Whether rows beyond a length are left alone.
+    held_only: bool,
+}
+
+impl Outer {
+    fn of(address: u64, dtype: Dtype) -> Self {
+        Self { address, dtype, held_only: false }
+    }
+}
+
 impl TranscodePlan {
     /// Encodes `x [B, H, rows, dim]` as rows 0.. of each (sequence, head). `scales`: as [`Tables`] says.
     ///
@@ -68,7 +83,7 @@ impl TranscodePlan {
         scales: Option<View<'_>>,
     ) -> Result<()> {
         within("x", &x, self.elements() * self.shape.dtype.bytes(), 16)?;
-        self.launch(stream, self.encoder()?, (x.address(), self.shape.dtype), rows, pool, scales, false)
+        self.launch(stream, self.encoder()?, Outer::of(x.address(), self.shape.dtype), rows, pool, scales)
     }
 
     /// Decodes rows 0.. of each (sequence, head) into `out [B, H, rows, dim]` f32; 0 beyond a length.
@@ -100,7 +115,7 @@ impl TranscodePlan {
         out: &mut ViewMut<'_>,
     ) -> Result<()> {
         within("out", out, self.elements() * dtype.bytes(), 16)?;
-        self.launch(stream, self.a_row_a_warp("kvlar_decode"), (out.address(), dtype), rows, pool, scales, false)
+        self.launch(stream, self.a_row_a_warp("kvlar_decode"), Outer::of(out.address(), dtype), rows, pool, scales)
     }
 
     /// Likewise, but leaves rows of `out` beyond a length as they are: what a capacity of many rows costs is not written
@@ -118,7 +133,8 @@ impl TranscodePlan {
         out: &mut ViewMut<'_>,
     ) -> Result<()> {
         within("out", out, self.elements() * dtype.bytes(), 16)?;
-        self.launch(stream, self.a_row_a_warp("kvlar_decode"), (out.address(), dtype), rows, pool, scales, true)
+        let out = Outer { held_only: true, ..Outer::of(out.address(), dtype) };
+        self.launch(stream, self.a_row_a_warp("kvlar_decode"), out, rows, pool, scales)
     }
 
     fn a_row_a_warp(&self, entry: &'static str) -> Launch {
@@ -152,11 +168,10 @@ impl TranscodePlan {
         &self,
         stream: &Stream,
         launch: Launch,
-        (x, dtype): (u64, Dtype),
+        x: Outer,
         rows: &Rows<'_>,
         pool: &Pool<M>,
         scales: Option<View<'_>>,
-        held_only: bool,
     ) -> Result<()> {
         let s = &self.shape;
         if rows.max_rows < s.rows {
@@ -169,7 +184,7 @@ impl TranscodePlan {
         let params = abi::KvlarTranscode {
             rows: rows.abi(),
             pool: pool.abi(),
-            x,
+            x: x.address,
             x_seq_stride: s.heads as i64 * n * d,
             x_head_stride: n * d,
             x_row_stride: d,
@@ -179,8 +194,8 @@ impl TranscodePlan {
             heads: s.heads as u32,
             row_count: s.rows as u32,
             dim: s.dim as u32,
-            dtype: dtype.abi(),
-            held_only: held_only.into(),
+            dtype: x.dtype.abi(),
+            held_only: x.held_only.into(),
         };
         // SAFETY: every address was checked against the shape.
         unsafe { self.launch_raw(stream, launch, &params) }

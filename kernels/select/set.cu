@@ -1,0 +1,135 @@
+// The k largest scores of a set of rows together, by many CTAs: rows beyond what an SM's L1 holds, and budgets that layers and
+// heads share. Same order, same outputs as topk.cu.
+//
+//   bins: how many of a set's free scores have each first digit of 11 bits.
+//   cut: each CTA reads off the digit of the k-th largest, and hands on the scores of its part that share it; the CTA that
+//   arrives last at a set finds the cut among those, by digits of the key's other 21 bits and of the index.
+//   apply: what a cut keeps of each row, as counts, lists or masks.
+//
+// Floor of bins and cut: 4 B a score each, the second time from L2; 8 rows of 128K 4.2 MB, 1 us each, and the two launches.
+// Beside that, cut reads 8 KB of bins a CTA, and the last one 8 B for each score that shares the digit, up to five times:
+// a few thousand of a bell curve's 128K, all of them where all scores are equal.
+#include "select/order.cuh"
+
+namespace kvlar::select {
+
+constexpr int kPart = 8192;  // scores a CTA
+
+struct Part {
+  int row, set, first, end;
+  __device__ explicit Part(const KvlarTopk& p, const Free& free, int row_of) : row(row_of), set(row_of / int(p.members)) {
+    first = max(free.first, int(blockIdx.x % p.parts) * kPart);
+    end = min(free.end, int(blockIdx.x % p.parts + 1) * kPart);
+  }
+};
+
+// A sum over the rows of a set, to all threads.
+template <class Of> __device__ inline int sum_of_set(Shared& shared, const KvlarTopk& p, int set, Of of) {
+  int own = 0;
+  for (int m = int(threadIdx.x); m < int(p.members); m += kThreads) own += of(Free(p, set * int(p.members) + m));
+  const int before = block_exclusive_sum<kThreads>(own, shared.warp_sums);
+  if (threadIdx.x == kThreads - 1) shared.number = before + own;
+  __syncthreads();
+  const int all = shared.number;
+  __syncthreads();
+  return all;
+}
+
+// Hands on the scores of a part whose first digit is `bin`.
+__device__ inline void hand_on(const KvlarTopk& p, const Free& free, const Part& part, uint32_t bin) {
+  uint64_t* const to = p.candidates + int64_t(part.set) * p.members * p.row_count;
+  const int lane = int(threadIdx.x) % 32;
+  for (int i = part.first; i < part.end; i += kThreads) {  // all threads take part in each round
+    const int at = i + int(threadIdx.x);
+    const uint32_t key = at < part.end ? free.key(at) : 0;
+    const uint32_t all = __ballot_sync(0xffffffffu, at < part.end && key >> 21 == bin);
+    if (!all) continue;
+    uint32_t slot = 0;
+    if (lane == 0) slot = atomicAdd(p.found + part.set, uint32_t(__popc(all)));
+    slot = __shfl_sync(0xffffffffu, slot, 0) + uint32_t(__popc(all & ((1u << lane) - 1)));
+    if (all >> lane & 1) __stcg(reinterpret_cast<unsigned long long*>(to + slot), (unsigned long long)ranked(key, free.before + uint32_t(at)));
+  }
+}
+
+// The cut that keeps the `left` largest of `count` candidates, all of which begin with `bin`.
+__device__ inline uint64_t cut_of(Shared& shared, const unsigned long long* candidates, uint32_t count, uint32_t bin, uint32_t left, bool strict) {
+  uint64_t prefix = uint64_t(bin) << 53;
+  constexpr int kDigits = 5, kShifts[kDigits] = {42, 32, 21, 10, 0}, kBits[kDigits] = {11, 10, 11, 11, 10};
+#pragma unroll 1
+  for (int digit = 0; digit < kDigits; ++digit) {
+    const int shift = kShifts[digit], known = shift + kBits[digit];
+    if (strict && shift < 32) break;  // the key is known
+    clear_bins(shared);
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+      const uint64_t x = __ldcg(candidates + i);
+      if (x >> known == prefix >> known) atomicAdd(shared.bins + (uint32_t(x >> shift) & ((1u << kBits[digit]) - 1)), 1u);
+    }
+    __syncthreads();
+    find_bin(shared, left);
+    prefix |= uint64_t(shared.bin) << shift;
+    left -= shared.above;
+    const bool whole = left == shared.inside;
+    __syncthreads();
+    if (whole && !strict) break;
+  }
+  return strict ? ((prefix >> 32) + 1) << 32 : prefix;
+}
+
+}  // namespace kvlar::select
+
+extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_select_bins(const __grid_constant__ KvlarTopk p) {
+  using namespace kvlar;
+  using namespace kvlar::select;
+  __shared__ uint32_t bins[kBins];
+  const int row = int(blockIdx.x / p.parts);
+  const Free free(p, row);
+  const Part part(p, free, row);
+  for (int i = int(threadIdx.x); i < kBins; i += kThreads) bins[i] = 0;
+  __syncthreads();
+  for (int i = part.first + int(threadIdx.x); i < part.end; i += kThreads) atomicAdd(bins + (free.key(i) >> 21), 1u);
+  __syncthreads();
+  add_counts(bins, p.bins + int64_t(part.set) * kBins);
+}
+GPU_EXPORT(kvlar_select_bins)
+
+extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_select_cut(const __grid_constant__ KvlarTopk p) {
+  using namespace kvlar::select;
+  __shared__ Shared shared;
+  const int row = int(blockIdx.x / p.parts);
+  const Free free(p, row);
+  const Part part(p, free, row);
+  const int all = sum_of_set(shared, p, part.set, [](const Free& f) { return f.count(); });
+  const int need = wanted(p, part.set) - sum_of_set(shared, p, part.set, [](const Free& f) { return f.length - f.count(); });
+  const bool some = need > 0 && all > 0 && (need < all || p.strict);  // else all are kept, or none
+  uint32_t* const bins = p.bins + int64_t(part.set) * kBins;
+  if (some) {
+    for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.bins[i] = __ldcg(bins + i);
+    __syncthreads();
+    find_bin(shared, uint32_t(min(need, all)));
+    hand_on(p, free, part, shared.bin);
+  }
+  if (!ptx::arrive_last(p.counters + part.set, p.parts * p.members)) return;
+  // The last CTA of the set.
+  uint64_t cut = need > 0 ? kAll : kNone;
+  if (some) {
+    const unsigned long long* candidates =
+        reinterpret_cast<const unsigned long long*>(p.candidates + int64_t(part.set) * p.members * p.row_count);
+    const uint32_t bin = shared.bin, left = uint32_t(min(need, all)) - shared.above, count = __ldcg(p.found + part.set);
+    __syncthreads();
+    cut = cut_of(shared, candidates, count, bin, left, p.strict != 0);
+  }
+  if (threadIdx.x == 0) {
+    p.cuts[part.set] = cut;
+    p.found[part.set] = 0;
+  }
+  for (int i = int(threadIdx.x); i < kBins; i += kThreads) bins[i] = 0;
+}
+GPU_EXPORT(kvlar_select_cut)
+
+extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_select_apply(const __grid_constant__ KvlarTopk p) {
+  using namespace kvlar::select;
+  __shared__ Shared shared;
+  const int row = int(blockIdx.x);
+  put_selected(shared, p, Free(p, row), row, __ldg(reinterpret_cast<const unsigned long long*>(p.cuts + row / int(p.members))));
+}
+GPU_EXPORT(kvlar_select_apply)

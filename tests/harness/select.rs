@@ -1,0 +1,137 @@
+//! Cases of topk.
+
+use crate::Lab;
+use kvlar::{Buffer, Ks, TopkArgs, TopkShape, Workspace};
+use kvlar_reference::ordered_row;
+use kvlar_reference::testing::Rng;
+
+/// Sets of rows of scores, and how many are kept.
+#[derive(Clone, Debug)]
+pub struct TopkCase {
+    pub shape: TopkShape,
+    pub scores: Vec<f32>,
+    /// Scores between rows.
+    pub stride: usize,
+    pub lengths: Option<Vec<i32>>,
+    pub ks: Option<Vec<i32>>,
+}
+
+impl TopkCase {
+    pub fn new(batch: usize, rows: usize, k: usize, scores: Vec<f32>) -> Self {
+        Self { shape: TopkShape::new(batch, rows, k), scores, stride: rows, lengths: None, ks: None }
+    }
+
+    pub fn one(scores: &[f32], k: usize) -> Self {
+        Self::new(1, scores.len(), k, scores.to_vec())
+    }
+
+    pub fn normal(seed: u64, batch: usize, rows: usize, k: usize) -> Self {
+        Self::new(batch, rows, k, Rng::new(seed).normals(batch * rows, 2.0))
+    }
+
+    /// `batch` sets of `members` rows.
+    pub fn sets(seed: u64, (batch, members): (usize, usize), rows: usize, k: usize) -> Self {
+        let mut case = Self::normal(seed, batch * members, rows, k);
+        case.shape = TopkShape { batch, members, ..case.shape };
+        case
+    }
+
+    pub fn forced(mut self, sink_rows: usize, recent_rows: usize) -> Self {
+        self.shape = TopkShape { sink_rows, recent_rows, ..self.shape };
+        self
+    }
+
+    pub fn strict(mut self) -> Self {
+        self.shape.strict = true;
+        self
+    }
+
+    fn length(&self, row: usize) -> usize {
+        self.lengths.as_ref().map_or(self.shape.rows, |l| l[row].clamp(0, self.shape.rows as i32) as usize)
+    }
+
+    fn score(&self, row: usize, i: usize) -> f32 {
+        self.scores[row * self.stride + i]
+    }
+
+    fn is_forced(&self, row: usize, i: usize) -> bool {
+        i < self.shape.sink_rows || i >= self.length(row).saturating_sub(self.shape.recent_rows)
+    }
+
+    /// Scores kept of each row, by sorting those of a set.
+    pub fn expected(&self) -> Vec<Vec<i32>> {
+        let TopkShape { batch, members, rows, k, strict, .. } = self.shape;
+        let mut kept = vec![Vec::new(); batch * members];
+        for set in 0..batch {
+            let mut free = Vec::new();
+            for row in set * members..(set + 1) * members {
+                for i in 0..self.length(row) {
+                    match self.is_forced(row, i) {
+                        true => kept[row].push(i as i32),
+                        false => free.push((ordered_row(self.score(row, i), (row % members * rows + i) as u32), row, i)),
+                    }
+                }
+            }
+            free.sort_unstable_by(|a, b| b.cmp(a));
+            let forced: usize = kept[set * members..(set + 1) * members].iter().map(Vec::len).sum();
+            let k = self.ks.as_ref().map_or(k, |ks| (ks[set % ks.len()].max(0) as usize).min(k));
+            let mut count = k.saturating_sub(forced).min(free.len());
+            if strict && count > 0 {
+                let least = free[count - 1].0 >> 32;
+                count = free.iter().filter(|x| x.0 >> 32 > least).count();
+            }
+            free[..count].iter().for_each(|&(_, row, i)| kept[row].push(i as i32));
+        }
+        kept.iter_mut().for_each(|rows| rows.sort_unstable());
+        kept
+    }
+
+    /// Checks every output, and gives the scores kept of each row.
+    pub fn check(&self, lab: &Lab) -> Vec<Vec<i32>> {
+        let TopkShape { batch, members, rows, k, .. } = self.shape;
+        let (plan, all) = (self.shape.plan(&lab.device).unwrap(), batch * members);
+        let mut workspace = Workspace::new(&lab.device, plan.workspace()).unwrap();
+        let upload = |x: &Option<Vec<i32>>| x.as_ref().map(|x| lab.upload(x));
+        let (scores, lengths, ks) = (lab.upload(&self.scores), upload(&self.lengths), upload(&self.ks));
+        let [cuts, counts, mask] = [8 * batch, 4 * all, all * rows].map(|bytes| lab.poisoned(bytes));
+        let listed = vec![7i32; if members == 1 { batch * k } else { 0 }]; // poison is -1
+        let mut outputs: [Buffer; 4] = [cuts, counts, lab.upload(&listed), mask];
+        let [cuts, counts, selected, mask] = &mut outputs;
+        let each = self.ks.as_ref().is_some_and(|ks| ks.len() > 1);
+        let mut args = TopkArgs {
+            scores: scores.view(),
+            score_stride: Some(self.stride),
+            lengths: lengths.as_ref().map(|x| x.view()),
+            ks: ks.as_ref().map(|x| if each { Ks::Each(x.view()) } else { Ks::One(x.view()) }),
+            cuts: Some(cuts.view_mut()),
+            counts: Some(counts.view_mut()),
+            selected: (members == 1).then(|| selected.view_mut()),
+            mask: Some(mask.view_mut()),
+        };
+        for _ in 0..2 {
+            plan.launch(&lab.stream, &mut args, &mut workspace).unwrap();
+        }
+        let (cuts, counts): (Vec<u64>, Vec<i32>) = (lab.download(&outputs[0]), lab.download(&outputs[1]));
+        let (selected, mask): (Vec<i32>, Vec<u8>) = (lab.download(&outputs[2]), lab.download(&outputs[3]));
+        let expected = self.expected();
+        for (row, kept) in expected.iter().enumerate() {
+            let what = format!("row {row} of {:?}", self.shape);
+            assert_eq!(counts[row], kept.len() as i32, "{what}");
+            if members == 1 {
+                let listed = &selected[row * k..(row + 1) * k];
+                assert_eq!(&listed[..kept.len()], kept, "{what}");
+                assert!(listed[kept.len()..].iter().all(|&i| i == -1), "{what}: {listed:?}");
+            }
+            let marked: Vec<i32> = (0..rows).filter(|&i| mask[row * rows + i] != 0).map(|i| i as i32).collect();
+            assert_eq!(&marked, kept, "{what}: mask");
+            assert!(mask.iter().all(|&x| x < 2), "{what}: mask");
+            // The cut says the same to whoever has the scores.
+            let cut = cuts[row / members];
+            let place = |i: usize| ordered_row(self.score(row, i), (row % members * rows + i) as u32);
+            let by_cut = (0..self.length(row)).filter(|&i| self.is_forced(row, i) || place(i) >= cut);
+            assert_eq!(by_cut.map(|i| i as i32).collect::<Vec<_>>(), *kept, "{what}: cut {cut:x}");
+        }
+        assert!(lab.counters(&workspace, plan.workspace()).iter().all(|&x| x == 0), "counters of {:?}", self.shape);
+        expected
+    }
+}

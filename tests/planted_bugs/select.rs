@@ -1,0 +1,127 @@
+//! Bugs of topk.
+
+use super::{Bug, Suite, bug};
+use kvlar::TopkShape;
+use kvlar_tests::Lab;
+use kvlar_tests::select::TopkCase;
+
+pub const SUITE: Suite = Suite { name: "select", source: SOURCE, bugs: BUGS, run: short_suites };
+
+const BUGS: &[Bug] = &[
+    bug("ties go to the higher index", "select/order.cuh", "uint32_t(~index)", "index"),
+    bug("a tie too many", "select/topk.cu", "(ties >> lane & 1) && rank == need", "(ties >> lane & 1) && rank == need + 1"),
+    bug("ties counted from the wrong lane", "select/topk.cu", "(2u << lane) - 1", "(1u << lane) - 1"),
+    bug(
+        "ties of earlier warps forgotten",
+        "select/topk.cu",
+        "int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);",
+        "int before = 0 * block_exclusive_sum<kThreads>(own, shared.warp_sums);",
+    ),
+    bug("bins of the digit before", "select/order.cuh", "shared.bins[i] = 0;", "shared.bins[i] &= 1;"),
+    bug("digits of keys that differ above them", "select/topk.cu", "key >> known == prefix >> known", "true"),
+    bug("bins from below", "select/order.cuh", "kBins - 1 - 2 * int(threadIdx.x)", "1 + 2 * int(threadIdx.x)"),
+    bug("a bin too early", "select/order.cuh", "need <= before + high;", "need < before + high;"),
+    bug("keys above the bin kept twice", "select/topk.cu", "left -= shared.above;", ""),
+    bug(
+        "dropped barrier before bins are read",
+        "select/topk.cu",
+        "__syncthreads();\n    find_bin(shared, left);",
+        "find_bin(shared, left);",
+    ),
+    bug(
+        "dropped barrier after bins are cleared",
+        "select/order.cuh",
+        "shared.bins[i] = 0;\n  __syncthreads();",
+        "shared.bins[i] = 0;",
+    ),
+    bug("NaN above all", "device/order.cuh", "if (x != x) return 0;", ""),
+    bug("-0 below 0", "device/order.cuh", "x == 0.f ? 0u : __float_as_uint(x)", "__float_as_uint(x)"),
+    bug(
+        "recent rows of the capacity",
+        "select/order.cuh",
+        "max(first, length - int(p.recent_rows))",
+        "max(first, int(p.row_count) - int(p.recent_rows))",
+    ),
+    bug("rows that are always kept do not count", "select/topk.cu", "wanted(p, row) - forced", "wanted(p, row)"),
+    bug(
+        "k above the most",
+        "select/order.cuh",
+        "min(int(__ldg(p.ks + set * p.k_stride)), int(p.k))",
+        "int(__ldg(p.ks + set * p.k_stride))",
+    ),
+    bug("one k for all", "select/order.cuh", "p.ks + set * p.k_stride", "p.ks"),
+    bug(
+        "rows of the wrong score stride",
+        "select/order.cuh",
+        "p.scores + row * p.score_stride",
+        "p.scores + row * int(p.row_count)",
+    ),
+    bug("nothing behind the rows kept", "select/order.cuh", "p.selected[int64_t(row) * p.k + i] = -1;", "{}"),
+    bug("rows listed over those of earlier warps", "select/order.cuh", "out[before + __popc(", "out[__popc("),
+    bug(
+        "candidates in each other's slots",
+        "select/set.cu",
+        "__shfl_sync(0xffffffffu, slot, 0) + ",
+        "__shfl_sync(0xffffffffu, slot, 0) + 0 * ",
+    ),
+    bug(
+        "the digit above not taken off",
+        "select/set.cu",
+        "uint32_t(min(need, all)) - shared.above,",
+        "uint32_t(min(need, all)),",
+    ),
+    bug(
+        "the last part left out",
+        "select/set.cu",
+        "int(blockIdx.x % p.parts + 1) * kPart",
+        "int(blockIdx.x % p.parts) * kPart + kPart / 2",
+    ),
+    bug("rows of a set that share indices", "select/order.cuh", "uint32_t(row % int(p.members)) * p.row_count;", "0;"),
+    bug("a digit of the index skipped", "select/set.cu", "{42, 32, 21, 10, 0}", "{42, 32, 21, 10, 10}"),
+    bug("strict keeps the score itself", "select/set.cu", "((prefix >> 32) + 1) << 32", "(prefix >> 32) << 32"),
+    bug(
+        "bins left behind",
+        "select/set.cu",
+        "bins[i] = 0;\n}\nGPU_EXPORT(kvlar_select_cut)",
+        "{}\n}\nGPU_EXPORT(kvlar_select_cut)",
+    ),
+    bug("candidates left behind", "select/set.cu", "p.found[part.set] = 0;", ""),
+    bug("the cut of another set", "select/set.cu", "p.cuts + row / int(p.members)", "p.cuts + row % int(p.members)"),
+];
+
+const SOURCE: &str = r#"
+#include "select/topk.cu"
+#include "select/set.cu"
+"#;
+
+/// A short form of the suites.
+fn short_suites(lab: &Lab) {
+    let inf = f32::INFINITY;
+    let odd = [f32::NAN, 1.0, -inf, 0.0, -0.0, inf, 0.0, -1.0, f32::NAN, -0.0, 1e-40];
+    for k in 0..=11 {
+        TopkCase::one(&odd, k).check(lab);
+    }
+    for k in [1, 33, 699] {
+        TopkCase::new(1, 1500, k, (0..1500).map(|i| if i % 3 == 0 { 2.0 } else { 1.0 }).collect()).check(lab);
+        let close = (0..700u32).map(|i| f32::from_bits(0x3f80_0000 ^ (i * 37 % 701))).collect();
+        TopkCase::new(1, 700, k, close).check(lab);
+        TopkCase::normal(k as u64, 2, 1100, k).check(lab);
+    }
+    let mut case = TopkCase::normal(3, 3, 200, 64).forced(2, 5);
+    case.lengths = Some(vec![200, 40, 150]);
+    case.ks = Some(vec![100, 20, 30]);
+    case.check(lab);
+    let mut apart = TopkCase::normal(1, 2, 130, 17);
+    apart.stride = 133;
+    apart.scores.extend([9.0; 3]);
+    apart.check(lab);
+    // Sets, parts of rows, and what is left for the next launch.
+    let mut sets = TopkCase::sets(5, (2, 3), 300, 100).forced(3, 2);
+    sets.lengths = Some(vec![300, 40, 0, 211, 4, 300]);
+    sets.check(lab);
+    TopkCase::sets(6, (1, 2), 8400, 700).check(lab);
+    let mut equal = TopkCase::sets(7, (2, 2), 700, 900);
+    equal.scores.iter_mut().for_each(|x| *x = x.round());
+    equal.check(lab);
+    TopkCase { shape: TopkShape { k: 500, ..equal.shape }, ..equal }.strict().check(lab);
+}
