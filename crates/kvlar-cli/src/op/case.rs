@@ -126,6 +126,15 @@ impl Case {
         Ok((shape, values))
     }
 
+    /// A u8 tensor of some shape.
+    pub fn bytes(&mut self, name: &str, shape: &[usize]) -> Result<Vec<u8>> {
+        match self.tensors.remove(name) {
+            None => input(format!("no tensor {name}")),
+            Some(t) if t.dtype != Dtype::U8 => input(format!("{name} is {:?}; it must be U8", t.dtype)),
+            Some(t) => expect(name, &t.shape, shape).map(|()| t.bytes),
+        }
+    }
+
     /// Refuses what no one asked for.
     pub fn finish(&self) -> Result<()> {
         if let Some(key) = self.scalars.keys().next() {
@@ -160,6 +169,11 @@ impl Output {
 
     pub fn ints(mut self, name: &'static str, shape: &[usize], values: &[i32]) -> Self {
         self.0.push((name, Dtype::I32, shape.to_vec(), values.iter().flat_map(|x| x.to_le_bytes()).collect()));
+        self
+    }
+
+    pub fn bytes(mut self, name: &'static str, shape: &[usize], values: Vec<u8>) -> Self {
+        self.0.push((name, Dtype::U8, shape.to_vec(), values));
         self
     }
 

@@ -7,8 +7,10 @@ mod append;
 mod attend;
 mod attend_lowrank;
 mod attend_quantized;
+mod budget;
 mod case;
 mod codebooks;
+mod compact;
 mod encode;
 mod fit;
 mod formats;
@@ -16,6 +18,7 @@ mod merge;
 mod project;
 mod reduce;
 mod scan;
+mod select;
 
 use crate::backend::Backend;
 use case::{Case, Output};
@@ -24,8 +27,8 @@ use std::process::ExitCode;
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// The op: attend, attend_lowrank, attend_quantized, append, encode, decode, merge, project, scan, reduce, group_heads,
-    /// fit_lowrank, fit_values, fit_codebooks, budget_ranks.
+    /// The op: attend, attend_lowrank, attend_quantized, append, encode, decode, merge, project, scan, reduce, topk, topp,
+    /// threshold, budget_layers, budget_heads, compact, group_heads, fit_lowrank, fit_values, fit_codebooks, budget_ranks.
     name: String,
     /// What executes it.
     #[arg(long, value_enum, default_value = "reference")]
@@ -77,6 +80,11 @@ pub fn input<T>(text: impl Into<String>) -> Result<T> {
     Err(OpError::Input(text.into()))
 }
 
+/// What an op answers on a backend that it has no kernel for yet.
+pub fn no_kernel<T>(op: &str) -> Result<T> {
+    Err(OpError::Unsupported(format!("{op} runs on the reference only so far")))
+}
+
 fn execute(a: &Arguments) -> Result<()> {
     let op: fn(&mut Case, Backend) -> Result<Output> = match a.name.as_str() {
         "attend" => attend::run,
@@ -88,6 +96,12 @@ fn execute(a: &Arguments) -> Result<()> {
         "project" => project::run,
         "scan" => scan::run,
         "reduce" => reduce::run,
+        "topk" => select::topk,
+        "topp" => select::topp,
+        "threshold" => select::threshold,
+        "budget_layers" => budget::budget_layers,
+        "budget_heads" => budget::budget_heads,
+        "compact" => compact::run,
         "group_heads" => fit::group_heads,
         "fit_lowrank" => fit::fit_lowrank,
         "fit_values" => fit::fit_values,

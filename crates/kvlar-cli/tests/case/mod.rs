@@ -25,6 +25,11 @@ impl Case {
         self.tensors.push((name.into(), Dtype::I32, shape.to_vec(), values.iter().flat_map(|x| x.to_le_bytes()).collect()));
         self
     }
+    pub fn bytes(mut self, name: &str, shape: &[usize], values: &[u8]) -> Self {
+        assert_eq!(shape.iter().product::<usize>(), values.len());
+        self.tensors.push((name.into(), Dtype::U8, shape.to_vec(), values.to_vec()));
+        self
+    }
     pub fn key(mut self, key: &str, value: &str) -> Self {
         self.keys.insert(key.into(), value.into());
         self
@@ -56,13 +61,33 @@ pub fn run(op: &str, backend: &str, case: &Case, more: &[&str]) -> Run {
 impl Run {
     #[track_caller]
     pub fn tensor(&self, name: &str) -> (Vec<usize>, Vec<f32>) {
+        let (shape, data) = self.stored(name, Dtype::F32);
+        (shape, data.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
+    }
+
+    #[track_caller]
+    pub fn ints(&self, name: &str, shape: &[usize]) -> Vec<i32> {
+        let (found, data) = self.stored(name, Dtype::I32);
+        assert_eq!(found, shape);
+        data.chunks(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+
+    #[track_caller]
+    pub fn bytes(&self, name: &str, shape: &[usize]) -> Vec<u8> {
+        let (found, data) = self.stored(name, Dtype::U8);
+        assert_eq!(found, shape);
+        data
+    }
+
+    #[track_caller]
+    fn stored(&self, name: &str, dtype: Dtype) -> (Vec<usize>, Vec<u8>) {
         let text = String::from_utf8_lossy(&self.output.stderr);
         assert!(self.output.status.success(), "{text}");
         let bytes = std::fs::read(self.dir.path().join("out.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let t = file.tensor(name).unwrap();
-        assert_eq!(t.dtype(), Dtype::F32);
-        (t.shape().to_vec(), t.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
+        assert_eq!(t.dtype(), dtype);
+        (t.shape().to_vec(), t.data().to_vec())
     }
 
     #[track_caller]

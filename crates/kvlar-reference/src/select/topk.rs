@@ -36,14 +36,15 @@ pub struct TopK {
 /// The `k` best rows of each length: sinks, recent rows, then the highest scores; all rows if there are no more than k.
 ///
 /// # Errors
-/// A tensor of the wrong size, a length outside 0..=T, a `k` below the number of rows that are forced of some length.
+/// A tensor of the wrong size, a length outside 0..=T, a `k` below the number of rows that are forced of some length,
+/// more than 2³¹ rows in all.
 pub fn topk(i: &TopkInput<'_>) -> Result<TopK, ReferenceError> {
     let dims = [i.batch, 1, i.rows];
     shape("scores", i.scores.len(), &[i.batch, i.rows])?;
     check_count("scores", i.rows)?;
     check_lengths(i.lengths, dims)?;
-    if i.k > i32::MAX as usize {
-        return value("k", format!("{} is more than rows can be", i.k));
+    if i.batch.saturating_mul(i.k) > i32::MAX as usize {
+        return value("k", format!("{} rows of each of {} lists are too many", i.k, i.batch));
     }
     let mut out = TopK { rows: Vec::with_capacity(i.batch * i.k), counts: Vec::new(), cuts: Vec::new() };
     for b in 0..i.batch {
