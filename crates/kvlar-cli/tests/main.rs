@@ -11,3 +11,4 @@ mod op_fit;
 mod op_lowrank;
 mod op_project;
 mod op_quantized;
+mod op_score;

@@ -16,6 +16,7 @@ mod merge;
 mod project;
 mod reduce;
 mod scan;
+mod score;
 
 use crate::backend::Backend;
 use case::{Case, Output};
@@ -25,7 +26,7 @@ use std::process::ExitCode;
 #[derive(clap::Args)]
 pub struct Arguments {
     /// The op: attend, attend_lowrank, attend_quantized, append, encode, decode, merge, project, scan, reduce, group_heads,
-    /// fit_lowrank, fit_values, fit_codebooks, budget_ranks.
+    /// fit_lowrank, fit_values, fit_codebooks, budget_ranks, score_window, score_column, score_gate, score_keys, score_repeat.
     name: String,
     /// What executes it.
     #[arg(long, value_enum, default_value = "reference")]
@@ -88,6 +89,11 @@ fn execute(a: &Arguments) -> Result<()> {
         "project" => project::run,
         "scan" => scan::run,
         "reduce" => reduce::run,
+        "score_window" => score::window,
+        "score_column" => score::column,
+        "score_gate" => score::gate,
+        "score_keys" => score::keys,
+        "score_repeat" => score::repeat,
         "group_heads" => fit::group_heads,
         "fit_lowrank" => fit::fit_lowrank,
         "fit_values" => fit::fit_values,
