@@ -11,4 +11,5 @@ mod op_fit;
 mod op_lowrank;
 mod op_project;
 mod op_quantized;
+mod op_score;
 mod op_select;

@@ -18,6 +18,7 @@ mod merge;
 mod project;
 mod reduce;
 mod scan;
+mod score;
 mod select;
 
 use crate::backend::Backend;
@@ -28,7 +29,8 @@ use std::process::ExitCode;
 #[derive(clap::Args)]
 pub struct Arguments {
     /// The op: attend, attend_lowrank, attend_quantized, append, encode, decode, merge, project, scan, reduce, topk, topp,
-    /// threshold, budget_layers, budget_heads, compact, group_heads, fit_lowrank, fit_values, fit_codebooks, budget_ranks.
+    /// threshold, score_window, score_column, score_gate, score_keys, score_repeat, budget_layers, budget_heads, compact,
+    /// group_heads, fit_lowrank, fit_values, fit_codebooks, budget_ranks.
     name: String,
     /// What executes it.
     #[arg(long, value_enum, default_value = "reference")]
@@ -102,6 +104,11 @@ fn execute(a: &Arguments) -> Result<()> {
         "budget_layers" => budget::budget_layers,
         "budget_heads" => budget::budget_heads,
         "compact" => compact::run,
+        "score_window" => score::window,
+        "score_column" => score::column,
+        "score_gate" => score::gate,
+        "score_keys" => score::keys,
+        "score_repeat" => score::repeat,
         "group_heads" => fit::group_heads,
         "fit_lowrank" => fit::fit_lowrank,
         "fit_values" => fit::fit_values,

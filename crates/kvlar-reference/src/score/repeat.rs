@@ -52,7 +52,10 @@ impl RepeatInput<'_> {
             return value("start", format!("{} is beyond the {t} rows before the repeating text", self.start));
         }
         if self.len > t - self.start {
-            return value("len", format!("{} rows from row {} on are more than {t}", self.len, self.start));
+            return value(
+                "len",
+                format!("{} rows from start {} on end beyond the {t} before the repeating text", self.len, self.start),
+            );
         }
         Ok(())
     }

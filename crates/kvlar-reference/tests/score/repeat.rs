@@ -60,7 +60,7 @@ fn refuses_what_does_not_fit() {
     refused(score_repeat(&RepeatInput { queries: 0, ..good.clone() }), "q: there are 0 queries");
     refused(score_repeat(&RepeatInput { sink: 4, ..good.clone() }), "sink: 4");
     refused(score_repeat(&RepeatInput { start: 4, len: 0, ..good.clone() }), "start: 4");
-    refused(score_repeat(&RepeatInput { len: 3, ..good.clone() }), "len: 3 rows from row 1");
+    refused(score_repeat(&RepeatInput { len: 3, ..good.clone() }), "len: 3 rows from start 1");
     refused(score_repeat(&RepeatInput { len: usize::MAX, ..good }), "len: ");
 }
 

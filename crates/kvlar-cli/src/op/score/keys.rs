@@ -1,0 +1,47 @@
+//! score_keys.
+
+use super::{no_kernel, sizes};
+use crate::backend::Backend;
+use crate::op::attend::reference_dtype;
+use crate::op::case::{Case, Output, expect};
+use crate::op::{Result, input};
+use kvlar_reference::{KeyMethod, KeysInput, score_keys};
+
+const METHODS: [(&str, KeyMethod); 4] = [
+    ("l2norm", KeyMethod::L2Norm),
+    ("keydiff", KeyMethod::KeyDiff),
+    ("lagkv", KeyMethod::LagKv),
+    ("value_key_ratio", KeyMethod::ValueKeyRatio),
+];
+
+/// It has no default.
+fn method(case: &mut Case) -> Result<KeyMethod> {
+    let all = METHODS.map(|m| m.0).join(", ");
+    let Some(name) = case.text("method") else { return input(format!("no key method; it is one of {all}")) };
+    match METHODS.into_iter().find(|m| m.0 == name) {
+        Some((_, method)) => Ok(method),
+        None => input(format!("method: {name:?} is none of {all}")),
+    }
+}
+
+pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
+    let k = case.floats("k", 4)?;
+    let [seqs, kv_heads, rows, head_dim] = sizes(&k.shape);
+    let method = method(case)?;
+    // A case may hold v for all methods; those that do not need it ignore it.
+    let v = if method.needs_values() { Some(case.floats("v", 4)?) } else { case.floats_if_any("v")? };
+    let value_dim = v.as_ref().and_then(|v| v.shape.last()).copied().unwrap_or(0);
+    if let Some(v) = &v {
+        expect("v", &v.shape, &[seqs, kv_heads, rows, value_dim])?;
+    }
+    let dtype = reference_dtype(case.dtype()?);
+    case.finish()?;
+    let (k, v) = (dtype.round_all(&k.values), v.map(|v| dtype.round_all(&v.values)));
+    let i = KeysInput { seqs, kv_heads, rows, head_dim, value_dim, k: &k, v: v.as_deref(), method };
+    i.check()?;
+    let scores = match backend {
+        Backend::Reference => score_keys(&i)?,
+        _ => return no_kernel("score_keys", backend),
+    };
+    Ok(Output::default().floats("scores", &[seqs, kv_heads, rows], &scores))
+}

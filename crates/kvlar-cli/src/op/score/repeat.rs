@@ -1,0 +1,33 @@
+//! score_repeat.
+
+use super::{divides, no_kernel, scale, sizes};
+use crate::backend::Backend;
+use crate::op::attend::reference_dtype;
+use crate::op::case::{Case, Output};
+use crate::op::formats::required;
+use crate::op::{Result, input};
+use kvlar_reference::{RepeatInput, score_repeat};
+
+pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
+    let (q, k) = (case.floats("q", 3)?, case.floats("k", 3)?);
+    let ([q_heads, queries, head_dim], [kv_heads, all_rows, key_dim]) = (sizes(&q.shape), sizes(&k.shape));
+    if head_dim != key_dim {
+        return input(format!("q has rows of {head_dim} dimensions, k of {key_dim}"));
+    }
+    divides(q_heads, kv_heads, head_dim)?;
+    let Some(rows) = all_rows.checked_sub(queries) else {
+        return input(format!("k has {all_rows} rows a head, less than the {queries} of q, which are its last"));
+    };
+    let (sink, start, len) = (required(case, "sink")?, required(case, "start")?, required(case, "len")?);
+    let dtype = reference_dtype(case.dtype()?);
+    let scale = Some(scale(case, head_dim)?);
+    case.finish()?;
+    let (q, k) = (dtype.round_all(&q.values), dtype.round_all(&k.values));
+    let i = RepeatInput { q_heads, kv_heads, queries, rows, head_dim, q: &q, k: &k, sink, start, len, scale };
+    i.check()?;
+    let scores = match backend {
+        Backend::Reference => score_repeat(&i)?,
+        _ => return no_kernel("score_repeat", backend),
+    };
+    Ok(Output::default().floats("scores", &[kv_heads, len], &scores))
+}
