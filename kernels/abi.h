@@ -229,7 +229,7 @@ typedef struct {
   KVLAR_ADDR(int32_t) counts;         // [rows]
   KVLAR_ADDR(int32_t) selected;       // [rows][k] ascending, -1 behind them
   KVLAR_ADDR(uint8_t) mask;           // [rows][row_count]
-  KVLAR_ADDR(uint64_t) candidates;    // [sets][members][row_count]: kvlar_select_cut alone, as are the three below
+  KVLAR_ADDR(uint64_t) candidates;    // [sets][members][row_count]: kvlar_topk_cut alone, as are the three below
   KVLAR_ADDR(uint32_t) bins;          // [sets][KVLAR_SCORE_BINS]; zero before and after both launches
   KVLAR_ADDR(uint32_t) found;         // [sets] likewise
   KVLAR_ADDR(uint32_t) counters;      // [sets] likewise
@@ -241,8 +241,8 @@ typedef struct {
   uint32_t sink_rows;                 // first rows, always kept
   uint32_t recent_rows;               // last rows of the length, always kept
   uint32_t members;                   // rows of a set; kvlar_topk: 1
-  uint32_t parts;                     // CTAs a row of kvlar_select_bins and kvlar_select_cut
-  uint32_t strict;                    // kvlar_select_cut: keep what is above the k-th largest score, not that score
+  uint32_t parts;                     // CTAs a row of kvlar_topk_bins and kvlar_topk_cut
+  uint32_t strict;                    // kvlar_topk_cut: keep what is above the k-th largest score, not that score
 } KvlarTopk;
 KVLAR_CHECK_SIZE(KvlarTopk, 136);
 

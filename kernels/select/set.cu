@@ -77,7 +77,7 @@ __device__ inline uint64_t cut_of(Shared& shared, const unsigned long long* cand
 
 }  // namespace kvlar::select
 
-extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_select_bins(const __grid_constant__ KvlarTopk p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_bins(const __grid_constant__ KvlarTopk p) {
   using namespace kvlar;
   using namespace kvlar::select;
   __shared__ uint32_t bins[kBins];
@@ -90,9 +90,9 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_select_bins(const __
   __syncthreads();
   add_counts(bins, p.bins + int64_t(part.set) * kBins);
 }
-GPU_EXPORT(kvlar_select_bins)
+GPU_EXPORT(kvlar_topk_bins)
 
-extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_select_cut(const __grid_constant__ KvlarTopk p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_cut(const __grid_constant__ KvlarTopk p) {
   using namespace kvlar::select;
   __shared__ Shared shared;
   const int row = int(blockIdx.x / p.parts);
@@ -124,12 +124,12 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_select_cut(const __g
   }
   for (int i = int(threadIdx.x); i < kBins; i += kThreads) bins[i] = 0;
 }
-GPU_EXPORT(kvlar_select_cut)
+GPU_EXPORT(kvlar_topk_cut)
 
-extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_select_apply(const __grid_constant__ KvlarTopk p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_apply(const __grid_constant__ KvlarTopk p) {
   using namespace kvlar::select;
   __shared__ Shared shared;
   const int row = int(blockIdx.x);
   put_selected(shared, p, Free(p, row), row, __ldg(reinterpret_cast<const unsigned long long*>(p.cuts + row / int(p.members))));
 }
-GPU_EXPORT(kvlar_select_apply)
+GPU_EXPORT(kvlar_topk_apply)

@@ -79,12 +79,7 @@ const BUGS: &[Bug] = &[
     bug("rows of a set that share indices", "select/order.cuh", "uint32_t(row % int(p.members)) * p.row_count;", "0;"),
     bug("a digit of the index skipped", "select/set.cu", "{42, 32, 21, 10, 0}", "{42, 32, 21, 10, 10}"),
     bug("strict keeps the score itself", "select/set.cu", "((prefix >> 32) + 1) << 32", "(prefix >> 32) << 32"),
-    bug(
-        "bins left behind",
-        "select/set.cu",
-        "bins[i] = 0;\n}\nGPU_EXPORT(kvlar_select_cut)",
-        "{}\n}\nGPU_EXPORT(kvlar_select_cut)",
-    ),
+    bug("bins left behind", "select/set.cu", "bins[i] = 0;\n}\nGPU_EXPORT(kvlar_topk_cut)", "{}\n}\nGPU_EXPORT(kvlar_topk_cut)"),
     bug("candidates left behind", "select/set.cu", "p.found[part.set] = 0;", ""),
     bug("the cut of another set", "select/set.cu", "p.cuts + row / int(p.members)", "p.cuts + row % int(p.members)"),
 ];

@@ -1,6 +1,6 @@
 //! The ops that choose and move rows from outside: topk, topp, threshold, budget_layers, budget_heads, compact.
 
-use crate::case::{Case, Run, run};
+use crate::case::{Case, Run, backends, run};
 use kvlar_reference::Dtype as Type;
 use kvlar_reference::testing::Rng;
 
@@ -17,11 +17,13 @@ fn with_ints(case: &Case, name: &str, shape: &[usize], values: &[i32]) -> Case {
 }
 
 /// What every op refuses, beside keys that are out of their range: each required tensor missing or of another rank, what it does
-/// not know, another type. The good case passes, and has no kernel yet.
+/// not know, another type. The good case passes; most have no kernel yet.
 fn refuses(op: &str, case: &Case, tensor: &str, bad: &[(&str, &str)]) {
     assert!(reference(op, &case.clone().key("format", "pt").key("dtype", "f16")).output.status.success());
     for backend in ["simt", "cuda"] {
-        run(op, backend, case, &[]).fails(3, "unsupported");
+        if !["topk", "threshold"].contains(&op) {
+            run(op, backend, case, &[]).fails(3, "unsupported");
+        }
     }
     let fails = |case: Case, words: &[&str]| words.iter().for_each(|word| reference(op, &case).fails(2, word));
     fails(case.clone().without(tensor), &[&format!("no tensor {tensor}")]);
@@ -67,6 +69,33 @@ fn topk_keeps_forced_rows_and_the_best() {
         reference("topk", &with_ints(&case, "lengths", &[lengths.len()], lengths)).fails(2, word);
     }
     reference("topk", &with(&case, "lengths", &[2], &[6.0, 6.0])).fails(2, "lengths is F32");
+}
+
+/// What was given and how much of it is kept, on the emulated kernels as on the reference: rows, sets, both rules.
+#[test]
+fn emulated_selections_are_those_of_the_reference() {
+    if !backends().contains(&"simt") {
+        return;
+    }
+    let x: Vec<f32> = Rng::new(5).normals(3 * 700, 1.0).iter().map(|x| (8.0 * x).round()).collect();
+    let rows = Case::default().floats("scores", &[3, 700], &x).key("k", "90");
+    let forced = rows.clone().key("sink_rows", "4").key("recent_rows", "30").ints("lengths", &[3], &[700, 20, 333]);
+    let (no_scores, no_rows) = (with(&rows, "scores", &[2, 0], &[]), with(&rows, "scores", &[0, 5], &[]));
+    for (batch, case) in [(3, rows.clone()), (3, forced), (2, no_scores), (0, no_rows)] {
+        let (on_cpu, emulated) = (reference("topk", &case), run("topk", "simt", &case, &[]));
+        assert_eq!(emulated.ints("rows", &[batch, 90]), on_cpu.ints("rows", &[batch, 90]));
+        assert_eq!(emulated.ints("counts", &[batch]), on_cpu.ints("counts", &[batch]));
+    }
+    let all = Case::default().floats("scores", &[3, 7, 100], &x);
+    for (keep, rule) in [("0", "exact"), ("1", "strict"), ("0", "strict"), ("801", "exact"), ("801", "strict"), ("2100", "exact")]
+    {
+        let case = all.clone().key("keep", keep).key("rule", rule);
+        let (on_cpu, emulated) = (reference("threshold", &case), run("threshold", "simt", &case, &[]));
+        assert_eq!(emulated.bytes("mask", &[3, 7, 100]), on_cpu.bytes("mask", &[3, 7, 100]), "{keep} {rule}");
+        assert_eq!(emulated.ints("lengths", &[3, 7]), on_cpu.ints("lengths", &[3, 7]));
+    }
+    run("threshold", "simt", &all.clone().key("keep", "50").key("floor", "1"), &[]).fails(3, "unsupported");
+    run("topk", "simt", &rows.key("sink_rows", "91"), &[]).fails(2, "k: 90 is less than the 91");
 }
 
 #[test]

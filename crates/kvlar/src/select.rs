@@ -224,10 +224,10 @@ impl TopkPlan {
         };
         // SAFETY: see above.
         unsafe {
-            stream.enqueue(launch("kvlar_select_bins", rows * parts), params)?;
-            stream.enqueue(launch("kvlar_select_cut", rows * parts), params)?;
+            stream.enqueue(launch("kvlar_topk_bins", rows * parts), params)?;
+            stream.enqueue(launch("kvlar_topk_cut", rows * parts), params)?;
             if params.counts != 0 || params.selected != 0 || params.mask != 0 {
-                stream.enqueue(launch("kvlar_select_apply", rows), params)?;
+                stream.enqueue(launch("kvlar_topk_apply", rows), params)?;
             }
         }
         Ok(())

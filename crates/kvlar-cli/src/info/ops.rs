@@ -3,7 +3,7 @@
 use kvlar::{
     AppendGroupsShape, AppendLowrankShape, AppendShape, AttendShape, Codec, Device, Dtype, EncodeShape, Format, Latents,
     LowrankShape, LowrankValues, MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, ReduceShape, Reduction, ScanShape,
-    SegmentShape, SetsShape, SideShape,
+    SegmentShape, SetsShape, SideShape, TopkShape,
 };
 use std::fmt::Debug;
 
@@ -194,9 +194,20 @@ fn scan(device: &Device) -> Op {
     }
 }
 
+fn topk(device: &Device) -> Op {
+    let sets = TopkShape { members: 64, strict: true, ..TopkShape::new(1, 1 << 20, 1) };
+    let planned = [TopkShape::new(1, 1, 1), sets].iter().all(|s| s.plan(device).is_ok());
+    Op {
+        name: "topk",
+        types: if planned { "f32".to_string() } else { String::new() },
+        stored: String::new(),
+        limits: "scores; rows alone, or layers and heads together".to_string(),
+    }
+}
+
 /// Every op that has kernels, in the order of their names.
 pub fn ops(device: &Device) -> Vec<Op> {
-    [append, append_groups, append_lowrank, attend, attend_lowrank, encode, merge, project, reduce, scan]
+    [append, append_groups, append_lowrank, attend, attend_lowrank, encode, merge, project, reduce, scan, topk]
         .map(|op| op(device))
         .into()
 }

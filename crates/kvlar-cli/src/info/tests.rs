@@ -8,10 +8,11 @@ fn of<'a>(ops: &'a [Op], name: &str) -> &'a Op {
     ops.iter().find(|o| o.name == name).unwrap_or_else(|| panic!("{name}"))
 }
 
-/// An entry point's op: behind its name comes nothing, a type, what quantized rows share, the schedule, or how a scan reads keys. So `kvlar_attend_lowrank_…` is none of `attend`.
+/// An entry point's op: behind its name comes nothing, a type, what quantized rows share, the schedule, how a scan reads
+/// keys, or a part of a selection. So `kvlar_attend_lowrank_…` is none of `attend`.
 fn op_of(entry: &str, ops: &[Op]) -> Option<&'static str> {
     let rest = entry.strip_prefix("kvlar_")?;
-    let behind = ["_bf16", "_f16", "_quantized", "_channels", "_schedule", "_d", "_tables", "_pq"];
+    let behind = ["_bf16", "_f16", "_quantized", "_channels", "_schedule", "_d", "_tables", "_pq", "_bins", "_cut", "_apply"];
     let variant = |r: &str| r.is_empty() || behind.iter().any(|v| r.starts_with(v));
     ops.iter().find(|o| rest.strip_prefix(o.name).is_some_and(variant)).map(|o| o.name)
 }

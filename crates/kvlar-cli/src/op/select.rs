@@ -1,9 +1,11 @@
 //! topk, topp, threshold.
 
+use super::attend::Lab;
 use super::case::{Case, Floats, Output};
 use super::formats::required;
 use super::{Result, input, no_kernel};
 use crate::backend::Backend;
+use kvlar::{Dtype, TopkArgs, TopkShape, Workspace};
 use kvlar_reference::{Forced, Resolve, ThresholdInput, ThresholdRule, TopkInput, ToppInput};
 
 /// What topk and topp share: scores of R lists of T rows, how long each is, and the rows that are kept anyway.
@@ -26,15 +28,53 @@ impl Lists {
     }
 }
 
+/// What a device selects.
+struct Selected {
+    /// `[R, k]`; none for sets of several rows.
+    rows: Vec<i32>,
+    counts: Vec<i32>,
+    mask: Vec<u8>,
+}
+
+fn on_device(shape: TopkShape, scores: &[f32], lengths: Option<&[i32]>, backend: Backend) -> Result<Selected> {
+    let lab = Lab::open(backend, Dtype::Bf16)?;
+    let plan = shape.plan(&lab.device)?;
+    let (all, one) = (shape.batch * shape.members, shape.members == 1);
+    let scores = lab.upload(scores)?;
+    let lengths = lengths.map(|l| lab.upload(l)).transpose()?;
+    let mut listed = lab.device.alloc(if one { 4 * shape.batch * shape.k } else { 0 })?;
+    let (mut counts, mut mask) = (lab.device.alloc(4 * all)?, lab.device.alloc(all * shape.rows)?);
+    let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
+    let mut args = TopkArgs {
+        scores: scores.view(),
+        score_stride: None,
+        lengths: lengths.as_ref().map(|l| l.view()),
+        ks: None,
+        cuts: None,
+        counts: Some(counts.view_mut()),
+        selected: one.then(|| listed.view_mut()),
+        mask: Some(mask.view_mut()),
+    };
+    plan.launch(&lab.stream, &mut args, &mut workspace)?;
+    let mut read = Selected { rows: vec![0; listed.len() / 4], counts: vec![0; all], mask: vec![0; all * shape.rows] };
+    lab.stream.download(&listed, 0, bytemuck::cast_slice_mut(&mut read.rows))?;
+    lab.stream.download(&counts, 0, bytemuck::cast_slice_mut(&mut read.counts))?;
+    lab.stream.download(&mask, 0, &mut read.mask)?;
+    Ok(read)
+}
+
 pub fn topk(case: &mut Case, backend: Backend) -> Result<Output> {
     let Lists { dims: [batch, rows], scores, lengths, forced } = Lists::read(case, "scores")?;
     let k = required(case, "k")?;
     case.finish()?;
     let i = TopkInput { batch, rows, scores: &scores, lengths: lengths.as_deref(), k, forced };
-    let r = match backend {
-        Backend::Reference => kvlar_reference::topk(&i)?,
-        Backend::Simt | Backend::Cuda => return no_kernel("topk"),
-    };
+    let mut r = kvlar_reference::topk(&i)?; // on a device too: it says what is wrong with the input
+    if backend != Backend::Reference {
+        let Forced { sink_rows, recent_rows } = forced;
+        let shape = TopkShape { sink_rows, recent_rows, ..TopkShape::new(batch, rows, k) };
+        let selected = on_device(shape, &scores, lengths.as_deref(), backend)?;
+        (r.rows, r.counts) = (selected.rows, selected.counts);
+    }
     Ok(Output::default().ints("rows", &[batch, k], &r.rows).ints("counts", &[batch], &r.counts))
 }
 
@@ -74,9 +114,19 @@ pub fn threshold(case: &mut Case, backend: Backend) -> Result<Output> {
     };
     case.dtype()?; // every op takes it; scores are always f32
     case.finish()?;
-    let r = match backend {
-        Backend::Reference => kvlar_reference::threshold(&i)?,
-        Backend::Simt | Backend::Cuda => return no_kernel("threshold"),
-    };
+    let mut r = kvlar_reference::threshold(&i)?;
+    if backend != Backend::Reference {
+        if i.floor > 0 {
+            return no_kernel("threshold with a floor");
+        }
+        let strict = i.rule == ThresholdRule::Strict;
+        // The strict rule keeps what is above the score of place keep - 1.
+        let k = if strict { i.keep.max(1) } else { i.keep };
+        let shape = TopkShape { members: layers * heads, strict, ..TopkShape::new(1, rows, k) };
+        if !scores.values.is_empty() {
+            let selected = on_device(shape, &scores.values, None, backend)?;
+            (r.mask, r.lengths) = (selected.mask, selected.counts);
+        }
+    }
     Ok(Output::default().bytes("mask", &scores.shape, r.mask).ints("lengths", &[layers, heads], &r.lengths))
 }

@@ -35,8 +35,8 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
             project::append_lowrank(&pod_read_unaligned::<abi::KvlarAppendLowrank>(params))
         },
         e if e.starts_with("kvlar_scan_") => unsafe { scan::scan(&pod_read_unaligned::<abi::KvlarScan>(params)) },
-        "kvlar_select_bins" | "kvlar_select_apply" => Ok(()), // `kvlar_select_cut` does it all here
-        "kvlar_topk" | "kvlar_select_cut" => unsafe { select::topk(&pod_read_unaligned::<abi::KvlarTopk>(params)) },
+        "kvlar_topk_bins" | "kvlar_topk_apply" => Ok(()), // `kvlar_topk_cut` does it all here
+        "kvlar_topk" | "kvlar_topk_cut" => unsafe { select::topk(&pod_read_unaligned::<abi::KvlarTopk>(params)) },
         "kvlar_reduce" => unsafe { scan::reduce(&pod_read_unaligned::<abi::KvlarReduce>(params)) },
         "kvlar_merge" => unsafe { merge(&pod_read_unaligned::<abi::KvlarMerge>(params)) },
         _ => {
