@@ -325,3 +325,17 @@ fn wrong_score_repeat_input_is_named() {
     reference("score_repeat", &replace(&case, "k", &[2, 1, 1])).fails(2, "k has 1 rows");
     reference("score_repeat", &replace(&case, "q", &[4, 0, 1])).fails(2, "q: there are 0 queries");
 }
+
+#[test]
+fn what_the_ops_refuse_is_refused_whatever_would_run_them() {
+    let (window, gate, keys) = (queries(W), gate_case(), keys_case().key("method", "lagkv"));
+    let repeat = Case::default().floats("q", &[4, 2, 1], &[0.5; 8]).floats("k", &[2, 5, 1], &[0.5; 10]);
+    let repeat = with(&repeat, &[("sink", "4"), ("start", "1"), ("len", "2")]);
+    let spoiled = gate.without("b").floats("b", &[2, 1, 3], &[f32::NAN; 6]);
+    for backend in ["reference", "simt", "cuda"] {
+        run("score_window", backend, &replace(&window, "q", &[B, HQ, T + 1, D]), &[]).fails(2, "q: 15 queries");
+        run("score_gate", backend, &spoiled, &[]).fails(2, "b: NaN is not finite");
+        run("score_keys", backend, &replace(&keys, "v", &[1, HK, 300, 1]), &[]).fails(2, "v: its rows have 1");
+        run("score_repeat", backend, &repeat, &[]).fails(2, "sink: 4");
+    }
+}

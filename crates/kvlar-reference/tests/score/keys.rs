@@ -161,12 +161,14 @@ fn lagkv_by_sorting(k: &[Vec<f64>], v: &[Vec<f64>]) -> Vec<f64> {
     let scatter = |own: &[Vec<f64>], next: &[Vec<f64>]| {
         let column = |c: usize| next.iter().map(move |row| row[c]);
         let deviation = |row: &Vec<f64>| {
-            let (n, of) = (row.len() as f64, |c: usize| {
+            let scaled = |c: usize| {
                 let low = column(c).fold(f64::MAX, f64::min);
                 (row[c] - low) / (column(c).fold(f64::MIN, f64::max) - low)
-            });
-            let (sum, squares) = (0..row.len()).map(of).fold((0.0, 0.0), |(s, q), x| (s + x, q + x * x));
-            ((squares - sum * sum / n) / (n - 1.0)).sqrt()
+            };
+            // The variance from all pairs, each counted twice.
+            let (n, x) = (row.len(), (0..row.len()).map(scaled).collect::<Vec<_>>());
+            let squares: f64 = x.iter().flat_map(|a| x.iter().map(move |b| (a - b).powi(2))).sum();
+            (squares / (2 * n * (n - 1)) as f64).sqrt()
         };
         softmax(own.iter().map(deviation).collect())
     };

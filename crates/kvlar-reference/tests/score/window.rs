@@ -17,7 +17,7 @@ fn of_weights(weights: &[&[&[f32]]], pool: Pool, head_reduction: HeadReduction) 
     // Each query looks at a dimension of its own, in which keys hold logarithms of weights; the lse is 0.
     let mut k = vec![0.0; rows * d];
     for (i, row) in weights.iter().flat_map(|head| head.iter()).enumerate() {
-        row.iter().enumerate().for_each(|(t, x)| k[t * d + i] = x.ln().max(-1e4));
+        row.iter().enumerate().for_each(|(t, &x)| k[t * d + i] = if x == 0.0 { -1e4 } else { x.ln() });
     }
     let q: Vec<f32> = (0..d * d).map(|i| if i / d == i % d { 1.0 } else { 0.0 }).collect();
     let lse = vec![0.0; d];
@@ -117,6 +117,12 @@ fn what_is_not_finite_stays_in_its_query_or_its_column() {
         let first = window(&queries[..w * d], k, [1, 1, w, t, d]);
         assert_eq!(reduced(HeadReduction::Max, pool), score_window(&WindowInput { pool, ..first }).unwrap());
     }
+    let are_nan = |x: &[f32]| x.iter().map(|x| x.is_nan()).collect::<Vec<_>>();
+    // A largest along the rows passes over it too, while there is another; a mean does not.
+    let nan = |pool| of_weights(&[&[&[3.0, f32::NAN, 1.0, 5.0]]], pool, HeadReduction::Mean);
+    close(&nan(Pool::Max(3)), &[3.0, 3.0, 5.0, 5.0]);
+    assert_eq!(are_nan(&nan(Pool::Max(1))), [false, true, false, false]);
+    assert_eq!(are_nan(&nan(Pool::Avg(3))), [true, true, true, false]);
     // A query that saw nothing.
     let none = WindowInput { lse: Some(&[f32::NEG_INFINITY; 3]), ..window(&queries[..w * d], k, [1, 1, w, t, d]) };
     assert_eq!(score_window(&none).unwrap(), [0.0; 6]);
