@@ -63,19 +63,14 @@ impl TopkCase {
         let TopkShape { batch, members, rows, k, strict, .. } = self.shape;
         let mut kept = vec![Vec::new(); batch * members];
         for set in 0..batch {
-            let mut free = Vec::new();
-            for row in set * members..(set + 1) * members {
-                for i in 0..self.length(row) {
-                    match self.is_forced(row, i) {
-                        true => kept[row].push(i as i32),
-                        false => free.push((ordered_row(self.score(row, i), (row % members * rows + i) as u32), row, i)),
-                    }
-                }
-            }
+            let all = (set * members..(set + 1) * members).flat_map(|row| (0..self.length(row)).map(move |i| (row, i)));
+            let (forced, free): (Vec<_>, Vec<_>) = all.partition(|&(row, i)| self.is_forced(row, i));
+            forced.iter().for_each(|&(row, i)| kept[row].push(i as i32));
+            let place = |(row, i)| (ordered_row(self.score(row, i), (row % members * rows + i) as u32), row, i);
+            let mut free: Vec<(u64, usize, usize)> = free.into_iter().map(place).collect();
             free.sort_unstable_by(|a, b| b.cmp(a));
-            let forced: usize = kept[set * members..(set + 1) * members].iter().map(Vec::len).sum();
             let k = self.ks.as_ref().map_or(k, |ks| (ks[set % ks.len()].max(0) as usize).min(k));
-            let mut count = k.saturating_sub(forced).min(free.len());
+            let mut count = k.saturating_sub(forced.len()).min(free.len());
             if strict && count > 0 {
                 let least = free[count - 1].0 >> 32;
                 count = free.iter().filter(|x| x.0 >> 32 > least).count();
