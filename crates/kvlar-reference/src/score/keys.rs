@@ -1,6 +1,5 @@
 //! Scores from keys and values alone: no queries, no attention.
 
-use super::softmax;
 use crate::error::{ReferenceError, shape, value};
 use crate::scan::log_sum_exp;
 
@@ -150,7 +149,8 @@ fn lagkv(keys: &[Vec<f64>], values: &[Vec<f64>]) -> Vec<f64> {
     scores
 }
 
-/// Softmax over the rows of a lag of the deviation of their channels, each channel in its range over the next lag.
+/// Softmax over the rows of a lag of the deviation of their channels, each channel in its range over the next lag. NaN for rows
+/// that are not finite.
 fn scatter(rows: &[Vec<f64>], next: &[Vec<f64>]) -> Vec<f64> {
     let ranges: Vec<(f64, f64)> = (0..rows[0].len())
         .map(|c| {
@@ -162,10 +162,9 @@ fn scatter(rows: &[Vec<f64>], next: &[Vec<f64>]) -> Vec<f64> {
     let spread = |row: &Vec<f64>| {
         if is_finite(row) { deviation(&row.iter().zip(&ranges).map(scaled).collect::<Vec<_>>()) } else { f64::NAN }
     };
-    let mut weights: Vec<f64> = rows.iter().map(spread).collect();
-    let finite: Vec<f64> = weights.iter().copied().filter(|x| !x.is_nan()).collect();
-    softmax(&mut weights, Some(log_sum_exp(&finite)));
-    weights
+    let spreads: Vec<f64> = rows.iter().map(spread).collect();
+    let lse = log_sum_exp(&spreads.iter().copied().filter(|x| !x.is_nan()).collect::<Vec<_>>());
+    spreads.iter().map(|x| (x - lse).exp()).collect()
 }
 
 /// Unbiased standard deviation.

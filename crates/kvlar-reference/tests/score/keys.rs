@@ -127,6 +127,9 @@ fn a_row_that_is_not_finite_is_the_least_of_its_lag_and_of_no_range() {
             assert_eq!(of_both(KeyMethod::LagKv, (&spoil(&k), 2), (&v, 2)), clean);
             assert_eq!(of_both(KeyMethod::LagKv, (&k, 2), (&spoil(&v), 2)), clean);
         }
+        // None is left: all are equal, and the lower row is the higher, whatever the values.
+        let none = of_both(KeyMethod::LagKv, (&lags(&[[bad, 0.0]; LAG]), 2), (&k, 2));
+        assert!((0..LAG).all(|i| none[4 + i] == (LAG - 1 - i) as f32 / 128.0), "{none:?}");
     }
 }
 
