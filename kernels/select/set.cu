@@ -54,19 +54,22 @@ __device__ inline void hand_on(const KvlarTopk& p, const Free& free, const Part&
 // The cut that keeps the `left` largest of `count` candidates, all of which begin with `bin`.
 __device__ inline uint64_t cut_of(Shared& shared, const unsigned long long* candidates, uint32_t count, uint32_t bin, uint32_t left, bool strict) {
   uint64_t prefix = uint64_t(bin) << 53;
-  constexpr int kDigits = 5, kShifts[kDigits] = {42, 32, 21, 10, 0}, kBits[kDigits] = {11, 10, 11, 11, 10};
+  // Digits end at bits 42, 32, 21, 10 and 0: a byte each, since an array would lie in memory.
+  constexpr uint64_t kShifts = 42ull | 32ull << 8 | 21ull << 16 | 10ull << 24;
+  int known = 53;
 #pragma unroll 1
-  for (int digit = 0; digit < kDigits; ++digit) {
-    const int shift = kShifts[digit], known = shift + kBits[digit];
+  for (int digit = 0; digit < 5; ++digit) {
+    const int shift = int(kShifts >> (8 * digit) & 255), bits = known - shift;
     if (strict && shift < 32) break;  // the key is known
     clear_bins(shared);
     for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
       const uint64_t x = __ldcg(candidates + i);
-      if (x >> known == prefix >> known) atomicAdd(shared.bins + (uint32_t(x >> shift) & ((1u << kBits[digit]) - 1)), 1u);
+      if (x >> known == prefix >> known) atomicAdd(shared.bins + (uint32_t(x >> shift) & ((1u << bits) - 1)), 1u);
     }
     __syncthreads();
     find_bin(shared, left);
     prefix |= uint64_t(shared.bin) << shift;
+    known = shift;
     left -= shared.above;
     const bool whole = left == shared.inside;
     __syncthreads();
