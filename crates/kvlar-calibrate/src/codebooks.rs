@@ -23,12 +23,15 @@ pub struct CodebookConfig {
     /// Fit each head to at most so many of its rows, drawn without replacement; all if there are no more. Time grows with
     /// rows, and beyond some 64 a centroid they add little. The error is that of all rows.
     pub max_rows: Option<usize>,
+    /// Let codes take two bytes, and c go up to 65536. No cache stores such codes: this is for comparison with HCAttention's own
+    /// 2048 (arXiv 2507.19823 §4).
+    pub two_bytes: bool,
 }
 
 impl CodebookConfig {
     /// 256 centroids, 25 rounds, seed 0, all rows.
     pub fn new(subvectors: usize) -> Self {
-        Self { subvectors, centroids: MOST_CENTROIDS, rounds: 25, seed: 0, max_rows: None }
+        Self { subvectors, centroids: MOST_CENTROIDS, rounds: 25, seed: 0, max_rows: None, two_bytes: false }
     }
 
     /// Refuses settings that rows of `dim` values cannot have.
@@ -36,8 +39,9 @@ impl CodebookConfig {
         if self.subvectors == 0 || !dim.is_multiple_of(self.subvectors) {
             return config("m", format!("{} sub-vectors do not divide {dim} dimensions", self.subvectors));
         }
-        if !(1..=MOST_CENTROIDS).contains(&self.centroids) {
-            return config("c", format!("{} centroids; 1 to {MOST_CENTROIDS} fit a code", self.centroids));
+        let most = if self.two_bytes { MOST_CENTROIDS * MOST_CENTROIDS } else { MOST_CENTROIDS };
+        if !(1..=most).contains(&self.centroids) {
+            return config("c", format!("{} centroids; 1 to {most} fit a code", self.centroids));
         }
         if self.max_rows == Some(0) {
             return config("max_rows", "0 rows are nothing to fit to; leave it out to take all");

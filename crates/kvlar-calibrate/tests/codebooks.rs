@@ -2,7 +2,7 @@
 
 use kvlar_calibrate::{CodebookConfig, Codebooks, Error, fit_codebooks};
 use kvlar_reference::testing::Rng;
-use kvlar_reference::{decode_pq, encode_pq};
+use kvlar_reference::{decode_pq, decode_pq16, encode_pq, encode_pq16};
 
 fn config(subvectors: usize, centroids: usize) -> CodebookConfig {
     CodebookConfig { centroids, ..CodebookConfig::new(subvectors) }
@@ -221,4 +221,36 @@ fn wrong_input_is_named() {
         k[13] = bad;
         says(fit(&k, 2, 6, config(3, 8)), &["k: row 1", &bad.to_string()]);
     }
+}
+
+/// The paper's 2048 centroids take 16 bits a code and say 11: in as many bytes, twice as many sub-vectors of 256 lose far less.
+#[test]
+fn codes_of_two_bytes_are_fitted_for_comparison() {
+    let (n, dim) = (6000, 4);
+    let mut rng = Rng::new(3);
+    // Neighbouring dimensions go together, which is what longer sub-vectors are for.
+    let k: Vec<f32> = (0..n)
+        .flat_map(|_| {
+            let x = rng.normals(4, 1.0);
+            [x[0], 0.8 * x[0] + 0.6 * x[1], x[2], 0.8 * x[2] + 0.6 * x[3]]
+        })
+        .collect();
+    let paper = CodebookConfig { two_bytes: true, rounds: 6, ..config(2, 2048) };
+    let books = fit_codebooks(&k, 1, dim, &paper).unwrap();
+    let own = kvlar_reference::Codebooks { subvectors: 2, centroids: 2048, values: &books.values };
+    let mut most = 0;
+    let lost_of = |x: &[f32]| {
+        let codes = encode_pq16(x, &own).unwrap();
+        most = most.max(codes.iter().copied().max().unwrap());
+        let decoded = decode_pq16(&codes, dim, &own).unwrap();
+        x.iter().zip(decoded).map(|(a, b)| (f64::from(*a) - f64::from(b)).powi(2)).sum::<f64>()
+    };
+    let lost = k.chunks(dim).map(lost_of).sum::<f64>() / n as f64;
+    assert!((lost / books.error[0] - 1.0).abs() < 1e-9 && most > 255);
+    let bytes = fit_codebooks(&k, 1, dim, &CodebookConfig { rounds: 6, ..config(4, 256) }).unwrap();
+    assert!(bytes.error[0] < 0.2 * books.error[0], "{} against {}", bytes.error[0], books.error[0]);
+    // One byte names 256 of them.
+    assert!(encode_pq(&k[..dim], &own).is_err() && decode_pq(&[0, 0], dim, &own).is_err());
+    let e = fit_codebooks(&k, 1, dim, &CodebookConfig { two_bytes: false, ..paper }).unwrap_err().to_string();
+    assert!(e.contains("c: 2048") && e.contains("1 to 256"), "{e}");
 }

@@ -35,8 +35,8 @@ pub use budget::{
     HeadsInput, LayerBudget, LayersInput, best_counts, budget_heads, budget_layers, dynamickv_rounds, largest_remainder,
 };
 pub use codec::{
-    Codebooks, Codec, EncodedChannels, EncodedRow, Format, decode_channels, decode_fp8, decode_pq, decode_row, encode_channels,
-    encode_fp8, encode_pq, encode_row, hadamard, pack_codes, unpack_codes,
+    Codebooks, Codec, EncodedChannels, EncodedRow, Format, decode_channels, decode_fp8, decode_pq, decode_pq16, decode_row,
+    encode_channels, encode_fp8, encode_pq, encode_pq16, encode_row, hadamard, pack_codes, unpack_codes,
 };
 pub use compact::{CompactInput, CompactOrder, Compacted, compact};
 pub use dtype::Dtype;

@@ -9,3 +9,4 @@ mod scan;
 mod score;
 mod select;
 mod select_sorting;
+mod selected;

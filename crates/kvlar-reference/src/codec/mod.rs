@@ -24,7 +24,7 @@ pub use format::Format;
 pub use fp8::{decode_fp8, encode_fp8};
 pub use hadamard::hadamard;
 pub use pack::{pack_codes, unpack_codes};
-pub use pq::{Codebooks, decode_pq, encode_pq};
+pub use pq::{Codebooks, decode_pq, decode_pq16, encode_pq, encode_pq16};
 pub use row::{EncodedRow, decode_row, encode_row};
 
 use crate::Dtype;
