@@ -13,6 +13,7 @@ on_every_device!(
     keys_that_share_digits,
     odd_values,
     rows_that_are_always_kept,
+    a_row_and_a_set,
     k_is_read_from_the_device,
     rows_apart,
     random_rows,
@@ -87,6 +88,14 @@ fn rows_that_are_always_kept(lab: &Lab) {
             case.check(lab);
         }
     }
+}
+
+/// In little: the race detector's case, whose CTAs have 1024 threads each.
+fn a_row_and_a_set(lab: &Lab) {
+    let mut row = TopkCase::normal(1, 1, 70, 9).forced(2, 3);
+    row.scores.iter_mut().for_each(|x| *x = x.round());
+    row.check(lab);
+    TopkCase::sets(2, (1, 2), 40, 11).check(lab);
 }
 
 fn k_is_read_from_the_device(lab: &Lab) {
