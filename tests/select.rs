@@ -215,16 +215,7 @@ fn outputs_are_optional(lab: &Lab) {
     let expected = case.expected();
     let mut cuts = lab.poisoned(16);
     let mut counts = lab.poisoned(8);
-    let none = || TopkArgs {
-        scores: scores.view(),
-        score_stride: None,
-        lengths: None,
-        ks: None,
-        cuts: None,
-        counts: None,
-        selected: None,
-        mask: None,
-    };
+    let none = || TopkArgs::new(scores.view());
     let mut workspace = Workspace::new(&lab.device, plan.workspace()).unwrap();
     let mut launch = |mut args: TopkArgs<'_>| plan.launch(&lab.stream, &mut args, &mut workspace).unwrap();
     launch(none());
@@ -251,16 +242,7 @@ fn bad_input_is_named() {
     let plan = TopkShape { k: 4, ..shape }.plan(&lab.device).unwrap();
     let mut workspace = Workspace::new(&lab.device, plan.workspace()).unwrap();
     let (scores, short, mut small) = (lab.upload(&[0f32; 20]), lab.upload(&[1i32]), lab.device.alloc(7).unwrap());
-    let none = || TopkArgs {
-        scores: scores.view(),
-        score_stride: None,
-        lengths: None,
-        ks: None,
-        cuts: None,
-        counts: None,
-        selected: None,
-        mask: None,
-    };
+    let none = || TopkArgs::new(scores.view());
     let mut refused = |mut args: TopkArgs<'_>, what: &[&str]| {
         says(&plan.launch(&lab.stream, &mut args, &mut workspace).unwrap_err(), what);
     };

@@ -1,5 +1,5 @@
 // Global to shared memory: tiles of codes, by cp.async. Each lane serves one block of 16 rows, so that it looks up one page and
-// works out one place: a tile of 64 rows of 4 bits at d = 128 takes about 25 instructions a side beside its 8 copies.
+// works out one place for all its copies. Instructions of whole tiles: ledger/pairs.json.
 #pragma once
 #include "attend/copy.cuh"
 #include "attend_quantized/layout.cuh"

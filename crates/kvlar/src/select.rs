@@ -80,6 +80,14 @@ pub struct TopkArgs<'a> {
     pub mask: Option<ViewMut<'a>>,
 }
 
+impl<'a> TopkArgs<'a> {
+    /// Of scores one row after the other, all of them; no output yet.
+    pub fn new(scores: View<'a>) -> Self {
+        let (cuts, counts, selected, mask) = (None, None, None, None);
+        Self { scores, score_stride: None, lengths: None, ks: None, cuts, counts, selected, mask }
+    }
+}
+
 impl TopkShape {
     /// Validates.
     ///
