@@ -248,6 +248,7 @@ fn append_checks_its_own() {
             keys: Pool::contiguous(keys.view_mut(), 1, 4, 128),
             values: Pool::contiguous(values.view_mut(), 1, 4, 128),
             tables: Default::default(),
+            key_scores: None,
         };
         change(&mut args);
         plan.launch(&stream, &mut args, &mut workspace)

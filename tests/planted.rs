@@ -4,8 +4,14 @@
 //! unchanged copy must pass the same. Each runs in a process of its own, since a bug may write where it should not. What
 //! no emulation can show is a missing fence: that needs a GPU.
 
+#[path = "planted_bugs/attend_cut.rs"]
+mod attend_cut;
+#[path = "planted_bugs/budget.rs"]
+mod budget;
 #[path = "planted_bugs/channels.rs"]
 mod channels;
+#[path = "planted_bugs/compact.rs"]
+mod compact;
 #[path = "planted_bugs/dense.rs"]
 mod dense;
 #[path = "planted_bugs/lowrank.rs"]
@@ -16,16 +22,23 @@ mod project;
 mod quantized;
 #[path = "planted_bugs/scan.rs"]
 mod scan;
+#[path = "planted_bugs/scan_select.rs"]
+mod scan_select;
+#[path = "planted_bugs/score.rs"]
+mod score;
+#[path = "planted_bugs/score_gate.rs"]
+mod score_gate;
+#[path = "planted_bugs/score_keys.rs"]
+mod score_keys;
 #[path = "planted_bugs/select.rs"]
 mod select;
+#[path = "planted_bugs/topp.rs"]
+mod topp;
 
-use kvlar::{Device, Emulation, SimtOptions};
-use kvlar_tests::Lab;
-use libloading::Library;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use kvlar::{Device, SimtOptions};
+use kvlar_tests::{Lab, emulation};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
 /// A change of one file: `from`, which occurs once, becomes `to`.
 struct Bug {
@@ -49,8 +62,24 @@ struct Suite {
     run: fn(&Lab),
 }
 
-const SUITES: [&Suite; 7] =
-    [&channels::SUITE, &dense::SUITE, &lowrank::SUITE, &project::SUITE, &quantized::SUITE, &scan::SUITE, &select::SUITE];
+const SUITES: &[&Suite] = &[
+    &attend_cut::SUITE,
+    &budget::SUITE,
+    &channels::SUITE,
+    &compact::SUITE,
+    &dense::SUITE,
+    &lowrank::SUITE,
+    &project::SUITE,
+    &quantized::SUITE,
+    &scan::SUITE,
+    &scan_select::SUITE,
+    &score::LSE,
+    &score::SCORES,
+    &score_gate::SUITE,
+    &score_keys::SUITE,
+    &select::SUITE,
+    &topp::SUITE,
+];
 
 fn kernels() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kernels")
@@ -141,44 +170,6 @@ fn build(dir: &Path, common: &Common, source_text: &str, bug: Option<&Bug>) -> P
     library
 }
 
-type LaunchFn = unsafe extern "C" fn(*const c_void, *const u32, *const u32, u32, *const c_void, u32, u64, u32) -> c_int;
-
-fn load(path: &Path) -> Emulation {
-    // SAFETY: the library was just built from our sources; it has no initializers of note.
-    let library = unsafe { Library::new(path) }.expect("a library");
-    Arc::new(move |entry, grid, block, shared_bytes, params, seed, workers| {
-        // SAFETY: a static of that name and type in our library, where it exists.
-        let kernel = unsafe { library.get::<*const c_void>(format!("kvlar_simt_kernel_{entry}\0").as_bytes()) };
-        let kernel = kernel.map_err(|_| format!("{entry} is not in the short build"))?;
-        // SAFETY: a function of the emulation's interface.
-        let launch = unsafe { library.get::<LaunchFn>(b"kvlar_simt_launch\0") }.map_err(|e| e.to_string())?;
-        // SAFETY: as above.
-        let error = unsafe { library.get::<unsafe extern "C" fn() -> *const c_char>(b"kvlar_simt_last_error\0") }
-            .map_err(|e| e.to_string())?;
-        let mut aligned = vec![0u64; params.len().div_ceil(8)];
-        bytemuck::cast_slice_mut::<u64, u8>(&mut aligned)[..params.len()].copy_from_slice(params);
-        // SAFETY: the parameters are what the launcher checked. A planted bug may still reach out of bounds, which is why
-        // this process has nothing else to do.
-        let code = unsafe {
-            launch(
-                kernel.try_as_raw_ptr().expect("an address"),
-                grid.as_ptr(),
-                block.as_ptr(),
-                shared_bytes,
-                aligned.as_ptr().cast(),
-                params.len() as u32,
-                seed,
-                workers,
-            )
-        };
-        if code == 0 {
-            return Ok(());
-        }
-        // SAFETY: a NUL-terminated text of this thread.
-        Err(unsafe { CStr::from_ptr(error()) }.to_string_lossy().into_owned())
-    })
-}
-
 /// Names the library that [`short_suites_of_a_library`] runs; unset, it has nothing to do.
 const LIBRARY: &str = "KVLAR_PLANTED_LIBRARY";
 /// Names the suite.
@@ -190,7 +181,9 @@ fn short_suites_of_a_library() {
     let Some(library) = std::env::var_os(LIBRARY) else { return };
     let name = std::env::var(SUITE).expect("a suite's name");
     let suite = SUITES.iter().find(|s| s.name == name).expect("a suite");
-    let emulation = load(Path::new(&library));
+    // SAFETY: it was just built from our sources. A planted bug may still reach out of bounds, which is why this process has
+    // nothing else to do.
+    let emulation = unsafe { emulation::load(Path::new(&library)) };
     for seed in 0..4 {
         let options = SimtOptions { seed, workers: 1, sm_count: 3, ..SimtOptions::default() };
         // SAFETY: a short build behaves as the linked one, but for its bug, and this process is its own.
@@ -202,7 +195,7 @@ fn short_suites_of_a_library() {
 fn found(suite: &Suite, library: &Path) -> bool {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     let output = child
-        .args(["--exact", "short_suites_of_a_library"])
+        .args(["--exact", "planted::short_suites_of_a_library"])
         .env(LIBRARY, library)
         .env(SUITE, suite.name)
         .output()
@@ -226,6 +219,13 @@ fn planted_bugs_are_found() {
         assert!(!found(suite, &sound), "the unchanged kernels fail the short suites: {}", suite.name);
     }
     let all: Vec<(&Suite, &Bug)> = SUITES.iter().filter(of_interest).flat_map(|s| s.bugs.iter().map(move |b| (*s, b))).collect();
+    // `KVLAR_PLANTED_SHARE=i/n`: every n-th bug, beginning with the i-th from 0.
+    let share = std::env::var("KVLAR_PLANTED_SHARE").ok().map(|share| {
+        let (i, n) = share.split_once('/').expect("KVLAR_PLANTED_SHARE is i/n");
+        (i.parse::<usize>().expect("a number"), n.parse::<usize>().expect("a number"))
+    });
+    assert!(share.is_none_or(|(i, n)| i < n), "KVLAR_PLANTED_SHARE is i/n, i below n");
+    let all: Vec<_> = all.into_iter().enumerate().filter(|(b, _)| share.is_none_or(|(i, n)| b % n == i)).map(|x| x.1).collect();
     let next = std::sync::Mutex::new(all.iter().enumerate());
     let missed = std::sync::Mutex::new(Vec::new());
     std::thread::scope(|scope| {

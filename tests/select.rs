@@ -21,7 +21,12 @@ on_every_device!(
     sets_choose_together,
     equal_scores_of_a_set,
     strict_thresholds,
+    floors_come_first,
+    floors_of_equal_scores,
+    histograms_save_a_pass,
+    lengths_of_several_rows,
     random_sets,
+    replays_follow_lengths_and_k,
     outputs_are_optional,
 );
 
@@ -193,17 +198,114 @@ fn strict_thresholds(lab: &Lab) {
     TopkCase::sets(0, (2, 2), 9, 0).strict().check(lab);
 }
 
+/// The best of each row, then the best of what is left of all.
+fn floors_come_first(lab: &Lab) {
+    // By hand: rows (.9 .1 .5), (.5 .3 .7), (.2 .8 .5), (.4 0 0); the best of each are .9, .7, .8, .4.
+    let mut four = TopkCase::sets(0, (1, 4), 3, 5).floor(1);
+    four.scores = vec![0.9, 0.1, 0.5, 0.5, 0.3, 0.7, 0.2, 0.8, 0.5, 0.4, 0.0, 0.0];
+    assert_eq!(four.check(lab), [vec![0, 2], vec![2], vec![1], vec![0]]);
+    for (rows, members, k, floor) in [(33, 5, 40, 8), (700, 4, 40, 10), (700, 4, 2799, 3), (300, 3, 30, 10), (300, 3, 900, 300)] {
+        let mut case = TopkCase::sets(k as u64, (2, members), rows, k).floor(floor);
+        // One row is far below the others.
+        case.scores[..rows].iter_mut().for_each(|x| *x -= 100.0);
+        case.check(lab);
+        case.lengths = Some((0..2 * members).map(|i| [rows, floor / 2, 0, floor + 1][i % 4] as i32).collect());
+        case.check(lab);
+        case.ks = Some(vec![0, (k / 2) as i32]);
+        case.check(lab);
+    }
+    let mut forced = TopkCase::sets(4, (2, 3), 100, 60).forced(2, 5).floor(6);
+    forced.lengths = Some(vec![100, 4, 9, 33, 100, 12]);
+    forced.check(lab);
+    TopkCase::sets(5, (1, 2), 8200, 3000).floor(1000).check(lab);
+    TopkCase::sets(5, (2, 1), 100, 30).floor(20).check(lab);
+    TopkCase::sets(5, (2, 2), 0, 0).floor(3).check(lab);
+}
+
+/// Ties of a floor go to the lower index, those of the rest to the lower row.
+fn floors_of_equal_scores(lab: &Lab) {
+    for (k, kept) in [(30, [10, 10, 10]), (31, [11, 10, 10]), (130, [100, 20, 10]), (250, [100, 100, 50])] {
+        let mut case = TopkCase::sets(1, (1, 3), 100, k).floor(10);
+        case.scores.fill(0.25);
+        assert_eq!(case.check(lab).iter().map(Vec::len).collect::<Vec<_>>(), kept);
+    }
+}
+
+fn histograms_save_a_pass(lab: &Lab) {
+    let counted = |case: TopkCase| {
+        let mut case = TopkCase { histogram: true, ..case };
+        case.check(lab);
+        let all = case.shape.batch * case.shape.members;
+        case.lengths = Some((0..all).map(|i| [case.shape.rows, 0, 3, case.shape.rows / 2][i % 4] as i32).collect());
+        case.check(lab);
+    };
+    for k in [0, 1, 60, 150, 200] {
+        counted(TopkCase::normal(k as u64, 4, 200, k));
+    }
+    counted(TopkCase::normal(3, 4, 200, 60).forced(4, 20));
+    counted(TopkCase::sets(3, (2, 3), 200, 77));
+    counted(TopkCase::sets(3, (2, 2), 200, 77).forced(3, 9));
+    counted(TopkCase::sets(3, (2, 2), 200, 77).floor(9));
+    counted(TopkCase::sets(3, (2, 2), 200, 77).strict());
+    counted(TopkCase::normal(4, 1, 33_000, 700).forced(4, 9));
+    let few = (0..300).map(|i| (i * 7 % 3) as f32).collect();
+    counted(TopkCase::new(1, 300, 123, few));
+}
+
+fn lengths_of_several_rows(lab: &Lab) {
+    let mut rows = TopkCase { length_rows: 2, ..TopkCase::normal(3, 6, 90, 20) };
+    rows.lengths = Some(vec![90, 11, 44]);
+    rows.check(lab);
+    let mut sets = TopkCase { length_rows: 6, ..TopkCase::sets(3, (4, 3), 90, 70) };
+    sets.lengths = Some(vec![33, 80]);
+    sets.check(lab);
+}
+
+/// A captured selection with a floor reads lengths and k when it runs.
+fn replays_follow_lengths_and_k(lab: &Lab) {
+    let mut case = TopkCase::sets(6, (1, 3), 150, 90).floor(5);
+    let plan = case.shape.plan(&lab.device).unwrap();
+    let scores = lab.upload(&case.scores);
+    let (mut lengths, mut ks) = (lab.upload(&[150i32; 3]), lab.upload(&[90i32]));
+    let mut counts = lab.poisoned(12);
+    let mut workspace = Workspace::new(&lab.device, plan.workspace()).unwrap();
+    let graph = lab
+        .stream
+        .capture(|stream| {
+            let mut args = TopkArgs {
+                lengths: Some(lengths.view()),
+                ks: Some(Ks::One(ks.view())),
+                counts: Some(counts.view_mut()),
+                ..TopkArgs::new(scores.view())
+            };
+            plan.launch(stream, &mut args, &mut workspace)
+        })
+        .unwrap();
+    for (length, k) in [([150, 150, 150], 90), ([150, 3, 70], 40), ([0, 1, 150], 0)] {
+        lab.stream.upload(&mut lengths, 0, bytemuck::cast_slice(&length)).unwrap();
+        lab.stream.upload(&mut ks, 0, bytemuck::cast_slice(&[k])).unwrap();
+        // SAFETY: all that was captured is still there.
+        unsafe { graph.launch(&lab.stream) }.unwrap();
+        lab.stream.synchronize().unwrap();
+        (case.lengths, case.ks) = (Some(length.to_vec()), Some(vec![k]));
+        let expected: Vec<i32> = case.expected().iter().map(|kept| kept.len() as i32).collect();
+        assert_eq!(lab.download::<i32>(&counts), expected);
+    }
+}
+
 fn random_sets(lab: &Lab) {
     let count = std::env::var("KVLAR_RANDOM_CASES").ok().and_then(|s| s.parse().ok()).unwrap_or(20);
     for seed in 100..100 + count {
         let mut rng = Rng::new(seed);
         let (batch, members, rows) = (1 + rng.below(2), 2 + rng.below(4), 1 + rng.below(600));
         let (sinks, recent) = (rng.below(20).min(rows), rng.below(20).min(rows));
-        let k = members * (sinks + recent).min(rows) + rng.below(members * rows + 1);
+        let floor = if rng.below(2) == 0 { rng.below(rows) } else { 0 };
+        let k = members * (sinks + recent + floor).min(rows) + rng.below(members * rows + 1);
         let values = [3, 50, 100_000][rng.below(3)];
-        let mut case = TopkCase::sets(seed, (batch, members), rows, k).forced(sinks, recent);
+        let mut case = TopkCase::sets(seed, (batch, members), rows, k).forced(sinks, recent).floor(floor);
         case.scores.iter_mut().for_each(|x| *x = rng.below(values) as f32 - 2.0);
         case.lengths = (rng.below(2) == 0).then(|| (0..batch * members).map(|_| rng.below(rows + 1) as i32).collect());
+        case.histogram = rng.below(2) == 0;
         case.check(lab);
     }
 }
@@ -237,6 +339,9 @@ fn bad_input_is_named() {
     says(&TopkShape { members: 0, ..shape }.plan(&lab.device).unwrap_err(), &["members"]);
     says(&TopkShape { members: 3, k: 11, ..shape }.plan(&lab.device).unwrap_err(), &["k", "11", "12 sink"]);
     says(&TopkShape { strict: true, ..shape }.plan(&lab.device).unwrap_err(), &["strict", "sinks"]);
+    says(&TopkShape { strict: true, floor: 1, ..TopkShape::new(1, 9, 3) }.plan(&lab.device).unwrap_err(), &["strict", "floor"]);
+    let floors = TopkShape { members: 3, floor: 4, ..TopkShape::new(1, 9, 11) };
+    says(&floors.plan(&lab.device).unwrap_err(), &["k", "11", "floors of 4 rows each, 12"]);
     // Shorter rows than the rows that are always kept: all of them.
     TopkShape { rows: 3, ..shape }.plan(&lab.device).unwrap();
     let plan = TopkShape { k: 4, ..shape }.plan(&lab.device).unwrap();
@@ -249,6 +354,9 @@ fn bad_input_is_named() {
     refused(TopkArgs { score_stride: Some(9), ..none() }, &["score_stride", "9"]);
     refused(TopkArgs { score_stride: Some(11), ..none() }, &["scores"]);
     refused(TopkArgs { lengths: Some(short.view()), ..none() }, &["lengths"]);
+    refused(TopkArgs { length_rows: 0, ..none() }, &["length_rows", "0"]);
+    refused(TopkArgs { length_rows: 3, ..none() }, &["length_rows", "3"]);
+    refused(TopkArgs { histogram: Some(short.view()), ..none() }, &["histogram"]);
     refused(TopkArgs { ks: Some(Ks::Each(short.view())), ..none() }, &["ks"]);
     refused(TopkArgs { cuts: Some(small.view_mut()), ..none() }, &["cuts"]);
     refused(TopkArgs { counts: Some(small.view_mut()), ..none() }, &["counts"]);

@@ -6,6 +6,8 @@
 // A warp takes one row of one head, keys and values. Floor: the rows read in 16 bits and written in their format, such
 // as 8 heads x (128 + 128) x (2 + 2) B = 8 KB a token for bf16: a decode step is launch latency (about 2 us), a
 // prefill of 128K tokens 1 GB, 250 us at 4.3 TB/s. Two sines a rotated pair and head keep the ALU below that.
+//
+// kvlar_append_scored also writes what eviction by keys alone ranks rows by (score/keys.cuh): -|k|, and the sum of k / |k|.
 #include "append/append.cuh"
 
 extern "C" __global__ void __launch_bounds__(128, 8) kvlar_append(const __grid_constant__ KvlarAppend p) {
@@ -13,3 +15,9 @@ extern "C" __global__ void __launch_bounds__(128, 8) kvlar_append(const __grid_c
   kvlar::append_row(p, blockIdx.x, scratch);
 }
 GPU_EXPORT(kvlar_append)
+
+extern "C" __global__ void __launch_bounds__(128, 7) kvlar_append_scored(const __grid_constant__ KvlarAppend p) {
+  __shared__ float scratch[4][kvlar::kMaxDim];
+  kvlar::append_row<true>(p, blockIdx.x, scratch);
+}
+GPU_EXPORT(kvlar_append_scored)

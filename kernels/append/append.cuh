@@ -1,5 +1,7 @@
 // The rows that append writes; see append.cu.
 #pragma once
+#include "device/mma.cuh"
+#include "device/norm.cuh"
 #include "device/rope.cuh"
 #include "device/row_codec.cuh"
 
@@ -25,8 +27,37 @@ __device__ inline void load_new_value(float (&x)[kLaneDims], const KvlarAppend& 
   load_dense(x, v, p.dtype, int(p.value_dim), lane);
 }
 
+// A key as it is read back: of its codec where that is dense, else of the type it came in.
+__device__ inline void round_key(float (&k)[kLaneDims], const KvlarAppend& p) {
+  const bool dense = code_bits(p.key_format.codec) == 0 && p.key_format.codec <= KVLAR_CODEC_F16;
+  const bool f16 = dense ? p.key_format.codec == KVLAR_CODEC_F16 : p.dtype == KVLAR_DTYPE_F16;
+#pragma unroll
+  for (int i = 0; i < kLaneDims; i += 2) {
+    const float2 two = f16 ? ptx::unpack_f16(ptx::pack_f16(k[i], k[i + 1]))
+                           : Half16<__nv_bfloat16>::unpack(ptx::pack_bf16(k[i], k[i + 1]));
+    k[i] = two.x;
+    k[i + 1] = two.y;
+  }
+}
+
+// What scores by keys alone need of a new one, with the bits of score_keys: its norm, and the sum of directions. The sum is the
+// warp's own: a head has one new row.
+__device__ inline void score_new_key(const float (&x)[kLaneDims], const KvlarAppend& p, int seq, int head, int slot, int lane) {
+  float k[kLaneDims];
+#pragma unroll
+  for (int i = 0; i < kLaneDims; ++i) k[i] = x[i];
+  round_key(k, p);
+  const Norm length = norm_of(k, 32);
+  if (p.key_scores && lane == 0) p.key_scores[seq * p.key_score_seq_stride + head * p.key_score_head_stride + slot] = -length.value();
+  const float factor = length.direction();
+  if (!p.key_sums || factor == 0.f || kLaneDims * lane >= int(p.head_dim)) return;
+  float* sums = p.key_sums + (int64_t(seq) * p.kv_heads + head) * p.head_dim + kLaneDims * lane;
+#pragma unroll
+  for (int i = 0; i < kLaneDims; ++i) sums[i] = __fmaf_rn(__fmul_rn(k[i], length.scale), factor, sums[i]);
+}
+
 // The warp's row of one head, of those that CTA `cta` takes. No barriers of the CTA: warps without a row return.
-__device__ inline void append_row(const KvlarAppend& p, int64_t cta, float (&scratch)[4][kMaxDim]) {
+template <bool kScored = false> __device__ inline void append_row(const KvlarAppend& p, int64_t cta, float (&scratch)[4][kMaxDim]) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t index = cta * 4 + warp;
   if (index >= int64_t(p.seqs) * p.kv_heads * p.new_rows) return;
@@ -43,6 +74,7 @@ __device__ inline void append_row(const KvlarAppend& p, int64_t cta, float (&scr
 
   float x[kLaneDims];
   load_new_key(x, p, seq, head, row, scratch[warp], lane);
+  if (kScored) score_new_key(x, p, seq, head, slot, lane);
   store_row(place_row(p.key_pool, p.key_format, seq, head, page, in_page), p.key_format, head, x, scratch[warp], int(p.head_dim), lane);
 
   load_new_value(x, p, seq, head, row, lane);

@@ -60,26 +60,30 @@ template <int D, int NT, class T> struct WarpAttend : Columns<NT> {
 
   // ---- one tile
 
-  __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
+  __device__ __forceinline__ void consume(const TilePlace& rows, int stage) { consume_rows<false>(rows, stage, 0); }
+
+  // With kSome, only rows whose bit of `shown` is set are seen.
+  template <bool kSome> __device__ __forceinline__ void consume_rows(const TilePlace& rows, int stage, uint32_t shown) {
     const unsigned char* tile = ring + stage * Tiles::kStageBytes;
     const ptx::smem tile_s = ring_s + uint32_t(stage * Tiles::kStageBytes);
     float s[kBlocks][NT][4] = {};
     DenseTile<D, NT, T>::scores(s, tile_s, q);
     to_logits(s, p);
     const int first = shared.unit.first_row[rows.segment] + rows.row;
-    if (!Base::all_visible(rows, first, 16 * kBlocks)) {
+    if (!Base::all_visible(rows, first, 16 * kBlocks) || (kSome && ~shown << (32 - Tiles::kRows) != 0)) {
       const bool stored = p.segments[rows.segment].rows.positions != nullptr;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int r = 16 * b + 8 * h + at.g;
+          const bool seen = !kSome || (shown >> r & 1);
           const int position = stored ? *reinterpret_cast<const int32_t*>(tile + Tiles::kPositions + 4 * r) : first + r;
 #pragma unroll
           for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int e = 0; e < 2; ++e)
-              if (Base::hidden(r, rows.valid, position, n, e)) s[b][n][2 * h + e] = -INFINITY;
+              if (!seen || Base::hidden(r, rows.valid, position, n, e)) s[b][n][2 * h + e] = -INFINITY;
         }
     }
     uint32_t weights[kBlocks][NT][2];

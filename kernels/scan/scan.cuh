@@ -14,6 +14,9 @@
 // a row there and back, much of it in L2, where reading the keys again takes 68 B (int4, d = 128): equal at G = 8, and the
 // logits need no unpacking. So does a group of more heads than a tile has columns.
 //
+// scan_select: with `select.cuts` the CTA that writes the last scores of a kv head also finds their cut (cut.cuh), so that a step
+// takes a launch less. Not where scores are made of logits, nor for rows beyond 32K.
+//
 // Floor: bytes of the keys / read bandwidth. Llama-3.1-8B shape (8 kv heads, d = 128, 128K rows, batch 1, 1M rows) at 4.3 TB/s,
 // and 1 us for the scores: bf16 62.4 us, 8 bits 31.7, int4 16.6, int2 8.8, pq 64 x 8 15.6 (rows.cuh and centroids.cuh say what
 // lookups cost: they bound pq).
@@ -21,6 +24,7 @@
 #include "attend/columns.cuh"
 #include "attend/work_list.cuh"
 #include "device/order.cuh"
+#include "scan/cut.cuh"
 #include "scan/log_sum.cuh"
 
 namespace kvlar::scan {
@@ -31,6 +35,7 @@ struct SharedScan {  // what all warps of a CTA know
   attend::SharedUnit unit;
   LogSum states[4][16];  // [warp][column]
   float centroid_scale;  // pq: what stored centroids are multiplied by
+  SharedCut cut;
 };
 
 // Where the results of a unit go.
@@ -46,7 +51,7 @@ struct Outputs {
     const int64_t head = int64_t(unit.seq) * p.kv_heads + unit.head;
     scores = scan.scores ? scan.scores + head * scan.row_count : nullptr;
     logits = scan.logits ? scan.logits + (head * p.group + unit.query_tile * columns) * scan.row_count : nullptr;
-    bins = scan.histogram ? reinterpret_cast<uint32_t*>(raw + scan.shared_bins) : nullptr;
+    bins = scan.histogram || scan.select.cuts ? reinterpret_cast<uint32_t*>(raw + scan.shared_bins) : nullptr;
     heads = attend::columns_in_use(p, unit.query_tile);
     sums = p.lse != nullptr;
   }
@@ -112,7 +117,7 @@ template <class Warp> struct Cta {
     const int64_t head = int64_t(shared.unit.unit.seq) * p.kv_heads + shared.unit.unit.head;
     if (share.splits > 1) {
       add_counts(out.bins, scan.counts + head * KVLAR_SCORE_BINS);
-    } else {
+    } else if (scan.histogram) {
       for (int i = t; i < KVLAR_SCORE_BINS; i += kThreads) scan.histogram[head * KVLAR_SCORE_BINS + i] = out.bins[i];
     }
   }
@@ -129,7 +134,26 @@ template <class Warp> struct Cta {
       put_lse(t, state);
     }
     const int64_t head = int64_t(shared.unit.unit.seq) * p.kv_heads + shared.unit.unit.head;
-    if (out.bins) hand_over_counts(scan.counts + head * KVLAR_SCORE_BINS, scan.histogram + head * KVLAR_SCORE_BINS);
+    if (!out.bins) return;
+    uint32_t* const counts = scan.counts + head * KVLAR_SCORE_BINS;
+    for (int i = t; i < KVLAR_SCORE_BINS; i += kThreads) {
+      const uint32_t count = __ldcg(counts + i);
+      if (scan.histogram) scan.histogram[head * KVLAR_SCORE_BINS + i] = count;
+      out.bins[i] = count;
+      counts[i] = 0;
+    }
+  }
+
+  // The cut of a kv head whose scores are all written and counted.
+  __device__ void select(const Outputs& out) const {
+    const KvlarTopk& s = scan.select;
+    const attend::Unit& unit = shared.unit.unit;
+    const int64_t head = int64_t(unit.seq) * p.kv_heads + unit.head;
+    const int k = s.ks ? min(int(__ldg(s.ks + head * s.k_stride)), int(s.k)) : int(s.k);
+    // Lists take the place of the rings.
+    const CutFinder<kThreads> cut(s, out.scores, unit.length[0], shared.cut, out.bins, raw, int(scan.shared_bins));
+    const uint64_t found = cut.find(k);
+    if (t == 0) s.cuts[head] = found;
   }
 
   __device__ void run() const {
@@ -159,8 +183,15 @@ template <class Warp> struct Cta {
       fill(out, share);
       __syncthreads();
       merge_warps(out, share);
-      if (share.splits > 1 && (out.sums || out.bins) && ptx::arrive_last(p.counters + unit, uint32_t(share.splits)))
+      bool last = share.splits == 1;
+      if (!last && (out.sums || out.bins) && ptx::arrive_last(p.counters + unit, uint32_t(share.splits))) {
         merge_splits(out, share);
+        last = true;
+      }
+      if (last && scan.select.cuts) {
+        __syncthreads();  // merged counts
+        select(out);
+      }
       __syncthreads();  // unit, states and bins are free again
       cell += share.cells;
       if (cell >= end) ++unit;

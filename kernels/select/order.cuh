@@ -20,13 +20,17 @@ __device__ inline uint64_t ranked(uint32_t key, uint32_t index) { return uint64_
 struct Free {
   const float* scores;
   int first, end, length;
+  uint32_t at;  // which row of all, those between sets counted
   uint32_t before;
 
-  __device__ Free(const KvlarTopk& p, int row) : scores(p.scores + row * p.score_stride), length(int(p.row_count)) {
-    if (p.lengths) length = max(0, min(length, int(__ldg(p.lengths + row))));
+  __device__ Free(const KvlarTopk& p, int row) : length(int(p.row_count)) {
+    const uint32_t member = uint32_t(row) % p.members;
+    at = uint32_t(row) / p.members * p.set_rows + member;
+    scores = p.scores + at * p.score_stride;
+    if (p.lengths) length = max(0, min(length, int(__ldg(p.lengths + at / p.length_rows))));
     first = min(int(p.sink_rows), length);
     end = max(first, length - int(p.recent_rows));
-    before = uint32_t(row % int(p.members)) * p.row_count;
+    before = member * p.row_count;
   }
   __device__ int count() const { return end - first; }
   __device__ uint32_t key(int i) const { return ordered_key(__ldg(scores + i)); }
@@ -63,6 +67,15 @@ __device__ inline void clear_bins(Shared& shared) {
 
 // How many of a row, or of a set, are kept.
 __device__ inline int wanted(const KvlarTopk& p, int set) { return p.ks ? min(int(__ldg(p.ks + set * p.k_stride)), int(p.k)) : int(p.k); }
+
+// How many free scores of each bin there are, from those of all scores.
+__device__ inline void load_histogram(Shared& shared, const KvlarTopk& p, const Free& free) {
+  for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.bins[i] = __ldg(p.histogram + int64_t(free.at) * kBins + i);
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < free.length - free.count(); i += kThreads)
+    atomicSub(shared.bins + (free.key(i < free.first ? i : i + free.count()) >> 21), 1u);
+  __syncthreads();
+}
 
 // A warp's share of `count` scores: neighbours, whole groups of 32.
 __device__ inline int share_of_warp(int count) { return (count + 32 * kWarps - 1) / (32 * kWarps) * 32; }

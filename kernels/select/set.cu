@@ -1,10 +1,15 @@
 // The k largest scores of a set of rows together, by many CTAs: rows beyond what an SM's L1 holds, and budgets that layers and
 // heads share. Same order, same outputs as topk.cu.
 //
-//   bins: how many of a set's free scores have each first digit of 11 bits.
+//   bins: how many of a set's free scores have each first digit of 11 bits; read off the rows' histograms where a scan made
+//   them, and not launched where a set is one row and has a histogram.
 //   cut: each CTA reads off the digit of the k-th largest, and hands on the scores of its part that share it; the CTA that
 //   arrives last at a set finds the cut among those, by digits of the key's other 21 bits and of the index.
 //   apply: what a cut keeps of each row, as counts, lists or masks.
+//
+// With a floor the best scores of each row are kept first and counted: kvlar_topk has put the cuts that keep those into `cuts`,
+// one a row, the others compete for what is left, and a row's cut becomes the lower of the two (a row's scores have the same
+// order alone as among all).
 //
 // Floor of bins and cut: 4 B a score each, the second time from L2; 8 rows of 128K 4.2 MB, 1 us each, and the two launches.
 // Beside that, cut reads 8 KB of bins a CTA, and the last one 8 B for each score that shares the digit, up to five times:
@@ -23,6 +28,11 @@ struct Part {
   }
 };
 
+// What keeps the best scores of a row that others do not compete with.
+__device__ inline uint64_t floor_cut(const KvlarTopk& p, int row) {
+  return p.floor ? __ldcg(reinterpret_cast<const unsigned long long*>(p.cuts + row)) : kNone;
+}
+
 // A sum over the rows of a set, to all threads.
 template <class Of> __device__ inline int sum_of_set(Shared& shared, const KvlarTopk& p, int set, Of of) {
   int own = 0;
@@ -38,16 +48,18 @@ template <class Of> __device__ inline int sum_of_set(Shared& shared, const Kvlar
 // Hands on the scores of a part whose first digit is `bin`.
 __device__ inline void hand_on(const KvlarTopk& p, const Free& free, const Part& part, uint32_t bin) {
   uint64_t* const to = p.candidates + int64_t(part.set) * p.members * p.row_count;
+  const uint64_t below = floor_cut(p, part.row);
   const int lane = int(threadIdx.x) % 32;
   for (int i = part.first; i < part.end; i += kThreads) {  // all threads take part in each round
     const int at = i + int(threadIdx.x);
     const uint32_t key = at < part.end ? free.key(at) : 0;
-    const uint32_t all = __ballot_sync(0xffffffffu, at < part.end && key >> 21 == bin);
+    const uint64_t place = ranked(key, free.before + uint32_t(at));
+    const uint32_t all = __ballot_sync(0xffffffffu, at < part.end && key >> 21 == bin && place < below);
     if (!all) continue;
     uint32_t slot = 0;
     if (lane == 0) slot = atomicAdd(p.found + part.set, uint32_t(__popc(all)));
     slot = __shfl_sync(0xffffffffu, slot, 0) + uint32_t(__popc(all & ((1u << lane) - 1)));
-    if (all >> lane & 1) __stcg(reinterpret_cast<unsigned long long*>(to + slot), (unsigned long long)ranked(key, free.before + uint32_t(at)));
+    if (all >> lane & 1) __stcg(reinterpret_cast<unsigned long long*>(to + slot), (unsigned long long)place);
   }
 }
 
@@ -83,15 +95,22 @@ __device__ inline uint64_t cut_of(Shared& shared, const unsigned long long* cand
 extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_bins(const __grid_constant__ KvlarTopk p) {
   using namespace kvlar;
   using namespace kvlar::select;
-  __shared__ uint32_t bins[kBins];
+  __shared__ Shared shared;
   const int row = int(blockIdx.x / p.parts);
   const Free free(p, row);
   const Part part(p, free, row);
-  for (int i = int(threadIdx.x); i < kBins; i += kThreads) bins[i] = 0;
-  __syncthreads();
-  for (int i = part.first + int(threadIdx.x); i < part.end; i += kThreads) atomicAdd(bins + (free.key(i) >> 21), 1u);
-  __syncthreads();
-  add_counts(bins, p.bins + int64_t(part.set) * kBins);
+  if (p.histogram) {  // then the launcher has a CTA for each row
+    load_histogram(shared, p, free);
+  } else {
+    const uint64_t below = floor_cut(p, row);
+    clear_bins(shared);
+    for (int i = part.first + int(threadIdx.x); i < part.end; i += kThreads) {
+      const uint32_t key = free.key(i);
+      if (ranked(key, free.before + uint32_t(i)) < below) atomicAdd(shared.bins + (key >> 21), 1u);
+    }
+    __syncthreads();
+  }
+  add_counts(shared.bins, p.bins + int64_t(part.set) * kBins);
 }
 GPU_EXPORT(kvlar_topk_bins)
 
@@ -101,13 +120,18 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_cut(const __gri
   const int row = int(blockIdx.x / p.parts);
   const Free free(p, row);
   const Part part(p, free, row);
-  const int all = sum_of_set(shared, p, part.set, [](const Free& f) { return f.count(); });
-  const int need = wanted(p, part.set) - sum_of_set(shared, p, part.set, [](const Free& f) { return f.length - f.count(); });
+  const int floor = int(p.floor);
+  const int all = sum_of_set(shared, p, part.set, [=](const Free& f) { return max(0, f.count() - floor); });
+  const int need = wanted(p, part.set) - (sum_of_set(shared, p, part.set, [](const Free& f) { return f.length; }) - all);
   const bool some = need > 0 && all > 0 && (need < all || p.strict);  // else all are kept, or none
   uint32_t* const bins = p.bins + int64_t(part.set) * kBins;
   if (some) {
-    for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.bins[i] = __ldcg(bins + i);
-    __syncthreads();
+    if (p.histogram && p.members == 1) {
+      load_histogram(shared, p, free);
+    } else {
+      for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.bins[i] = __ldcg(bins + i);
+      __syncthreads();
+    }
     find_bin(shared, uint32_t(min(need, all)));
     hand_on(p, free, part, shared.bin);
   }
@@ -121,10 +145,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_cut(const __gri
     __syncthreads();
     cut = cut_of(shared, candidates, count, bin, left, p.strict != 0);
   }
-  if (threadIdx.x == 0) {
-    p.cuts[part.set] = cut;
-    p.found[part.set] = 0;
-  }
+  if (threadIdx.x == 0) p.found[part.set] = 0;
+  const int cuts = p.floor ? int(p.members) : 1;
+  for (int m = int(threadIdx.x); m < cuts; m += kThreads)
+    p.cuts[part.set * cuts + m] = min(uint64_t(cut), p.floor ? floor_cut(p, part.set * cuts + m) : kNone);
   for (int i = int(threadIdx.x); i < kBins; i += kThreads) bins[i] = 0;
 }
 GPU_EXPORT(kvlar_topk_cut)
@@ -133,6 +157,6 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_apply(const __g
   using namespace kvlar::select;
   __shared__ Shared shared;
   const int row = int(blockIdx.x);
-  put_selected(shared, p, Free(p, row), row, __ldg(reinterpret_cast<const unsigned long long*>(p.cuts + row / int(p.members))));
+  put_selected(shared, p, Free(p, row), row, __ldg(reinterpret_cast<const unsigned long long*>(p.cuts + (p.floor ? row : row / int(p.members)))));
 }
 GPU_EXPORT(kvlar_topk_apply)

@@ -4,59 +4,10 @@
 //   [rows][k] (-1 behind them), and a mask [rows][row_count].
 //   Order: NaN < -inf < finite < +inf, -0 = +0, ties to the lower index. k and lengths are read from device memory.
 //
-// A CTA takes a row: up to three passes of 11, 11 and 10 bits over its keys, a fourth where ties are divided, two more where
-// rows are listed. The first reads memory or L2, the others the L1, which holds rows of up to 32K; longer rows: set.cu.
+// A CTA takes a row: row.cuh finds its cut, in a pass less where the scan that made the scores has counted them (histogram); two
+// more passes where rows are listed. Longer rows than 32K, and sets of rows: set.cu, for which this finds the floors of rows.
 // Floor: 4 B a score; 8 rows of 32K from L2 1 MB, 1.2 us at the 110 GB/s of an SM; each further pass half of that.
-#include "select/order.cuh"
-
-namespace kvlar::select {
-
-// The `need`-th, in ascending order, of the free scores whose key is `key`.
-__device__ inline int find_tie(Shared& shared, const Free& free, uint32_t key, int need) {
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, share = share_of_warp(free.count());
-  const int first = free.first + warp * share, end = min(free.end, first + share);
-  int own = 0;
-  for (int i = first; i < end; i += 32) own += __popc(__ballot_sync(0xffffffffu, i + lane < end && free.key(i + lane) == key));
-  int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);
-  before = __shfl_sync(0xffffffffu, before, 0);
-  if (before < need && need <= before + own) {  // one warp
-    for (int i = first; i < end; i += 32) {
-      const uint32_t ties = __ballot_sync(0xffffffffu, i + lane < end && free.key(i + lane) == key);
-      const int rank = before + __popc(ties & ((2u << lane) - 1));
-      if ((ties >> lane & 1) && rank == need) shared.number = i + lane;
-      before += __popc(ties);
-    }
-  }
-  __syncthreads();
-  return shared.number;
-}
-
-// The cut that keeps the `need` largest free scores. All threads call it; `shared` may be used again after the next barrier.
-__device__ inline uint64_t find_cut(Shared& shared, const Free& free, int need) {
-  if (need >= free.count()) return kAll;
-  if (need <= 0) return kNone;
-  uint32_t prefix = 0, left = uint32_t(need);  // bits of the key that are known; how many of those that share them are kept
-  constexpr int kShifts[3] = {21, 10, 0}, kBits[3] = {11, 11, 10};
-#pragma unroll
-  for (int digit = 0; digit < 3; ++digit) {
-    const int shift = kShifts[digit], known = shift + kBits[digit];
-    clear_bins(shared);
-    for (int i = free.first + int(threadIdx.x); i < free.end; i += kThreads) {
-      const uint32_t key = free.key(i);
-      if (digit == 0 || key >> known == prefix >> known) atomicAdd(shared.bins + (key >> shift & ((1u << kBits[digit]) - 1)), 1u);
-    }
-    __syncthreads();
-    find_bin(shared, left);
-    prefix |= shared.bin << shift;
-    left -= shared.above;
-    const bool whole = left == shared.inside;
-    __syncthreads();
-    if (whole) return uint64_t(prefix) << 32;  // all that share the bits that are known
-  }
-  return ranked(prefix, uint32_t(find_tie(shared, free, prefix, int(left))));
-}
-
-}  // namespace kvlar::select
+#include "select/row.cuh"
 
 extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk(const __grid_constant__ KvlarTopk p) {
   using namespace kvlar::select;
@@ -64,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk(const __grid_co
   const int row = int(blockIdx.x);
   const Free free(p, row);
   const int forced = free.length - free.count();
-  const uint64_t cut = find_cut(shared, free, wanted(p, row) - forced);
+  const uint64_t cut = find_cut(shared, p, free, wanted(p, row) - forced);
   __syncthreads();
   if (threadIdx.x == 0 && p.cuts) p.cuts[row] = cut;
   put_selected(shared, p, free, row, cut);

@@ -69,6 +69,9 @@ SIMT_INLINE float __fadd_rn(float a, float b) { return a + b; }
 SIMT_INLINE float __fsub_rn(float a, float b) { return a - b; }
 SIMT_INLINE float __fmul_rn(float a, float b) { return a * b; }
 SIMT_INLINE float __fdiv_rn(float a, float b) { return a / b; }
+SIMT_INLINE double __dadd_rn(double a, double b) { return a + b; }
+SIMT_INLINE double __dsub_rn(double a, double b) { return a - b; }
+SIMT_INLINE double __dmul_rn(double a, double b) { return a * b; }
 SIMT_INLINE float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 SIMT_INLINE float __frcp_rn(float a) { return 1.f / a; }
 SIMT_INLINE float __fsqrt_rn(float a) { return sqrtf(a); }

@@ -16,6 +16,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 #ifdef KVLAR_SIMT_TSAN
+#include <dlfcn.h>
 #include <sanitizer/tsan_interface.h>
 #endif
 #undef threadIdx
@@ -433,6 +434,9 @@ static std::atomic<unsigned> kernel_races{0};
 extern "C" void __tsan_on_report(void*) {
   if (simt::w && simt::cur && simt::cur != &simt::w->main_context) kernel_races++;
 }
+extern "C" __attribute__((visibility("hidden"), alias("__tsan_on_report"))) void kvlar_simt_on_report(void*);
+// The detector calls the first function of that name in the process, which is its own if it was loaded before us.
+static bool hears_of_races() { return dlsym(RTLD_DEFAULT, "__tsan_on_report") == reinterpret_cast<void*>(&kvlar_simt_on_report); }
 #endif
 
 namespace ptx {
@@ -453,6 +457,9 @@ extern "C" int kvlar_simt_launch(const simt::KernelDesc* kernel, const unsigned 
   if (!threads || threads > kMaxThreads || b[2] > 64) return bad("bad block size");
   if (!blocks || g[0] > 2147483647u || g[1] > 65535 || g[2] > 65535) return bad("bad grid size");
   if (shared_bytes > kMaxShared) return bad("more than 227 KiB of dynamic shared memory");
+#ifdef KVLAR_SIMT_TSAN
+  if (!hears_of_races()) return bad("races would go unnoticed: this library must be loaded before libtsan");
+#endif
   if (params_bytes != kernel->params_bytes)
     return bad("takes " + std::to_string(kernel->params_bytes) + " bytes of parameters, got " + std::to_string(params_bytes));
 

@@ -121,6 +121,7 @@ impl AppendCase {
             keys: pages.pool(keys.view_mut(), kc, d),
             values: pages.pool(values.view_mut(), vc, dv),
             tables: Tables { keys: key_scales.as_ref().map(Buffer::view), values: value_scales.as_ref().map(Buffer::view) },
+            key_scores: None,
         };
         if matches!(self.layout, Layout::PerHead(_)) {
             args.rows.positions = None;

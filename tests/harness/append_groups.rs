@@ -158,6 +158,7 @@ impl GroupsRun {
                     keys: exact.pool(exact_keys.view_mut(), &native, d),
                     values: exact.pool(exact_values.view_mut(), &native, dv),
                     tables: Default::default(),
+                    key_scores: None,
                 },
                 rows: on_device.rows(),
                 keys: pages.pool(keys.view_mut(), &self.keys, d),

@@ -243,6 +243,36 @@ impl AttendData {
 
     /// By the reference, from dense tensors.
     pub fn expected(&self) -> Attended {
+        self.expected_of(self.q_positions.as_deref(), |seq, head| self.dense_head(seq, head))
+    }
+
+    /// Likewise, over the rows of a segment that are seen and all rows of the others.
+    pub fn expected_over(&self, segment: usize, seen: impl Fn(usize, usize, usize) -> bool) -> Attended {
+        let c = &self.case;
+        // Queries are where they are among all rows. (Those of heads with other lengths would be elsewhere.)
+        let last = |seq: usize| {
+            let held = self.dense_head(seq, 0).positions;
+            (0..c.query_rows).map(move |s| match (held.len() + s).checked_sub(c.query_rows) {
+                Some(row) => held[row],
+                None => (held.len() + s) as i32 - c.query_rows as i32,
+            })
+        };
+        let derived: Vec<i32> = (0..c.seqs).flat_map(last).collect();
+        self.expected_of(Some(self.q_positions.as_deref().unwrap_or(&derived)), |seq, head| {
+            let all = self.dense_head(seq, head);
+            let first: usize = (0..segment).map(|s| self.length(s, seq, head)).sum();
+            let own = first..first + self.length(segment, seq, head);
+            let mut rows = HeadRows::default();
+            for row in (0..all.positions.len()).filter(|row| !own.contains(row) || seen(seq, head, row - first)) {
+                rows.keys.extend(&all.keys[row * c.head_dim..][..c.head_dim]);
+                rows.values.extend(&all.values[row * c.value_dim..][..c.value_dim]);
+                rows.positions.push(all.positions[row]);
+            }
+            rows
+        })
+    }
+
+    fn expected_of(&self, q_positions: Option<&[i32]>, rows: impl Fn(usize, usize) -> HeadRows) -> Attended {
         let c = &self.case;
         let rotated = c.segments.iter().any(|s| s.keys.format.hadamard);
         let rounded = c.int8_queries.then(|| int8_queries(&self.q, c, rotated));
@@ -254,13 +284,13 @@ impl AttendData {
             head_dim: c.head_dim,
             value_dim: c.value_dim,
             q: rounded.as_ref().unwrap_or(&self.q),
-            q_positions: self.q_positions.as_deref(),
+            q_positions,
             sink_logits: self.sinks.as_deref(),
             softcap: f64::from(c.softcap),
             window: i64::from(c.window),
             ..Default::default()
         };
-        heads::attend(input, |s, h| self.dense_head(s, h))
+        heads::attend(input, rows)
     }
 
     /// Keeps the first rows of each sequence of a contiguous case.
@@ -284,6 +314,23 @@ impl AttendData {
             to.keys = from.keys[..to.keys.len()].to_vec();
             to.values = from.values[..to.values.len()].to_vec();
             to.rows = from.rows[..to.rows.len()].to_vec();
+        }
+    }
+
+    /// Rows that a (sequence, kv head) has in a segment.
+    pub fn length(&self, segment: usize, seq: usize, head: usize) -> usize {
+        self.segments[segment].pages.length(seq, head)
+    }
+
+    /// Overwrites rows of a segment, as if they had not been written: nothing of them may reach a result.
+    pub fn poison_rows(&mut self, segment: usize, which: impl Fn(usize, usize, usize) -> bool) {
+        let (c, s) = (&self.case, &mut self.segments[segment]);
+        let formats = &c.segments[segment];
+        for (seq, head) in (0..c.seqs).flat_map(|s| (0..c.kv_heads).map(move |h| (s, h))) {
+            for row in (0..s.pages.length(seq, head)).filter(|&row| which(seq, head, row)) {
+                s.pages.poison(&mut s.keys, (seq, head, row), c.head_dim, &formats.keys);
+                s.pages.poison(&mut s.values, (seq, head, row), c.value_dim, &formats.values);
+            }
         }
     }
 

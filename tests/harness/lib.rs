@@ -2,7 +2,7 @@
 //!
 //! A suite is a function of a [`Lab`]; [`on_every_device!`] makes tests of it on the reference backend, on the emulation
 //! under several thread schedules, and on a GPU where there is one. `KVLAR_REQUIRE_GPU=1` turns a missing GPU into a
-//! failure; `KVLAR_SIMT_SEEDS` is the number of schedules (3).
+//! failure; `KVLAR_SIMT_SEEDS` is the number of schedules (3); `KVLAR_SIMT_LIBRARY` names another build of the emulation.
 
 #[allow(missing_docs)]
 pub mod append;
@@ -10,6 +10,13 @@ pub mod append;
 pub mod append_groups;
 #[allow(missing_docs)]
 pub mod attend;
+#[allow(missing_docs)]
+pub mod attend_cut;
+#[allow(missing_docs)]
+pub mod budget;
+#[allow(missing_docs)]
+pub mod compact;
+pub mod emulation;
 #[allow(missing_docs)]
 pub mod encode;
 #[allow(missing_docs)]
@@ -23,7 +30,17 @@ pub mod pages;
 #[allow(missing_docs)]
 pub mod scan;
 #[allow(missing_docs)]
+pub mod scan_select;
+#[allow(missing_docs)]
+pub mod score;
+#[allow(missing_docs)]
+pub mod score_gate;
+#[allow(missing_docs)]
+pub mod score_keys;
+#[allow(missing_docs)]
 pub mod select;
+#[allow(missing_docs)]
+pub mod topp;
 
 use kvlar::{Backend, Buffer, Device, Dtype, Error, SimtOptions, Stream, Workspace, WorkspaceSize};
 use std::any::{Any, TypeId};
@@ -60,7 +77,12 @@ impl Lab {
         // One of them pretends to have the shared memory of sm_86, sm_89 and sm_120.
         let device = |seed| {
             let shared_per_sm = if seed == 1 { 100 << 10 } else { SimtOptions::default().shared_per_sm };
-            Device::simt(SimtOptions { seed, workers: 1, sm_count: 3, shared_per_sm })
+            let options = SimtOptions { seed, workers: 1, sm_count: 3, shared_per_sm };
+            match emulation::named() {
+                // SAFETY: a build of the same sources touches what the linked one does.
+                Some(named) => Ok(unsafe { Device::simt_through(options, named) }),
+                None => Device::simt(options),
+            }
         };
         if let Err(e) = device(0) {
             eprintln!("skipped: {e}");

@@ -1,9 +1,9 @@
 //! Cases of topk.
 
 use crate::Lab;
-use kvlar::{Buffer, Ks, TopkArgs, TopkShape, Workspace};
-use kvlar_reference::ordered_row;
+use kvlar::{Buffer, Ks, SCORE_BINS, TopkArgs, TopkShape, Workspace};
 use kvlar_reference::testing::Rng;
+use kvlar_reference::{ordered_key, ordered_row};
 
 /// Sets of rows of scores, and how many are kept.
 #[derive(Clone, Debug)]
@@ -13,12 +13,17 @@ pub struct TopkCase {
     /// Scores between rows.
     pub stride: usize,
     pub lengths: Option<Vec<i32>>,
+    /// Neighbouring rows that share a length.
+    pub length_rows: usize,
+    /// Whether a histogram of the scores is given.
+    pub histogram: bool,
     pub ks: Option<Vec<i32>>,
 }
 
 impl TopkCase {
     pub fn new(batch: usize, rows: usize, k: usize, scores: Vec<f32>) -> Self {
-        Self { shape: TopkShape::new(batch, rows, k), scores, stride: rows, lengths: None, ks: None }
+        let shape = TopkShape::new(batch, rows, k);
+        Self { shape, scores, stride: rows, lengths: None, length_rows: 1, histogram: false, ks: None }
     }
 
     pub fn one(scores: &[f32], k: usize) -> Self {
@@ -46,8 +51,31 @@ impl TopkCase {
         self
     }
 
+    pub fn floor(mut self, floor: usize) -> Self {
+        self.shape.floor = floor;
+        self
+    }
+
     fn length(&self, row: usize) -> usize {
-        self.lengths.as_ref().map_or(self.shape.rows, |l| l[row].clamp(0, self.shape.rows as i32) as usize)
+        let length = |l: &Vec<i32>| l[row / self.length_rows].clamp(0, self.shape.rows as i32) as usize;
+        self.lengths.as_ref().map_or(self.shape.rows, length)
+    }
+
+    /// How many scores of each row are in each bin.
+    fn counted(&self) -> Vec<u32> {
+        let mut bins = vec![0; self.shape.batch * self.shape.members * SCORE_BINS];
+        for (row, bins) in bins.chunks_exact_mut(SCORE_BINS).enumerate() {
+            (0..self.length(row)).for_each(|i| bins[ordered_key(self.score(row, i)) as usize >> 21] += 1);
+        }
+        bins
+    }
+
+    /// The `floor` best scores of a row that are not forced.
+    fn floor_of(&self, row: usize) -> Vec<usize> {
+        let mut free: Vec<usize> = (0..self.length(row)).filter(|&i| !self.is_forced(row, i)).collect();
+        free.sort_by_key(|&i| std::cmp::Reverse(ordered_row(self.score(row, i), i as u32)));
+        free.truncate(self.shape.floor);
+        free
     }
 
     fn score(&self, row: usize, i: usize) -> f32 {
@@ -64,7 +92,9 @@ impl TopkCase {
         let mut kept = vec![Vec::new(); batch * members];
         for set in 0..batch {
             let all = (set * members..(set + 1) * members).flat_map(|row| (0..self.length(row)).map(move |i| (row, i)));
-            let (forced, free): (Vec<_>, Vec<_>) = all.partition(|&(row, i)| self.is_forced(row, i));
+            let floors: Vec<Vec<usize>> = (0..members).map(|m| self.floor_of(set * members + m)).collect();
+            let is_kept = |(row, i): (usize, usize)| self.is_forced(row, i) || floors[row % members].contains(&i);
+            let (forced, free): (Vec<_>, Vec<_>) = all.partition(|&at| is_kept(at));
             forced.iter().for_each(|&(row, i)| kept[row].push(i as i32));
             let place = |(row, i)| (ordered_row(self.score(row, i), (row % members * rows + i) as u32), row, i);
             let mut free: Vec<(u64, usize, usize)> = free.into_iter().map(place).collect();
@@ -88,7 +118,9 @@ impl TopkCase {
         let mut workspace = Workspace::new(&lab.device, plan.workspace()).unwrap();
         let upload = |x: &Option<Vec<i32>>| x.as_ref().map(|x| lab.upload(x));
         let (scores, lengths, ks) = (lab.upload(&self.scores), upload(&self.lengths), upload(&self.ks));
-        let [cuts, counts, mask] = [8 * batch, 4 * all, all * rows].map(|bytes| lab.poisoned(bytes));
+        let histogram = self.histogram.then(|| lab.upload(&self.counted()));
+        let cut_count = if self.shape.floor > 0 { all } else { batch };
+        let [cuts, counts, mask] = [8 * cut_count, 4 * all, all * rows].map(|bytes| lab.poisoned(bytes));
         let listed = vec![7i32; if members == 1 { batch * k } else { 0 }]; // poison is -1
         let mut outputs: [Buffer; 4] = [cuts, counts, lab.upload(&listed), mask];
         let [cuts, counts, selected, mask] = &mut outputs;
@@ -97,6 +129,8 @@ impl TopkCase {
             scores: scores.view(),
             score_stride: Some(self.stride),
             lengths: lengths.as_ref().map(|x| x.view()),
+            length_rows: self.length_rows,
+            histogram: histogram.as_ref().map(|x| x.view()),
             ks: ks.as_ref().map(|x| if each { Ks::Each(x.view()) } else { Ks::One(x.view()) }),
             cuts: Some(cuts.view_mut()),
             counts: Some(counts.view_mut()),
@@ -121,7 +155,7 @@ impl TopkCase {
             assert_eq!(&marked, kept, "{what}: mask");
             assert!(mask.iter().all(|&x| x < 2), "{what}: mask");
             // The cut says the same to whoever has the scores.
-            let cut = cuts[row / members];
+            let cut = cuts[if self.shape.floor > 0 { row } else { row / members }];
             let place = |i: usize| ordered_row(self.score(row, i), (row % members * rows + i) as u32);
             let by_cut = (0..self.length(row)).filter(|&i| self.is_forced(row, i) || place(i) >= cut);
             assert_eq!(by_cut.map(|i| i as i32).collect::<Vec<_>>(), *kept, "{what}: cut {cut:x}");

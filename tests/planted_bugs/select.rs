@@ -9,24 +9,24 @@ pub const SUITE: Suite = Suite { name: "select", source: SOURCE, bugs: BUGS, run
 
 const BUGS: &[Bug] = &[
     bug("ties go to the higher index", "select/order.cuh", "uint32_t(~index)", "index"),
-    bug("a tie too many", "select/topk.cu", "(ties >> lane & 1) && rank == need", "(ties >> lane & 1) && rank == need + 1"),
-    bug("ties counted from the wrong lane", "select/topk.cu", "(2u << lane) - 1", "(1u << lane) - 1"),
+    bug("a tie too many", "select/row.cuh", "(ties >> lane & 1) && rank == need", "(ties >> lane & 1) && rank == need + 1"),
+    bug("ties counted from the wrong lane", "select/row.cuh", "(2u << lane) - 1", "(1u << lane) - 1"),
     bug(
         "ties of earlier warps forgotten",
-        "select/topk.cu",
+        "select/row.cuh",
         "int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);",
         "int before = 0 * block_exclusive_sum<kThreads>(own, shared.warp_sums);",
     ),
     bug("bins of the digit before", "select/order.cuh", "shared.bins[i] = 0;", "shared.bins[i] &= 1;"),
-    bug("digits of keys that differ above them", "select/topk.cu", "key >> known == prefix >> known", "true"),
+    bug("digits of keys that differ above them", "select/row.cuh", "key >> known == prefix >> known", "true"),
     bug("bins from below", "select/order.cuh", "kBins - 1 - 2 * int(threadIdx.x)", "1 + 2 * int(threadIdx.x)"),
     bug("a bin too early", "select/order.cuh", "need <= before + high;", "need < before + high;"),
-    bug("keys above the bin kept twice", "select/topk.cu", "left -= shared.above;", ""),
+    bug("keys above the bin kept twice", "select/row.cuh", "left -= shared.above;", ""),
     bug(
         "dropped barrier before bins are read",
-        "select/topk.cu",
-        "__syncthreads();\n    find_bin(shared, left);",
-        "find_bin(shared, left);",
+        "select/row.cuh",
+        "      __syncthreads();\n    }\n    find_bin(shared, left);",
+        "    }\n    find_bin(shared, left);",
     ),
     bug(
         "dropped barrier after bins are cleared",
@@ -53,8 +53,8 @@ const BUGS: &[Bug] = &[
     bug(
         "rows of the wrong score stride",
         "select/order.cuh",
-        "p.scores + row * p.score_stride",
-        "p.scores + row * int(p.row_count)",
+        "p.scores + at * p.score_stride",
+        "p.scores + at * int(p.row_count)",
     ),
     bug("nothing behind the rows kept", "select/order.cuh", "p.selected[int64_t(row) * p.k + i] = -1;", "{}"),
     bug("rows listed over those of earlier warps", "select/order.cuh", "out[before + __popc(", "out[__popc("),
@@ -76,12 +76,26 @@ const BUGS: &[Bug] = &[
         "int(blockIdx.x % p.parts + 1) * kPart",
         "int(blockIdx.x % p.parts) * kPart + kPart / 2",
     ),
-    bug("rows of a set that share indices", "select/order.cuh", "uint32_t(row % int(p.members)) * p.row_count;", "0;"),
+    bug("rows of a set that share indices", "select/order.cuh", "before = member * p.row_count;", "before = 0;"),
     bug("digits that overlap", "select/set.cu", "    known = shift;\n", ""),
     bug("strict keeps the score itself", "select/set.cu", "((prefix >> 32) + 1) << 32", "(prefix >> 32) << 32"),
     bug("bins left behind", "select/set.cu", "bins[i] = 0;\n}\nGPU_EXPORT(kvlar_topk_cut)", "{}\n}\nGPU_EXPORT(kvlar_topk_cut)"),
-    bug("candidates left behind", "select/set.cu", "p.found[part.set] = 0;", ""),
-    bug("the cut of another set", "select/set.cu", "p.cuts + row / int(p.members)", "p.cuts + row % int(p.members)"),
+    bug("candidates left behind", "select/set.cu", "p.found[part.set] = 0;", "{}"),
+    bug("the cut of another set", "select/set.cu", ": row / int(p.members)", ": row % int(p.members)"),
+    bug("floors compete", "select/set.cu", "key >> 21 == bin && place < below", "key >> 21 == bin"),
+    bug("floors counted among the others", "select/set.cu", "free.before + uint32_t(i)) < below)", "0) <= kNone)"),
+    bug("floors do not count", "select/set.cu", "max(0, f.count() - floor)", "f.count()"),
+    bug(
+        "the cut of all over floors",
+        "select/set.cu",
+        "min(uint64_t(cut), p.floor ? floor_cut(p, part.set * cuts + m) : kNone)",
+        "cut",
+    ),
+    bug("a floor's tie in another row", "select/row.cuh", "free.before + uint32_t(find_tie", "uint32_t(find_tie"),
+    bug("sinks counted by a histogram", "select/order.cuh", "atomicSub(shared.bins + ", "atomicAdd(shared.bins + "),
+    bug("the first row's histogram", "select/order.cuh", "int64_t(free.at) * kBins + i", "i"),
+    bug("recent rows taken for sinks", "select/order.cuh", "i < free.first ? i : i + free.count()", "i"),
+    bug("a length a row", "select/order.cuh", "p.lengths + at / p.length_rows", "p.lengths + at % p.length_rows"),
 ];
 
 const SOURCE: &str = r#"
@@ -118,5 +132,18 @@ fn short_suites(lab: &Lab) {
     let mut equal = TopkCase::sets(7, (2, 2), 700, 900);
     equal.scores.iter_mut().for_each(|x| *x = x.round());
     equal.check(lab);
+    // Floors, histograms, lengths of several rows.
+    let mut floors = TopkCase::sets(8, (2, 3), 300, 130).forced(3, 2).floor(20);
+    floors.scores[..600].iter_mut().for_each(|x| *x = x.round() - 50.0);
+    floors.lengths = Some(vec![300, 15]);
+    floors.length_rows = 3;
+    floors.check(lab);
+    // All of one first digit: floors are among those that share it with the cut.
+    let mut close = TopkCase::sets(9, (1, 2), 300, 130).floor(40);
+    close.scores = (0..600u32).map(|i| f32::from_bits(0x3f80_0000 ^ (i * 37 % 701))).collect();
+    close.check(lab);
+    let mut counted = TopkCase { histogram: true, ..TopkCase::normal(3, 3, 200, 64).forced(2, 5) };
+    counted.lengths = Some(vec![200, 6, 90]);
+    counted.check(lab);
     TopkCase { shape: TopkShape { k: 500, ..equal.shape }, ..equal }.strict().check(lab);
 }

@@ -67,7 +67,7 @@ pub fn compact(i: &CompactInput<'_>) -> Result<Compacted, ReferenceError> {
     }
     let mut out = Compacted::default();
     for head in 0..i.heads {
-        let source = sources(&i.keep[head * i.rows..][..i.rows], i.order);
+        let source = row_sources(&i.keep[head * i.rows..][..i.rows], i.order);
         out.lengths.push(source.len() as i32);
         for &row in &source {
             let at = head * i.rows + row;
@@ -80,8 +80,8 @@ pub fn compact(i: &CompactInput<'_>) -> Result<Compacted, ReferenceError> {
     Ok(out)
 }
 
-/// Which row comes to each place of a head.
-fn sources(keep: &[u8], order: CompactOrder) -> Vec<usize> {
+/// Which row comes to each place of a head; `keep` is 1 for the rows that are kept.
+pub fn row_sources(keep: &[u8], order: CompactOrder) -> Vec<usize> {
     let kept: Vec<usize> = (0..keep.len()).filter(|&row| keep[row] == 1).collect();
     if order == CompactOrder::Keep {
         return kept;

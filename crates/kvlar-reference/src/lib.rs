@@ -38,7 +38,7 @@ pub use codec::{
     Codebooks, Codec, EncodedChannels, EncodedRow, Format, decode_channels, decode_fp8, decode_pq, decode_pq16, decode_row,
     encode_channels, encode_fp8, encode_pq, encode_pq16, encode_row, hadamard, pack_codes, unpack_codes,
 };
-pub use compact::{CompactInput, CompactOrder, Compacted, compact};
+pub use compact::{CompactInput, CompactOrder, Compacted, compact, row_sources};
 pub use dtype::Dtype;
 pub use error::ReferenceError;
 pub use lowrank::{LowrankInput, LowrankValues, ProjectInput, attend_lowrank, expand_row, project};
@@ -47,8 +47,8 @@ pub use reduce::{ReduceInput, Reduction, reduce};
 pub use rope::{Rope, RopeLayout, RopeScaling, Yarn};
 pub use scan::{ScanInput, Scanned, scan};
 pub use score::{
-    ColumnInput, Gate, HeadReduction, KeyMethod, KeysInput, Pool, RepeatInput, RowReduction, WindowInput, score_column,
-    score_gate, score_keys, score_repeat, score_window,
+    ColumnInput, Gate, HeadReduction, KeyMethod, KeysInput, Pool, RepeatInput, RowReduction, WindowColumns, WindowInput,
+    score_column, score_gate, score_keys, score_repeat, score_window,
 };
 pub use select::{
     Chosen, Cut, Forced, Resolve, ThresholdInput, ThresholdRule, TopK, TopP, TopkInput, ToppInput, ordered_key, ordered_row,

@@ -89,6 +89,13 @@ impl Tolerance {
         Self { absolute: absolute * logit.max(1.0), relative: 1e-5, cosine: 1e-6 }
     }
 
+    /// Scores by attention, sums and means of exp(logit − lse) where logits' own standard deviation is `logit`: a logit is off by
+    /// 2⁻²⁰ of that in fp32 sums (on tensor cores: truncated ones), and so is a weight by that part of itself, five deviations.
+    /// The approximate exponential adds 2⁻²².
+    pub fn score(logit: f64) -> Self {
+        Self { absolute: 1e-6, relative: 2e-5 * logit.max(1.0), cosine: 1e-9 }
+    }
+
     /// A merged output or lse: fp32 arithmetic only.
     pub fn merge() -> Self {
         Self { absolute: 1e-5, relative: 1e-5, cosine: 1e-9 }

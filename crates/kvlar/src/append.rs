@@ -4,7 +4,7 @@ use crate::device::Launch;
 use crate::error::{invalid, unsupported};
 use crate::paged::within;
 use crate::{
-    Device, Dtype, Format, Memory, Pool, Result, RopeLayout, Rows, Stream, Strides, Tables, View, ViewMut, Workspace,
+    Device, Dtype, Format, KeyScores, Memory, Pool, Result, RopeLayout, Rows, Stream, Strides, Tables, View, ViewMut, Workspace,
     WorkspaceSize, abi,
 };
 
@@ -97,6 +97,8 @@ pub struct AppendArgs<'a> {
     pub values: Pool<ViewMut<'a>>,
     /// Of fp8 and pq rows.
     pub tables: Tables<'a>,
+    /// What else is written about new keys; `None`: nothing.
+    pub key_scores: Option<KeyScores<'a>>,
 }
 
 /// A validated append.
@@ -150,7 +152,8 @@ impl AppendPlan {
     /// Enqueues one launch; none if there are no rows.
     ///
     /// # Errors
-    /// [`crate::Error::Bounds`], [`crate::Error::Alignment`], [`crate::Error::Invalid`] for arguments that do not fit the plan.
+    /// [`crate::Error::Bounds`], [`crate::Error::Alignment`], [`crate::Error::Invalid`] for arguments that do not fit the plan;
+    /// [`crate::Error::Unsupported`] for several new rows a sequence beside [`KeyScores::direction_sums`].
     pub fn launch(&self, stream: &Stream, args: &mut AppendArgs<'_>, workspace: &mut Workspace) -> Result<()> {
         let params = self.params(args, workspace)?;
         // SAFETY: every address was checked against the shape.
@@ -182,7 +185,7 @@ impl AppendPlan {
         let n = s.new_rows as i64;
         let (k_seq_stride, k_head_stride, k_row_stride) = k_strides.abi();
         let (v_seq_stride, v_head_stride, v_row_stride) = v_strides.abi();
-        Ok(abi::KvlarAppend {
+        let mut params = abi::KvlarAppend {
             rows: rows.abi(),
             key_pool: args.keys.abi(),
             value_pool: args.values.abi(),
@@ -208,7 +211,12 @@ impl AppendPlan {
             head_dim: s.head_dim as u32,
             value_dim: s.value_dim as u32,
             dtype: s.dtype.abi(),
-        })
+            ..Default::default()
+        };
+        if let Some(scores) = &args.key_scores {
+            scores.put(&mut params, heads, rows.max_rows)?;
+        }
+        Ok(params)
     }
 
     /// Enqueues with the caller's own parameter struct, for engines with their own tensors and strides.
@@ -223,7 +231,9 @@ impl AppendPlan {
         if self.launch.grid == 0 {
             return Ok(());
         }
+        let scored = params.key_scores != 0 || params.key_sums != 0;
+        let entry = if scored { "kvlar_append_scored" } else { self.launch.entry };
         // SAFETY: the caller's promise.
-        unsafe { stream.enqueue(self.launch, params) }
+        unsafe { stream.enqueue(Launch { entry, ..self.launch }, params) }
     }
 }

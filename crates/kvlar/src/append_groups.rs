@@ -111,6 +111,9 @@ impl AppendGroupsPlan {
     /// As for [`AppendPlan::launch`]; [`crate::Error::Invalid`] also for pages that do not hold whole packs.
     pub fn launch(&self, stream: &Stream, args: &mut AppendGroupsArgs<'_>, workspace: &mut Workspace) -> Result<()> {
         let (s, a) = (&self.shape, &self.shape.append);
+        if args.append.key_scores.is_some() {
+            return unsupported(OP, "scores of new keys: append has them, and score_keys");
+        }
         let exact = self.append.params(&mut args.append, workspace)?;
         args.rows.check("encoded rows", a.seqs, (a.kv_heads, a.kv_heads), args.keys.page_count.min(args.values.page_count))?;
         let page_rows = 1usize << args.rows.page_rows_log2;

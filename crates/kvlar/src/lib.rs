@@ -24,16 +24,20 @@ mod append_groups;
 mod append_lowrank;
 mod attend;
 mod attend_lowrank;
+mod budget;
 mod buffer;
+mod compact;
 mod device;
 mod error;
 mod formats;
 mod merge;
 mod paged;
 mod project;
+mod protect;
 mod reduce;
 mod reference;
 mod scan;
+mod score;
 mod select;
 mod stream;
 mod strides;
@@ -43,25 +47,35 @@ mod workspace;
 pub use append::{AppendArgs, AppendPlan, AppendShape, Rope};
 pub use append_groups::{AppendGroupsArgs, AppendGroupsPlan, AppendGroupsShape};
 pub use append_lowrank::{AppendLowrankArgs, AppendLowrankPlan, AppendLowrankShape, SideArgs, SideShape};
-pub use attend::{AttendArgs, AttendPlan, AttendShape, MAX_SEGMENTS, Schedule, Segment, SegmentShape, WorkList};
+pub use attend::{
+    AttendArgs, AttendCutPlan, AttendCutShape, AttendPlan, AttendShape, CutArgs, MAX_SEGMENTS, Schedule, Segment, SegmentShape,
+    WorkList,
+};
 pub use attend_lowrank::{
     Arithmetic, Bases, Bound, HeadSets, Latents, LowrankArgs, LowrankPlan, LowrankShape, LowrankValues, MAX_QUERY_ROWS,
     RANK_MULTIPLE, SetsShape, padded_rank,
 };
+pub use budget::{BudgetHeadsArgs, BudgetHeadsPlan, BudgetHeadsShape, BudgetLayersArgs, BudgetLayersPlan, BudgetLayersShape};
 pub use buffer::{Buffer, Memory, View, ViewMut};
+pub use compact::{Columns, CompactArgs, CompactPlan, CompactShape, Keep, LayerPools, RowScores};
 #[doc(hidden)]
 pub use device::Emulation;
 pub use device::{Backend, Device, DeviceInfo, SimtOptions};
 pub use error::Error;
 pub use formats::{Codec, Dtype, Format, Stored, Tables};
 pub use kvlar_kernels::params as abi;
-pub use kvlar_reference::{Reduction, RopeLayout};
+pub use kvlar_reference::{CompactOrder, Gate, KeyMethod, LayerBudget, Reduction, Resolve, RopeLayout};
 pub use merge::{MergePlan, MergeShape};
 pub use paged::{Pool, Rows};
 pub use project::{HeadGroups, ProjectPlan, ProjectShape, Projection};
+pub use protect::{ProtectArgs, ProtectPlan, ProtectShape, StagedScores};
 pub use reduce::{ReduceArgs, ReducePlan, ReduceShape};
-pub use scan::{SCORE_BINS, ScanArgs, ScanPlan, ScanShape};
-pub use select::{Ks, TopkArgs, TopkPlan, TopkShape};
+pub use scan::{SCORE_BINS, ScanArgs, ScanPlan, ScanSelectPlan, ScanSelectShape, ScanShape, SelectArgs};
+pub use score::{
+    GateWeights, KeyScores, KeySums, Pooling, ScoreArgs, ScoreGateArgs, ScoreGatePlan, ScoreGateShape, ScoreKeysArgs,
+    ScoreKeysPlan, ScoreKeysShape, ScorePlan, ScoreReduction, ScoreShape, ScoredRows,
+};
+pub use select::{Ks, TopkArgs, TopkPlan, TopkShape, ToppArgs, ToppPlan, ToppShape};
 pub use stream::{Graph, Stream};
 pub use strides::Strides;
 pub use transcode::{EncodeShape, TranscodePlan};

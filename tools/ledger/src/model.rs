@@ -24,7 +24,8 @@ pub struct Attend {
 impl Attend {
     /// None for entry points that are no attend kernel of rows stored as they are. Errors: one that this program can't judge.
     pub fn of(entry: &str) -> Option<Result<Attend, String>> {
-        let other = |n: &str| n == "schedule" || n.starts_with("lowrank_") || n.starts_with("quantized_");
+        // How many instructions a tile takes with a cut depends on which rows are selected.
+        let other = |n: &str| n == "schedule" || ["lowrank_", "quantized_", "cut_"].iter().any(|kind| n.starts_with(kind));
         let name = entry.strip_prefix("kvlar_attend_").filter(|n| !other(n))?;
         let parsed = || {
             let (storage, shape) = name.split_once("_d")?;

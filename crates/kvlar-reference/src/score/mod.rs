@@ -10,7 +10,7 @@ pub use column::{ColumnInput, score_column};
 pub use gate::{Gate, score_gate};
 pub use keys::{KeyMethod, KeysInput, score_keys};
 pub use repeat::{RepeatInput, score_repeat};
-pub use window::{HeadReduction, Pool, RowReduction, WindowInput, score_window};
+pub use window::{HeadReduction, Pool, RowReduction, WindowColumns, WindowInput, score_window};
 
 use crate::attend::dot;
 use crate::error::{ReferenceError, value};

@@ -79,6 +79,16 @@ impl HeadReduction {
     }
 }
 
+/// Which rows get a score.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WindowColumns {
+    /// Those before the window.
+    #[default]
+    Prefix,
+    /// All: the window's own too, pooled with the others.
+    All,
+}
+
 /// Inputs of [`score_window`]; names and defaults as in `OPS.md`.
 #[derive(Clone, Debug, Default)]
 pub struct WindowInput<'a> {
@@ -108,9 +118,19 @@ pub struct WindowInput<'a> {
     pub pool: Pool,
     /// Last: over the query heads of a kv head.
     pub head_reduction: HeadReduction,
+    /// Which rows get a score.
+    pub columns: WindowColumns,
 }
 
 impl WindowInput<'_> {
+    /// Rows that get a score: T − W, or T.
+    pub fn scored(&self) -> usize {
+        match self.columns {
+            WindowColumns::Prefix => self.rows - self.window,
+            WindowColumns::All => self.rows,
+        }
+    }
+
     /// Checks sizes and values.
     ///
     /// # Errors
@@ -131,10 +151,10 @@ impl WindowInput<'_> {
 }
 
 /// Scores `[B, Hk, T − W]` of the rows before the window, by the attention that they get from it (SnapKV, arXiv 2404.14469;
-/// DynamicKV, arXiv 2412.14838).
+/// DynamicKV, arXiv 2412.14838); or `[B, Hk, T]` of all rows.
 ///
 /// Queries of the window see all rows before it and its own rows up to themselves; what they give to the latter is in the
-/// denominator only. A NaN or +∞ among the logits of a query makes all its weights NaN; with a given lse that weight alone, as
+/// denominator only, unless all rows get a score. A NaN or +∞ among the logits of a query makes all its weights NaN; with a given lse that weight alone, as
 /// exp(logit − lse) is. In a maximum NaN is the least, a sum or mean with one is NaN. An lse of −∞ says that a query saw nothing: it adds 0.
 ///
 /// # Errors
@@ -143,12 +163,12 @@ pub fn score_window(i: &WindowInput<'_>) -> Result<Vec<f32>, ReferenceError> {
     i.check()?;
     let (w, t, d, group) = (i.window, i.rows, i.head_dim, i.q_heads / i.kv_heads);
     let scale = i.scale.unwrap_or(1.0 / (d as f64).sqrt());
-    let mut scores = Vec::with_capacity(i.seqs * i.kv_heads * (t - w));
+    let mut scores = Vec::with_capacity(i.seqs * i.kv_heads * i.scored());
     for (kv, keys) in i.k.chunks_exact(t * d).enumerate() {
         let pooled = |head: usize| {
             let lse = i.lse.map(|lse| &lse[head * w..][..w]);
             let mut sums = attention_sums(&i.q[head * w * d..][..w * d], keys, d, scale, lse);
-            sums.truncate(t - w);
+            sums.truncate(i.scored());
             if i.row_reduction == RowReduction::Mean {
                 sums.iter_mut().for_each(|x| *x /= w as f64);
             }

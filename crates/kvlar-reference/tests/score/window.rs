@@ -2,7 +2,7 @@
 
 use super::{attention, close, refused, wide};
 use kvlar_reference::testing::Rng;
-use kvlar_reference::{HeadReduction, Pool, RowReduction, WindowInput, score_window};
+use kvlar_reference::{HeadReduction, Pool, RowReduction, WindowColumns, WindowInput, score_window};
 use proptest::prelude::*;
 
 fn window<'a>(q: &'a [f32], k: &'a [f32], [q_heads, kv_heads, window, rows, head_dim]: [usize; 5]) -> WindowInput<'a> {
@@ -52,6 +52,17 @@ fn queries_see_the_window_up_to_themselves() {
     close(&score_window(&doubled).unwrap(), &[1.0 / 5.0 + 1.0 / 21.0]);
     // Nothing before the window.
     assert_eq!(score_window(&window(&[1.0; 3], &k, [1, 1, 3, 3, 1])).unwrap(), []);
+}
+
+#[test]
+fn all_rows_may_have_a_score() {
+    // Weights 1 : 2, then 1 : 2 : 4, of rows 0, 1, 2; the window's rows get some of them.
+    let k = [0.0, 2f32.ln(), 4f32.ln()];
+    let all = WindowInput { columns: WindowColumns::All, ..window(&[1.0, 1.0], &k, [1, 1, 2, 3, 1]) };
+    close(&score_window(&all).unwrap(), &[1.0 / 3.0 + 1.0 / 7.0, 2.0 / 3.0 + 2.0 / 7.0, 4.0 / 7.0]);
+    // Pooled with those before.
+    let pooled = WindowInput { pool: Pool::Max(3), ..all };
+    close(&score_window(&pooled).unwrap(), &[2.0 / 3.0 + 2.0 / 7.0; 3]);
 }
 
 #[test]

@@ -66,6 +66,20 @@ const ENTRIES: [(Serves, usize, usize, &str); 18] = [
     (Serves::ChannelWise, 256, 8, "kvlar_attend_quantized_channels_d256_n8"),
 ];
 
+/// The attend_cut kernels, likewise.
+const CUT_ENTRIES: [(Dtype, usize, usize, &str); 10] = [
+    (Dtype::Bf16, 64, 8, "kvlar_attend_cut_bf16_d64_n8"),
+    (Dtype::Bf16, 64, 16, "kvlar_attend_cut_bf16_d64_n16"),
+    (Dtype::Bf16, 128, 8, "kvlar_attend_cut_bf16_d128_n8"),
+    (Dtype::Bf16, 128, 16, "kvlar_attend_cut_bf16_d128_n16"),
+    (Dtype::Bf16, 256, 8, "kvlar_attend_cut_bf16_d256_n8"),
+    (Dtype::F16, 64, 8, "kvlar_attend_cut_f16_d64_n8"),
+    (Dtype::F16, 64, 16, "kvlar_attend_cut_f16_d64_n16"),
+    (Dtype::F16, 128, 8, "kvlar_attend_cut_f16_d128_n8"),
+    (Dtype::F16, 128, 16, "kvlar_attend_cut_f16_d128_n16"),
+    (Dtype::F16, 256, 8, "kvlar_attend_cut_f16_d256_n8"),
+];
+
 /// Bits of a stored value.
 fn bits(codec: Codec) -> usize {
     codec.reference().bits()
@@ -93,6 +107,17 @@ impl Tiling {
     pub fn dtype_of(entry: &str) -> Option<Option<Dtype>> {
         let dtype = |serves| if let Serves::Dense(dtype) = serves { Some(dtype) } else { None };
         ENTRIES.iter().find(|e| e.3 == entry).map(|e| dtype(e.0))
+    }
+
+    /// The kernel over selected rows; rows are those of the type of q.
+    pub fn cut_entry(&self, dtype: Dtype) -> Option<&'static str> {
+        let serves = (dtype, self.dim, self.columns);
+        CUT_ENTRIES.iter().find(|e| self.rows == Rows::Dense && (e.0, e.1, e.2) == serves).map(|e| e.3)
+    }
+
+    /// The activation type of such an entry point.
+    pub fn cut_dtype_of(entry: &str) -> Option<Dtype> {
+        CUT_ENTRIES.iter().find(|e| e.3 == entry).map(|e| e.0)
     }
 
     /// Neighbouring value dimensions of a lane: they share a scale and zero.
@@ -155,10 +180,10 @@ mod tests {
 
     #[test]
     fn every_kernel_of_the_build_is_reachable_and_exists() {
-        let built =
-            kvlar_kernels::ENTRIES.iter().filter(|e| e.family == "attend" || e.family == "attend_quantized").map(|e| e.name);
+        let families = ["attend", "attend_quantized", "attend_cut"];
+        let built = kvlar_kernels::ENTRIES.iter().filter(|e| families.contains(&e.family)).map(|e| e.name);
         let mut built: Vec<_> = built.filter(|n| *n != "kvlar_attend_schedule").collect();
-        let mut known: Vec<_> = ENTRIES.iter().map(|e| e.3).collect();
+        let mut known: Vec<_> = ENTRIES.iter().map(|e| e.3).chain(CUT_ENTRIES.iter().map(|e| e.3)).collect();
         built.sort_unstable();
         known.sort_unstable();
         assert_eq!(built, known);

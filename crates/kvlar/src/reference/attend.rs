@@ -3,7 +3,7 @@
 use super::memory::{dense, int, read, store_dense, write};
 use super::rows::{HeadRows, Place, dtype};
 use crate::{Dtype, Result, abi};
-use kvlar_reference::{HeadQuery, Masking, attend_row, hadamard};
+use kvlar_reference::{HeadQuery, Masking, attend_row, hadamard, ordered_row};
 use rayon::prelude::*;
 
 /// A (sequence, kv head)'s rows, decoded, segment after segment.
@@ -11,6 +11,46 @@ pub(super) struct Cached {
     pub keys: Vec<f32>,
     pub values: Vec<f32>,
     pub positions: Vec<i32>,
+}
+
+/// As `attend`, without the rows of one segment that its scores do not select.
+///
+/// # Safety
+/// As for [`super::run`].
+pub unsafe fn attend_cut(p: &abi::KvlarAttendCut, q_dtype: Dtype) -> Result<()> {
+    let pairs = p.attend.seqs * p.attend.kv_heads;
+    (0..pairs).into_par_iter().try_for_each(|i| unsafe { attend_selected(p, q_dtype, i) })
+}
+
+/// The `index`-th (sequence, kv head).
+///
+/// # Safety
+/// As for [`super::run`].
+unsafe fn attend_selected(p: &abi::KvlarAttendCut, q_dtype: Dtype, index: u32) -> Result<()> {
+    let (seq, head) = (i64::from(index / p.attend.kv_heads), i64::from(index % p.attend.kv_heads));
+    let cut = unsafe { read::<u64>(p.cuts + 8 * u64::from(index), 1)[0] };
+    let mut all = Cached { keys: Vec::new(), values: Vec::new(), positions: Vec::new() };
+    let mut selected = Cached { keys: Vec::new(), values: Vec::new(), positions: Vec::new() };
+    let (d, dv) = (p.attend.head_dim as usize, p.attend.value_dim as usize);
+    for (i, segment) in p.attend.segments[..p.attend.segment_count as usize].iter().enumerate() {
+        let first = all.positions.len();
+        unsafe { load_exact(&p.attend, segment, seq, head, &mut all)? };
+        let length = all.positions.len() - first;
+        let at = (p.scores as i64 + 4 * i64::from(index) * p.score_stride) as u64;
+        let scores = if i == p.segment as usize { unsafe { read::<f32>(at, length) } } else { Vec::new() };
+        for row in 0..length {
+            let seen = scores.get(row).is_none_or(|&score| {
+                row < p.sink_rows as usize || row + p.recent_rows as usize >= length || ordered_row(score, row as u32) >= cut
+            });
+            if seen {
+                let row = first + row;
+                selected.keys.extend_from_slice(&all.keys[row * d..][..d]);
+                selected.values.extend_from_slice(&all.values[row * dv..][..dv]);
+                selected.positions.push(all.positions[row]);
+            }
+        }
+    }
+    unsafe { attend_rows(&p.attend, q_dtype, (seq, head), &selected, &all.positions) }
 }
 
 /// # Safety
@@ -34,6 +74,20 @@ unsafe fn attend_head(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i64, kv_head: i
 /// # Safety
 /// As for [`super::run`].
 pub(super) unsafe fn attend_cached(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i64, kv_head: i64, cached: &Cached) -> Result<()> {
+    unsafe { attend_rows(p, q_dtype, (seq, kv_head), cached, &cached.positions) }
+}
+
+/// Every query of one kv head over some of its rows; `held`: the positions of all of them.
+///
+/// # Safety
+/// As for [`super::run`].
+unsafe fn attend_rows(
+    p: &abi::KvlarAttend,
+    q_dtype: Dtype,
+    (seq, kv_head): (i64, i64),
+    cached: &Cached,
+    held: &[i32],
+) -> Result<()> {
     let (d, dv) = (p.head_dim as usize, p.value_dim as usize);
     let out_dtype = dtype(p.out_dtype)?;
     let masking = Masking { scale: f64::from(p.scale), softcap: f64::from(p.softcap), window: i64::from(p.window) };
@@ -44,8 +98,8 @@ pub(super) unsafe fn attend_cached(p: &abi::KvlarAttend, q_dtype: Dtype, seq: i6
         let q = if p.int8_queries == 1 { in_8_bits(p, (0..rows).map(row).collect(), s as usize)? } else { row(s) };
         let position = match p.q_positions {
             0 => {
-                let row = cached.positions.len() as i64 - rows + s;
-                usize::try_from(row).map_or(row, |row| i64::from(cached.positions[row]))
+                let row = held.len() as i64 - rows + s;
+                usize::try_from(row).map_or(row, |row| i64::from(held[row]))
             }
             address => i64::from(unsafe { int(address, seq * rows + s) }),
         };

@@ -6,16 +6,20 @@
 
 mod attend;
 mod attend_lowrank;
+mod budget;
+mod compact;
 mod memory;
 mod project;
 mod rows;
 mod scan;
+mod score;
+mod score_gate;
 mod select;
 mod write;
 
 use crate::{Error, Result, abi};
 use bytemuck::pod_read_unaligned;
-use kvlar_reference::ReferenceError;
+use kvlar_reference::{CompactOrder, ReferenceError};
 use memory::{read, write};
 
 /// Runs one launch.
@@ -25,7 +29,7 @@ use memory::{read, write};
 pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
     match entry {
         "kvlar_attend_schedule" | "kvlar_attend_lowrank_schedule" => Ok(()), // rows are not shared among CTAs here
-        "kvlar_append" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
+        "kvlar_append" | "kvlar_append_scored" => unsafe { write::append(&pod_read_unaligned::<abi::KvlarAppend>(params)) },
         "kvlar_append_groups" => unsafe { write::append_groups(&pod_read_unaligned::<abi::KvlarAppendGroups>(params)) },
         "kvlar_encode" | "kvlar_encode_pq" => unsafe { write::encode(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
         "kvlar_encode_channels" => unsafe { write::encode_groups(&pod_read_unaligned::<abi::KvlarTranscode>(params)) },
@@ -34,9 +38,25 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
         e if e.starts_with("kvlar_append_lowrank_") => unsafe {
             project::append_lowrank(&pod_read_unaligned::<abi::KvlarAppendLowrank>(params))
         },
+        e if e.starts_with("kvlar_score_gate_") => unsafe {
+            score_gate::gate(&pod_read_unaligned::<abi::KvlarScoreGate>(params), dtype_in(e))
+        },
+        e if e.starts_with("kvlar_score_keys_") => unsafe {
+            score_gate::keys(&pod_read_unaligned::<abi::KvlarScoreKeys>(params), dtype_in(e), e.ends_with("_sums"))
+        },
         e if e.starts_with("kvlar_scan_") => unsafe { scan::scan(&pod_read_unaligned::<abi::KvlarScan>(params)) },
+        "kvlar_compact" => unsafe { compact::compact(&pod_read_unaligned(params), CompactOrder::Keep) },
+        "kvlar_compact_any" => unsafe { compact::compact(&pod_read_unaligned(params), CompactOrder::Any) },
+        "kvlar_protect" => unsafe { compact::protect(&pod_read_unaligned(params)) },
+        e if e.starts_with("kvlar_score_lse_") || e.starts_with("kvlar_score_rows_") => unsafe {
+            score::score(e, &pod_read_unaligned::<abi::KvlarScore>(params))
+        },
         "kvlar_topk_bins" | "kvlar_topk_apply" => Ok(()), // `kvlar_topk_cut` does it all here
-        "kvlar_topk" | "kvlar_topk_cut" => unsafe { select::topk(&pod_read_unaligned::<abi::KvlarTopk>(params)) },
+        "kvlar_topk" => unsafe { select::rows(&pod_read_unaligned::<abi::KvlarTopk>(params)) },
+        "kvlar_topk_cut" => unsafe { select::sets(&pod_read_unaligned::<abi::KvlarTopk>(params)) },
+        "kvlar_budget_layers" => unsafe { budget::layers(&pod_read_unaligned::<abi::KvlarBudget>(params)) },
+        "kvlar_budget_heads" => unsafe { budget::heads(&pod_read_unaligned::<abi::KvlarBudget>(params)) },
+        "kvlar_topp" => unsafe { select::topp(&pod_read_unaligned::<abi::KvlarTopp>(params)) },
         "kvlar_reduce" => unsafe { scan::reduce(&pod_read_unaligned::<abi::KvlarReduce>(params)) },
         "kvlar_merge" => unsafe { merge(&pod_read_unaligned::<abi::KvlarMerge>(params)) },
         _ => {
@@ -44,6 +64,8 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
                 let params = pod_read_unaligned::<abi::KvlarAttend>(params);
                 let dtype = dtype.map_or_else(|| rows::dtype(params.q_dtype), Ok)?;
                 unsafe { attend::attend(&params, dtype) }
+            } else if let Some(dtype) = crate::attend::cut_dtype_of(entry) {
+                unsafe { attend::attend_cut(&pod_read_unaligned::<abi::KvlarAttendCut>(params), dtype) }
             } else if let Some(dtype) = crate::attend_lowrank::dtype_of(entry) {
                 unsafe { attend_lowrank::attend_lowrank(&pod_read_unaligned::<abi::KvlarAttendLowrank>(params), dtype) }
             } else {
@@ -51,6 +73,11 @@ pub(crate) unsafe fn run(entry: &str, params: &[u8]) -> Result<()> {
             }
         }
     }
+}
+
+/// The type that an entry's name says.
+fn dtype_in(entry: &str) -> crate::Dtype {
+    if entry.contains("_f16") { crate::Dtype::F16 } else { crate::Dtype::Bf16 }
 }
 
 /// # Safety

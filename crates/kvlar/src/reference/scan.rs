@@ -3,6 +3,7 @@
 use super::attend::place_or_first;
 use super::memory::{dense, int, read, write};
 use super::rows::{HeadRows, dtype};
+use super::select::cut_of;
 use crate::scan::SCORE_BINS;
 use crate::{Error, Reduction, Result, abi};
 use kvlar_reference::{ReduceInput, ordered_key, reduce as reduce_logits};
@@ -46,6 +47,9 @@ unsafe fn scan_head(p: &abi::KvlarScan, seq: i64, kv_head: i64) -> Result<()> {
     let lse = vec![0.0; group];
     let scores = scores(&all, &lse, (group, length), p.method)?;
     unsafe { put_scores((p.scores, p.histogram), head as u64, columns, &scores, p.fill == 1) };
+    if p.select.cuts != 0 {
+        unsafe { write(p.select.cuts + 8 * head as u64, &[cut_of(&p.select, head, scores)]) };
+    }
     Ok(())
 }
 
@@ -116,7 +120,7 @@ fn bin(x: f32) -> usize {
 }
 
 /// ln Σ exp(x); NaN if there is one.
-fn log_sum_exp(x: &[f64]) -> f64 {
+pub fn log_sum_exp(x: &[f64]) -> f64 {
     let top = x.iter().fold(f64::NEG_INFINITY, |top, &x| if top.is_nan() || x.is_nan() { f64::NAN } else { top.max(x) });
     if top == f64::NEG_INFINITY { top } else { top + x.iter().map(|x| (x - top).exp()).sum::<f64>().ln() }
 }

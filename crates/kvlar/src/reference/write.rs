@@ -1,6 +1,6 @@
 //! append, encode and decode.
 
-use super::memory::{dense, int, store_dense, write};
+use super::memory::{dense, int, read, store_dense, write};
 use super::rows::{HeadRows, Place, codec, dtype, report};
 use crate::{Result, abi};
 use kvlar_reference::{Rope, RopeLayout};
@@ -39,12 +39,35 @@ pub unsafe fn append(p: &abi::KvlarAppend) -> Result<()> {
             let position = unsafe { int(p.positions, seq * n + row) };
             let k = unsafe { dense(p.k, seq * p.k_seq_stride + head * p.k_head_stride + row * p.k_row_stride, d, dtype) };
             let v = unsafe { dense(p.v, seq * p.v_seq_stride + head * p.v_head_stride + row * p.v_row_stride, dv, dtype) };
-            unsafe { keys.store(place, &rope.rotate(&k, i64::from(position)), &p.key_format)? };
+            let k = rope.rotate(&k, i64::from(position));
+            unsafe { score_new_key(p, &k, (seq, head), slot)? };
+            unsafe { keys.store(place, &k, &p.key_format)? };
             unsafe { values.store(place, &v, &p.value_format)? };
             if p.rows.positions != 0 {
                 unsafe { write(p.rows.positions.wrapping_add_signed(4 * keys.position_at(place)), &[position]) };
             }
         }
+    }
+    Ok(())
+}
+
+/// What is asked for of a new key, as it is stored where that is dense, else as its type holds it.
+///
+/// # Safety
+/// As for [`super::run`].
+unsafe fn score_new_key(p: &abi::KvlarAppend, key: &[f32], (seq, head): (i64, i64), slot: u32) -> Result<()> {
+    let stored = codec(p.key_format.codec)?.dense().map_or_else(|| dtype(p.dtype), Ok)?;
+    let key: Vec<f32> = key.iter().map(|&x| if stored == crate::Dtype::F16 { f16_of(x) } else { bf16_of(x) }).collect();
+    if p.key_scores != 0 {
+        let norm = key.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+        let at = seq * p.key_score_seq_stride + head * p.key_score_head_stride + i64::from(slot);
+        unsafe { write(p.key_scores.wrapping_add_signed(4 * at), &[-norm as f32]) };
+    }
+    if p.key_sums != 0 {
+        let at = p.key_sums + 4 * (seq * i64::from(p.kv_heads) + head) as u64 * key.len() as u64;
+        let mut sums: Vec<f64> = unsafe { read::<f32>(at, key.len()) }.into_iter().map(f64::from).collect();
+        super::score_gate::add_direction(&mut sums, &key);
+        unsafe { write(at, &sums.into_iter().map(|x| x as f32).collect::<Vec<_>>()) };
     }
     Ok(())
 }

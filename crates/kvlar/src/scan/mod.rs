@@ -2,12 +2,14 @@
 
 mod kernel;
 mod plan;
+mod select;
 mod shape;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use plan::method;
 pub use plan::{ScanArgs, ScanPlan};
+pub use select::{ScanSelectPlan, ScanSelectShape, SelectArgs};
 pub use shape::ScanShape;
 
 /// Bins of a histogram of scores. They are in the order of scores, NaN < −∞ < finite < +∞, −0 = +0: the upper 11 bits of the f32,

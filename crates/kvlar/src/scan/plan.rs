@@ -139,13 +139,26 @@ impl ScanPlan {
     /// [`Error::Bounds`], [`Error::Alignment`], [`Error::Invalid`] for arguments that do not fit the plan;
     /// [`Error::Mismatch`] for a work list that was not built for it.
     pub fn launch(&self, stream: &Stream, args: &mut ScanArgs<'_>, work: &WorkList, workspace: &mut Workspace) -> Result<()> {
+        self.launch_with(stream, args, work, workspace, abi::KvlarTopk::default())
+    }
+
+    /// A launch that also finds cuts, if `select` has any.
+    pub(super) fn launch_with(
+        &self,
+        stream: &Stream,
+        args: &mut ScanArgs<'_>,
+        work: &WorkList,
+        workspace: &mut Workspace,
+        select: abi::KvlarTopk,
+    ) -> Result<()> {
         if !work.is_built_for_scan(self) {
             return Err(Error::Mismatch { arg: "work list", what: "plan (call schedule first)" });
         }
-        let params = self.params(args, work, workspace)?;
+        let mut params = self.params(args, work, workspace)?;
         if self.units == 0 {
             return Ok(());
         }
+        params.scan.select = select;
         // SAFETY: every address was checked against the shape.
         unsafe {
             self.launch_raw(stream, &params.scan)?;

@@ -1,0 +1,220 @@
+// topp: the fewest rows that hold a share of the softmax mass of their logits, beside the first and last ones, which are always in.
+//
+//   logits [rows][row_count] fp32 -> a cut a row (order.cuh); on request counts [rows], the mass of what is kept [rows], the rows
+//   kept in ascending order, and a mask [rows][row_count].
+//   The least n such that sum of exp(logit) over forced rows and the n largest others >= top_p * that of all; then at least k_min
+//   rows, then at most k_max. NaN and -inf have no mass, and are not kept unless forced; logits of +inf share all of it.
+//
+// Masses are summed as integers: exp(logit - largest) in multiples of 2^-weight_log2, 2^40 at least. So a sum does not depend on
+// its order, there can be atomics, and it is more exact than one in fp32: within 2^-18 of the whole for 4M rows. top_p is met on
+// those sums exactly.
+//
+// A CTA takes a row: a pass for the largest logit, one a digit of 11, 11 and 10 bits for the bin of mass that crosses top_p (a
+// radix select of masses; with `in_bins` one pass over steps of 1/16 of a logit serves), one to count, and those of find_cut where
+// k_min or k_max say more. The first reads memory or L2, the others the L1, which holds rows of up to 32K, the rest L2.
+// A histogram of logits (scan) says nothing of masses; it saves find_cut a pass.
+// Floor: 4 B a logit; 32 rows of 32K from L2 4 MB, 1.2 us at the 110 GB/s of an SM; each further pass half of that.
+#include "select/row.cuh"
+
+namespace kvlar::select {
+
+constexpr uint64_t kFinite = uint64_t(0x00800000u) << 32;  // keeps all but -inf and NaN
+
+struct SharedMass {
+  Shared select;
+  unsigned long long masses[kBins];
+  unsigned long long warp_masses[kWarps];
+  unsigned long long sum, above, inside;
+  float warp_tops[kWarps];
+  uint32_t bin;
+};
+
+// Sum of the masses of the threads before this one.
+__device__ inline uint64_t mass_before(SharedMass& shared, uint64_t own) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  unsigned long long sum = own;
+  for (int step = 1; step < 32; step *= 2) {
+    const unsigned long long other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) shared.warp_masses[warp] = sum;
+  __syncthreads();
+  uint64_t before = 0;
+#pragma unroll 8  // by 32 some registers are spilled on sm_120
+  for (int w = 0; w < kWarps; ++w) before += w < warp ? shared.warp_masses[w] : 0;
+  __syncthreads();
+  return before + sum - own;
+}
+
+__device__ inline uint64_t mass_of_all(SharedMass& shared, uint64_t own) {
+  const uint64_t before = mass_before(shared, own);
+  if (threadIdx.x == kThreads - 1) shared.sum = before + own;
+  __syncthreads();
+  const uint64_t sum = shared.sum;
+  __syncthreads();
+  return sum;
+}
+
+// The largest logit; NaN counts as none.
+__device__ inline float largest(SharedMass& shared, const Free& free) {
+  float top = -INFINITY;
+  for (int i = int(threadIdx.x); i < free.length; i += kThreads) top = fmaxf(top, __ldg(free.scores + i));
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+  if (threadIdx.x % 32 == 0) shared.warp_tops[threadIdx.x / 32] = top;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.warp_tops[w]);
+  return top;
+}
+
+// A logit's share of the mass, and where it is counted.
+struct Mass {
+  float top, one;
+
+  __device__ uint64_t of(float x) const {
+    if (!(x > -INFINITY)) return 0;
+    return uint64_t(one * (x == top ? 1.f : ptx::ex2_approx((x - top) * 1.4426950408889634f)));
+  }
+  // How many steps of 1/16 it lies below the largest; in double precision, as the reference has it.
+  __device__ double steps(float x) const { return x == top ? 0. : ceil(__dmul_rn(__dsub_rn(double(top), double(x)), 16.)); }
+  // Steps as a bin, the fewest in the last one. Logits 127 below the largest have no mass.
+  __device__ uint32_t step_bin(float x) const {
+    const double n = steps(x);
+    return uint32_t(kBins - 1 - (n < kBins - 1 ? int(n) : kBins - 1));
+  }
+};
+
+__device__ inline float score_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+// The least key of a logit that is at most so many steps below the largest.
+__device__ inline uint32_t least_key(const Mass& mass, int steps) {
+  uint32_t outside = 0x007fffffu, inside = ordered_key(mass.top);  // -inf is out, the largest is in
+  while (inside - outside > 1) {
+    const uint32_t middle = outside + (inside - outside) / 2;
+    if (mass.steps(score_of(middle)) <= double(steps)) inside = middle;
+    else outside = middle;
+  }
+  return inside;
+}
+
+__device__ inline void clear_masses(SharedMass& shared) {
+  for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.masses[i] = 0;
+  __syncthreads();
+}
+
+// Finds the bin, from the last one down, in which the mass reaches `need`: that in the bins before it, and in it.
+__device__ inline void find_mass_bin(SharedMass& shared, uint64_t need) {
+  const int top = kBins - 1 - 2 * int(threadIdx.x);
+  const uint64_t high = shared.masses[top], low = shared.masses[top - 1];
+  const uint64_t before = mass_before(shared, high + low);
+  if (before < need && need <= before + high + low) {
+    const bool in_high = need <= before + high;
+    shared.bin = uint32_t(in_high ? top : top - 1);
+    shared.above = in_high ? before : before + high;
+    shared.inside = in_high ? high : low;
+  }
+  __syncthreads();
+}
+
+// The cut of the fewest free rows whose mass is at least `left`, from the masses of first digits.
+__device__ inline uint64_t cut_of_mass(SharedMass& shared, const Free& free, const Mass& mass, uint64_t left) {
+  uint32_t prefix = 0;
+  constexpr int kShifts[3] = {21, 10, 0}, kBits[3] = {11, 11, 10};
+#pragma unroll
+  for (int digit = 0; digit < 3; ++digit) {
+    const int shift = kShifts[digit], known = shift + kBits[digit];
+    if (digit > 0) {
+      clear_masses(shared);
+      for (int i = free.first + int(threadIdx.x); i < free.end; i += kThreads) {
+        const uint32_t key = free.key(i);
+        if (key >> known != prefix >> known) continue;
+        const unsigned long long own = mass.of(score_of(key));
+        atomicAdd(shared.masses + (key >> shift & ((1u << kBits[digit]) - 1)), own);
+      }
+      __syncthreads();
+    }
+    find_mass_bin(shared, left);
+    prefix |= shared.bin << shift;
+    left -= shared.above;
+    const bool whole = left == shared.inside;
+    __syncthreads();
+    if (whole) return uint64_t(prefix) << 32;
+  }
+  // Rows of one logit, as many as it takes.
+  const uint64_t each = mass.of(score_of(prefix));
+  return ranked(prefix, uint32_t(find_tie(shared.select, free, prefix, int((left + each - 1) / each))));
+}
+
+// How many free rows a cut keeps, to all threads.
+__device__ inline int count_of(Shared& shared, const Free& free, uint64_t cut) {
+  int own = 0;
+  for (int i = free.first + int(threadIdx.x); i < free.end; i += kThreads) own += ranked(free.key(i), uint32_t(i)) >= cut;
+  const int before = block_exclusive_sum<kThreads>(own, shared.warp_sums);
+  if (threadIdx.x == kThreads - 1) shared.number = before + own;
+  __syncthreads();
+  const int count = shared.number;
+  __syncthreads();
+  return count;
+}
+
+// What of `whole` has to be kept.
+__device__ inline uint64_t share_of(double top_p, uint64_t whole) {
+  return top_p < 1. ? min(whole, uint64_t(ceil(__dmul_rn(top_p, double(whole))))) : whole;
+}
+
+// The cut that `top_p` asks for; `masses` are those of first digits, or of steps.
+__device__ inline uint64_t find_mass_cut(SharedMass& shared, const KvlarTopp& p, const Free& free, const Mass& mass, uint64_t forced, uint64_t whole) {
+  const uint64_t target = share_of(p.top_p, whole);
+  if (whole == 0) return kNone;
+  if (!p.in_bins) return forced < target ? cut_of_mass(shared, free, mass, target - forced) : kNone;
+  int steps = 0;  // the least there are: those that equal the largest
+  if (forced < target) {
+    find_mass_bin(shared, target - forced);
+    steps = kBins - 1 - int(shared.bin);
+  }
+  if (threadIdx.x == 0) shared.sum = least_key(mass, steps);
+  __syncthreads();
+  const uint64_t key = shared.sum;
+  __syncthreads();
+  return key << 32;
+}
+
+}  // namespace kvlar::select
+
+extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topp(const __grid_constant__ KvlarTopp p) {
+  using namespace kvlar::select;
+  __shared__ SharedMass shared;
+  const int row = int(blockIdx.x);
+  const Free free(p.rows, row);
+  const Mass mass{largest(shared, free), __uint_as_float((127 + p.weight_log2) << 23)};
+  clear_masses(shared);
+  uint64_t forced = 0, others = 0;
+  for (int i = int(threadIdx.x); i < free.length; i += kThreads) {
+    const float x = __ldg(free.scores + i);
+    const unsigned long long own = mass.of(x);
+    if (i < free.first || i >= free.end) {
+      forced += own;
+    } else if (own > 0) {
+      others += own;
+      atomicAdd(shared.masses + (p.in_bins ? mass.step_bin(x) : kvlar::score_bin(x)), own);
+    }
+  }
+  forced = mass_of_all(shared, forced);
+  const uint64_t whole = forced + mass_of_all(shared, others);
+  uint64_t cut = find_mass_cut(shared, p, free, mass, forced, whole);
+  // Not fewer than k_min, not more than k_max; no row without mass.
+  const int count = count_of(shared.select, free, cut), always = free.length - free.count();
+  const int k_min = p.limits ? __ldg(p.limits) : int(p.k_min), k_max = p.limits ? __ldg(p.limits + 1) : int(p.k_max);
+  const int need = min(max(count, k_min - always), max(k_max - always, 0));
+  if (need != count) cut = max(kFinite, find_cut(shared.select, p.rows, free, need));
+  __syncthreads();
+  if (threadIdx.x == 0 && p.rows.cuts) p.rows.cuts[row] = cut;
+  put_selected(shared.select, p.rows, free, row, cut);
+  if (!p.mass) return;
+  uint64_t kept = 0;
+  for (int i = int(threadIdx.x); i < free.length; i += kThreads)
+    if (free.selected(i, cut)) kept += mass.of(__ldg(free.scores + i));
+  kept = mass_of_all(shared, kept);
+  if (threadIdx.x == 0) p.mass[row] = whole > 0 ? float(double(kept) / double(whole)) : 0.f;
+}
+GPU_EXPORT(kvlar_topp)
