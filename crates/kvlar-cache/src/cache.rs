@@ -18,6 +18,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SeqId(u64);
 
+impl SeqId {
+    pub(crate) fn new(id: u64) -> Self {
+        Self(id)
+    }
+}
+
 impl fmt::Display for SeqId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "#{}", self.0)
@@ -301,7 +307,7 @@ fn asked(config: &CacheConfig, sinks: usize, recent: usize) -> ExactShape {
 }
 
 /// Refuses a plan for other layers than the cache's.
-fn check_shape(config: &CacheConfig, plan: &Plan) -> Result<()> {
+pub(crate) fn check_shape(config: &CacheConfig, plan: &Plan) -> Result<()> {
     if plan.layers.len() != config.layers {
         return invalid("plan", format!("it is for {} layers, the cache has {}", plan.layers.len(), config.layers));
     }

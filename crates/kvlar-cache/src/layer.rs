@@ -55,7 +55,7 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    fn new(device: &Device, pages: usize, page_rows: usize, keys: RowFormat, values: RowFormat) -> Result<Self> {
+    pub fn new(device: &Device, pages: usize, page_rows: usize, keys: RowFormat, values: RowFormat) -> Result<Self> {
         let buffer = |f: &RowFormat| device.alloc(pages * f.bytes(page_rows));
         Ok(Self { pages, page_rows, keys: (keys, buffer(&keys)?), values: (values, buffer(&values)?) })
     }
@@ -153,8 +153,7 @@ impl Layer {
         Ok(Self { quantized: Some(quantized), exact: exact_store(device, config, exact)?, ..rows })
     }
 
-    /// As a plan says. Keys that stay dense beside low-rank values become latents of full rank, one group a head: the same
-    /// bytes, but for padding.
+    /// As a plan says.
     pub fn planned(
         device: &Device,
         stream: &Stream,
@@ -166,87 +165,12 @@ impl Layer {
         if let Some(quantized) = QuantizedLayer::planned(device, stream, config, layer, plan)? {
             return Self::quantized(device, config, exact, quantized);
         }
-        let pairs = plan.model.rope;
-        let int8_basis = plan.key_basis() == KeyBasis::Int8;
-        let plan = &plan.layers[layer];
-        if plan.keys == Side::Dense && plan.values == Side::Dense {
+        let of = &plan.layers[layer];
+        if of.keys == Side::Dense && of.values == Side::Dense {
             return Self::token_wise(device, config);
         }
-        let identity;
-        let keys = match &plan.keys {
-            Side::LowRank(f) => f,
-            // Codes were told apart above.
-            Side::Dense | Side::Quantized(_) => {
-                identity = identity_factors(config.kv_heads, config.head_dim);
-                &identity
-            }
-        };
-        check(keys, "keys", config.kv_heads, config.head_dim)?;
-        let keys = &*trimmed(keys, "keys")?;
-        let values = match plan.values.factors() {
-            Some(f) => {
-                check(f, "values", config.kv_heads, config.value_dim)?;
-                Some(trimmed(f, "values")?)
-            }
-            None => None,
-        };
-        let values = values.as_deref();
-        if let Some(values) = values {
-            if values.mean.is_some() {
-                return invalid("plan", "value latents with a mean: fit the plan without");
-            }
-            if values.latent != keys.latent && values.latent != Latent::Model {
-                return invalid("plan", format!("{:?} value latents beside {:?} key latents", values.latent, keys.latent));
-            }
-        }
-        let latents = match keys.latent {
-            Latent::Model => Latents::Dtype,
-            Latent::Int8 if int8_basis => Latents::Int8Basis,
-            Latent::Int8 => Latents::Int8,
-            Latent::Int4 => Latents::Int4,
-        };
-        let group_v = values.map(Factors::group_of);
-        let mut key_scales = None;
-        let basis = match latents {
-            Latents::Int8Basis => {
-                let pairs = RotaryPairs { rotary_dim: pairs.rotary_dim, half: pairs.layout == PairLayout::Half };
-                let int8 =
-                    Int8Basis::quantize(&keys.basis, keys.mean.as_deref(), config.kv_heads, config.head_dim, keys.rank, pairs)
-                        .map_err(|e| CacheError::Invalid { arg: "plan", problem: e.to_string() })?;
-                key_scales = Some(upload(device, stream, bytemuck::cast_slice(&int8.scales))?);
-                upload(device, stream, bytemuck::cast_slice(&int8.codes))?
-            }
-            Latents::Dtype => upload_as(device, stream, &keys.basis, config.dtype)?,
-            Latents::Int8 | Latents::Int4 => upload_as(device, stream, &keys.basis, Dtype::F16)?,
-        };
-        let key_factors = DeviceFactors::new(device, stream, config, keys, basis)?;
-        let value_factors = match values {
-            Some(f) => {
-                let basis = upload_as(device, stream, &f.basis, config.dtype)?;
-                Some(DeviceFactors::new(device, stream, config, f, basis)?)
-            }
-            None => None,
-        };
-        let mean = keys.mean.as_ref().map(|m| upload(device, stream, bytemuck::cast_slice(m))).transpose()?;
-        let all = [Some(&key_factors), value_factors.as_ref()];
-        let matrices: usize = all.into_iter().flatten().map(|f| f.encoder.len() + f.basis.len()).sum();
-        let own = |dim| RowFormat { format: native(config.dtype).into(), heads: config.kv_heads, dim };
-        let key_rows = RowFormat { format: key_factors.codec.into(), heads: key_factors.count, dim: key_factors.rank };
-        let value_rows = match &value_factors {
-            Some(f) => RowFormat { format: f.codec.into(), heads: f.count, dim: f.rank },
-            None => own(config.value_dim),
-        };
-        let lowrank = LowrankLayer {
-            sets: HeadSets::new(device, stream, &keys.group_of(), group_v.as_deref())?,
-            group_of: keys.group_of(),
-            latents,
-            bytes: matrices + [&mean, &key_scales].into_iter().flatten().map(Buffer::len).sum::<usize>(),
-            keys: key_factors,
-            key_scales,
-            mean,
-            values: value_factors,
-        };
-        let rows = Store::new(device, config.pages, config.page_rows, key_rows, value_rows)?;
+        let (lowrank, [keys, values]) = LowrankLayer::planned(device, stream, config, layer, plan)?;
+        let rows = Store::new(device, config.pages, config.page_rows, keys, values)?;
         Ok(Self { rows, exact: exact_store(device, config, exact)?, lowrank: Some(lowrank), quantized: None })
     }
 
@@ -377,6 +301,100 @@ impl DeviceFactors {
 }
 
 impl LowrankLayer {
+    /// Bytes of its matrices.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// As a plan says, of a layer that keeps latents: its matrices, and the formats of key and value rows. Keys that stay dense
+    /// beside low-rank values become latents of full rank, one group a head: the same bytes, but for padding.
+    pub fn planned(
+        device: &Device,
+        stream: &Stream,
+        config: &CacheConfig,
+        layer: usize,
+        plan: &Plan,
+    ) -> Result<(Self, [RowFormat; 2])> {
+        let pairs = plan.model.rope;
+        let int8_basis = plan.key_basis() == KeyBasis::Int8;
+        let plan = &plan.layers[layer];
+        let identity;
+        let keys = match &plan.keys {
+            Side::LowRank(f) => f,
+            // Codes were told apart above.
+            Side::Dense | Side::Quantized(_) => {
+                identity = identity_factors(config.kv_heads, config.head_dim);
+                &identity
+            }
+        };
+        check(keys, "keys", config.kv_heads, config.head_dim)?;
+        let keys = &*trimmed(keys, "keys")?;
+        let values = match plan.values.factors() {
+            Some(f) => {
+                check(f, "values", config.kv_heads, config.value_dim)?;
+                Some(trimmed(f, "values")?)
+            }
+            None => None,
+        };
+        let values = values.as_deref();
+        if let Some(values) = values {
+            if values.mean.is_some() {
+                return invalid("plan", "value latents with a mean: fit the plan without");
+            }
+            if values.latent != keys.latent && values.latent != Latent::Model {
+                return invalid("plan", format!("{:?} value latents beside {:?} key latents", values.latent, keys.latent));
+            }
+        }
+        let latents = match keys.latent {
+            Latent::Model => Latents::Dtype,
+            Latent::Int8 if int8_basis => Latents::Int8Basis,
+            Latent::Int8 => Latents::Int8,
+            Latent::Int4 => Latents::Int4,
+        };
+        let group_v = values.map(Factors::group_of);
+        let mut key_scales = None;
+        let basis = match latents {
+            Latents::Int8Basis => {
+                let pairs = RotaryPairs { rotary_dim: pairs.rotary_dim, half: pairs.layout == PairLayout::Half };
+                let int8 =
+                    Int8Basis::quantize(&keys.basis, keys.mean.as_deref(), config.kv_heads, config.head_dim, keys.rank, pairs)
+                        .map_err(|e| CacheError::Invalid { arg: "plan", problem: e.to_string() })?;
+                key_scales = Some(upload(device, stream, bytemuck::cast_slice(&int8.scales))?);
+                upload(device, stream, bytemuck::cast_slice(&int8.codes))?
+            }
+            Latents::Dtype => upload_as(device, stream, &keys.basis, config.dtype)?,
+            Latents::Int8 | Latents::Int4 => upload_as(device, stream, &keys.basis, Dtype::F16)?,
+        };
+        let key_factors = DeviceFactors::new(device, stream, config, keys, basis)?;
+        let value_factors = match values {
+            Some(f) => {
+                let basis = upload_as(device, stream, &f.basis, config.dtype)?;
+                Some(DeviceFactors::new(device, stream, config, f, basis)?)
+            }
+            None => None,
+        };
+        let mean = keys.mean.as_ref().map(|m| upload(device, stream, bytemuck::cast_slice(m))).transpose()?;
+        let all = [Some(&key_factors), value_factors.as_ref()];
+        let matrices: usize = all.into_iter().flatten().map(|f| f.encoder.len() + f.basis.len()).sum();
+        let own = |dim| RowFormat { format: native(config.dtype).into(), heads: config.kv_heads, dim };
+        let key_rows = RowFormat { format: key_factors.codec.into(), heads: key_factors.count, dim: key_factors.rank };
+        let value_rows = match &value_factors {
+            Some(f) => RowFormat { format: f.codec.into(), heads: f.count, dim: f.rank },
+            None => own(config.value_dim),
+        };
+        let lowrank = Self {
+            sets: HeadSets::new(device, stream, &keys.group_of(), group_v.as_deref())?,
+            group_of: keys.group_of(),
+            latents,
+            bytes: matrices + [&mean, &key_scales].into_iter().flatten().map(Buffer::len).sum::<usize>(),
+            keys: key_factors,
+            key_scales,
+            mean,
+            values: value_factors,
+        };
+        Ok((lowrank, [key_rows, value_rows]))
+    }
+
     /// How new rows become latents.
     pub fn append_shape(&self, config: &CacheConfig, seqs: usize, new_rows: usize) -> AppendLowrankShape {
         let values = match &self.values {

@@ -9,6 +9,8 @@
 //! [`attend`](Cache::attend), which only enqueue; [`finish`](Cache::finish), after which the new tokens are part of their
 //! sequences ([`cancel`](Cache::cancel): as if nothing had been).
 //!
+//! An [`EvictingCache`] lets tokens go as a [`Policy`] says: there each kv head of each layer has pages and a length of its own.
+//!
 //! [`Cache::new`] keeps token-wise rows; [`Cache::planned`] keeps what a plan of `kvlar-calibrate` says, layer by layer:
 //! latents, and beside them a sequence's first and last rows as they were, or codes of each layer's own format.
 
@@ -16,6 +18,7 @@ mod batch;
 mod cache;
 mod config;
 mod error;
+mod evict;
 mod exact;
 mod layer;
 mod pages;
@@ -28,6 +31,9 @@ pub use batch::{Batch, BatchShape};
 pub use cache::{Cache, SeqId, Usage};
 pub use config::CacheConfig;
 pub use error::CacheError;
+pub use evict::{
+    EvictingBatch, EvictingCache, EvictingConfig, Evictor, Moment, Observed, Policy, Prompt, Scorer, Sharing, Size, WindowScore,
+};
 pub use step::{NewRows, Queries};
 
 /// The crate's result.

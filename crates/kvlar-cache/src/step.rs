@@ -198,6 +198,7 @@ impl Cache {
             keys: pools.0,
             values: pools.1,
             tables: Default::default(),
+            key_scores: None,
         };
         let Layer { rows, exact, lowrank, quantized } = &mut self.layers[layer];
         let (Some(lowrank), Some(plans)) = (lowrank, batch.lowrank[layer]) else {
@@ -344,7 +345,7 @@ impl Cache {
     }
 }
 
-fn take(book: &mut PageBook) -> Result<u32> {
+pub(crate) fn take(book: &mut PageBook) -> Result<u32> {
     let capacity = book.capacity();
     book.take().ok_or(CacheError::OutOfPages { of: "pages", needed: 1, free: 0, capacity })
 }

@@ -213,6 +213,6 @@ fn write_pages(to: &mut [i32], pages: &VecDeque<u32>, range: Range<usize>) {
     to.iter_mut().zip(pages).for_each(|(to, &page)| *to = page as i32);
 }
 
-fn upload(stream: &Stream, to: &mut Buffer, words: &[i32]) -> Result<()> {
+pub(crate) fn upload(stream: &Stream, to: &mut Buffer, words: &[i32]) -> Result<()> {
     Ok(stream.upload(to, 0, bytemuck::cast_slice(words))?)
 }
