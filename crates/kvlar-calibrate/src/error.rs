@@ -68,6 +68,37 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// A file of gates of a version that this build cannot read.
+    #[error("{}: gates of format {found}, this build reads {known}; train them again or use the build that wrote them", path.display())]
+    GateVersion {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The version this build reads.
+        known: u32,
+    },
+    /// A file that does not hold whole, sound gates.
+    #[error("{}: {problem}", path.display())]
+    GateFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Gates of another model.
+    #[error(
+        "the gates were trained for model {gates}, this is model {model}; run `kvlar calibrate --method fast-kvzip` on this model"
+    )]
+    GatesOfOtherModel {
+        /// The gates' fingerprint.
+        gates: String,
+        /// The model's fingerprint.
+        model: String,
+    },
+    /// An input that an op's reference refuses.
+    #[error(transparent)]
+    Op(kvlar_reference::ReferenceError),
     /// Reading or writing failed.
     #[error("{}: {source}", path.display())]
     File {

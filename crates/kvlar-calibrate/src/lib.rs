@@ -3,7 +3,8 @@
 //! [`Moments`] collects second moments of a layer's keys and values while the exact model runs; [`fit`] makes a [`Plan`]
 //! of them, with a [`Report`] of what each layer loses. The method is ReCalKV (arXiv 2505.24357): head groups share a
 //! low-rank latent row for keys, values are decomposed on data. Its parts are modules of their own, one a concept.
-//! [`fit_pq`] makes a plan of product-quantized keys from a [`KeySample`] of each layer.
+//! [`fit_pq`] makes a plan of product-quantized keys from a [`KeySample`] of each layer. [`gate`] trains the gates of Fast
+//! KVzip, which say from a token's hidden state which of its keys and values to keep.
 //!
 //! ```
 //! use kvlar_calibrate::*;
@@ -27,8 +28,10 @@ pub mod budget;
 mod codebooks;
 mod config;
 mod error;
+mod file;
 mod fit;
 pub mod fusion;
+pub mod gate;
 pub mod grouping;
 pub mod hadamard;
 mod moments;

@@ -6,6 +6,8 @@ mod codebooks;
 mod common;
 mod fit;
 mod fusion;
+mod gate;
+mod gate_file;
 mod grouping;
 mod moments;
 mod ovc;

@@ -11,14 +11,16 @@
 //! ```
 
 mod error;
+mod evicting;
 #[cfg(feature = "llama")]
 pub mod llama;
 mod paged;
 mod store;
 
 pub use error::EngineError;
+pub use evicting::{EvictingStore, EvictingStoreConfig};
 pub use paged::{PagedStore, StoreConfig};
-pub use store::{KvShape, KvStore};
+pub use store::{KvShape, KvStore, Moment};
 
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, EngineError>;

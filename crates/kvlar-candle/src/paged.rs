@@ -107,13 +107,9 @@ impl PagedStore {
 
     /// Uploads f32 `[n, heads, d]` rounded to the store's type.
     fn upload(&self, x: &Tensor) -> Result<Buffer> {
-        let values = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let bits: Vec<u16> = match self.config.dtype {
-            Dtype::F16 => values.iter().map(|&x| f16::from_f32(x).to_bits()).collect(),
-            _ => values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect(),
-        };
-        let mut buffer = self.stream.device().alloc(2 * bits.len())?;
-        self.stream.upload(&mut buffer, 0, bytemuck::cast_slice(&bits))?;
+        let bytes = to_bytes(x, self.config.dtype)?;
+        let mut buffer = self.stream.device().alloc(bytes.len())?;
+        self.stream.upload(&mut buffer, 0, &bytes)?;
         Ok(buffer)
     }
 }
@@ -213,7 +209,17 @@ impl KvStore for PagedStore {
     }
 }
 
-fn rope_of<'a>(shape: &KvShape, inv_freq: &'a Buffer) -> Rope<'a> {
+/// f32 values rounded to a store's type.
+pub(crate) fn to_bytes(x: &Tensor, dtype: Dtype) -> Result<Vec<u8>> {
+    let values = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let bits: Vec<u16> = match dtype {
+        Dtype::F16 => values.iter().map(|&x| f16::from_f32(x).to_bits()).collect(),
+        _ => values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect(),
+    };
+    Ok(bytemuck::cast_slice(&bits).to_vec())
+}
+
+pub(crate) fn rope_of<'a>(shape: &KvShape, inv_freq: &'a Buffer) -> Rope<'a> {
     Rope {
         inv_freq: inv_freq.view(),
         rotary_dim: shape.rope.rotary_dim(),
@@ -241,6 +247,6 @@ fn cache_config(shape: &KvShape, config: StoreConfig) -> CacheConfig {
     }
 }
 
-fn no_step() -> crate::EngineError {
+pub(crate) fn no_step() -> crate::EngineError {
     crate::EngineError::Input("no step has begun".into())
 }

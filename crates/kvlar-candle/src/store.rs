@@ -1,7 +1,8 @@
 //! What an engine needs of a KV cache.
 
-use crate::Result;
+use crate::{EngineError, Result};
 use candle_core::Tensor;
+pub use kvlar_cache::Moment;
 
 /// Sizes that a model's cache has.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,6 +49,58 @@ pub trait KvStore {
     /// # Errors
     /// If the device refuses.
     fn attend(&mut self, layer: usize, q: &Tensor) -> Result<Tensor>;
+
+    /// What a layer's attention takes of the new tokens, after [`KvStore::append`] and before any attention: its input behind the
+    /// norm, f32 `[new, D]`, and the queries (rotated), f32 `[new, Hq, d]`; `prompt`: they are of a prompt. Stores that judge
+    /// tokens by it listen.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    fn observe(&mut self, _layer: usize, _hidden: &Tensor, _q: &Tensor, _prompt: bool) -> Result<()> {
+        Ok(())
+    }
+
+    /// Between steps: lets go of what the store does not keep. Tokens before it cannot be taken back then.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    fn evict(&mut self, _moment: Moment) -> Result<()> {
+        Ok(())
+    }
+
+    /// Tokens of a prompt that are read at a time, where [`KvStore::evict`] lets go of some after each chunk.
+    fn prompt_chunk(&self) -> usize {
+        usize::MAX
+    }
+
+    /// Whether the store waits for [`KvStore::give_scores`] before it lets go of a prompt's tokens.
+    fn wants_scores(&self) -> bool {
+        false
+    }
+
+    /// What the tokens of a prompt are worth in a layer, by kv head, `[Hk, tokens]`.
+    ///
+    /// # Errors
+    /// [`EngineError::Input`] from a store that does not want them.
+    fn give_scores(&mut self, _layer: usize, _scores: &[f32]) -> Result<()> {
+        Err(EngineError::Input("scores for a store that does not want any".into()))
+    }
+
+    /// Remembers the store as it is, for [`KvStore::return_to`]. By default its length.
+    ///
+    /// # Errors
+    /// If there is no room.
+    fn mark(&mut self) -> Result<usize> {
+        Ok(self.len())
+    }
+
+    /// As it was at a mark, which stays.
+    ///
+    /// # Errors
+    /// [`EngineError::Input`] for what is no mark; by default, as [`KvStore::truncate`].
+    fn return_to(&mut self, mark: usize) -> Result<()> {
+        self.truncate(mark)
+    }
 
     /// Most new tokens that [`KvStore::attend`] takes at a time; the engine cuts longer steps.
     fn max_step(&self) -> usize {

@@ -8,3 +8,4 @@ mod forward;
 mod noise;
 mod plain;
 mod planned;
+mod repeat;

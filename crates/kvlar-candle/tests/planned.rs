@@ -6,7 +6,7 @@ use kvlar::{Backend, Codec, Device, SimtOptions};
 use kvlar_calibrate::{
     Budget, Factors, Latent, LayerShape, ModelShape, Moments, PairLayout, Plan, RecalkvConfig, RopePairs, Weighting, Weights,
 };
-use kvlar_candle::llama::{Llama, Logits, RecallTask, attention_error, longest_question, perplexity, recall};
+use kvlar_candle::llama::{Llama, Logits, Protocol, RecallTask, attention_error, longest_question, perplexity, recall};
 use kvlar_candle::{EngineError, KvShape, KvStore, PagedStore, Result, StoreConfig};
 use kvlar_reference::tolerance::Tolerance;
 use kvlar_reference::{AttendInput, Dtype, attend, compare};
@@ -260,7 +260,7 @@ fn questions_longer_than_the_rollback_are_refused() {
     let task = &RecallTask::parse(line).unwrap()[0];
     assert_eq!(longest_question(&model, task).unwrap(), 4);
     let plan = plan(&model, (0, 4), Latent::Model);
-    let ask = |rollback| recall(&model, &mut store(&Device::reference(), &model, &plan, rollback), task);
+    let ask = |rollback| recall(&model, &mut store(&Device::reference(), &model, &plan, rollback), task, Protocol::Context);
     let e = ask(3).unwrap_err().to_string();
     assert!(e.contains("a question of 4 tokens") && e.contains("rollback_rows of 4"), "{e}");
     assert_eq!(ask(4).unwrap().questions, 2);
@@ -268,7 +268,7 @@ fn questions_longer_than_the_rollback_are_refused() {
     let mut plain =
         PagedStore::new(&Device::reference(), &model.kv_shape(), StoreConfig::of(Codec::Int8, Codec::Int8, 64)).unwrap();
     assert_eq!(plain.rollback(), usize::MAX);
-    assert_eq!(recall(&model, &mut plain, task).unwrap().questions, 2);
+    assert_eq!(recall(&model, &mut plain, task, Protocol::Context).unwrap().questions, 2);
 }
 
 /// A store that takes four tokens a step, and fails at an append.

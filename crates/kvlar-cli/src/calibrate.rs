@@ -2,6 +2,7 @@
 //! windows, from which any number of plans are fitted.
 
 mod arguments;
+mod gates;
 mod pq;
 #[cfg(test)]
 mod tests;
@@ -161,14 +162,21 @@ fn progress(what: &'static str, steps: usize) -> ProgressBar {
     bar
 }
 
-/// What is written beside a plan: settings and report are those of its method.
+/// Where a plan or gates come from.
 #[derive(Serialize)]
-struct Summary<'a, C: Serialize, R: Serialize> {
+struct Origin<'a> {
     method: &'a str,
     fingerprint: &'a str,
     text: &'a Path,
     windows: usize,
     window: usize,
+}
+
+/// What is written beside them: settings and report are those of the method.
+#[derive(Serialize)]
+struct Summary<'a, C: Serialize, R: Serialize> {
+    #[serde(flatten)]
+    of: Origin<'a>,
     config: &'a C,
     report: &'a R,
 }
@@ -183,20 +191,25 @@ pub fn run(a: &Arguments) -> Result<()> {
     }
     let model = Llama::load(folder)?;
     let shape = shape(&model);
-    let windows = || crate::eval::windows(&model, &text, a.window, a.windows).with_context(|| text_path.display().to_string());
+    let window = a.window.unwrap_or(1024);
+    let windows = || crate::eval::windows(&model, &text, window, a.windows).with_context(|| text_path.display().to_string());
     // Settings are checked before the long part.
-    if a.is_pq() {
-        let config = a.pq(&shape.layer)?;
-        config.check(&shape)?;
-        let windows = windows()?;
-        let (plan, report) = pq_plan(&model, &windows, &config)?;
-        write(a, &plan, (&text_path, windows.len()), &config, &report)?;
-    } else {
-        let config = a.config(&shape.layer)?;
-        config.check(&shape)?;
-        let windows = windows()?;
-        let (plan, report) = plan(&calibrate(&model, &windows)?, &config)?;
-        write(a, &plan, (&text_path, windows.len()), &config, &report)?;
+    match a.method.as_str() {
+        "fast-kvzip" => gates::run(a, &model, &text, &text_path)?,
+        "pq" => {
+            let config = a.pq(&shape.layer)?;
+            config.check(&shape)?;
+            let windows = windows()?;
+            let (plan, report) = pq_plan(&model, &windows, &config)?;
+            write(a, &plan, (&text_path, windows.len(), window), &config, &report)?;
+        }
+        _ => {
+            let config = a.config(&shape.layer)?;
+            config.check(&shape)?;
+            let windows = windows()?;
+            let (plan, report) = plan(&calibrate(&model, &windows)?, &config)?;
+            write(a, &plan, (&text_path, windows.len(), window), &config, &report)?;
+        }
     }
     println!("took {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
@@ -206,18 +219,22 @@ pub fn run(a: &Arguments) -> Result<()> {
 fn write<C: Serialize, R: Serialize + Display>(
     a: &Arguments,
     plan: &Plan,
-    (text, windows): (&Path, usize),
+    (text, windows, window): (&Path, usize, usize),
     config: &C,
     report: &R,
 ) -> Result<()> {
-    plan.write(&a.out)?;
+    plan.write(&a.out())?;
+    let of = Origin { method: &plan.method, fingerprint: &plan.fingerprint, text, windows, window };
+    write_report(a, of, config, report)
+}
+
+/// Writes the report of what was written, and prints it.
+fn write_report<C: Serialize, R: Serialize + Display>(a: &Arguments, of: Origin<'_>, config: &C, report: &R) -> Result<()> {
     println!("{report}");
-    let beside = report_path(&a.out);
-    let (method, fingerprint) = (&plan.method, &plan.fingerprint);
-    let summary = Summary { method, fingerprint, text, windows, window: a.window, config, report };
-    let text = serde_json::to_string_pretty(&summary)? + "\n";
+    let beside = report_path(&a.out());
+    let text = serde_json::to_string_pretty(&Summary { of, config, report })? + "\n";
     write_whole(&beside, text.as_bytes()).with_context(|| beside.display().to_string())?;
-    println!("\nwritten: {}, {}", a.out.display(), beside.display());
+    println!("\nwritten: {}, {}", a.out().display(), beside.display());
     Ok(())
 }
 
@@ -248,7 +265,8 @@ fn sources(a: &Arguments) -> Result<(PathBuf, PathBuf)> {
         (Some(_), None) => bail!("--model needs --text: what to calibrate on, such as a few thousand lines that it would see"),
         (None, text) => {
             let assets = crate::assets::folder()?;
-            let text = text.clone().unwrap_or_else(|| assets.join("calibration.txt"));
+            let usual = if a.method == "fast-kvzip" { "gates.txt" } else { "calibration.txt" };
+            let text = text.clone().unwrap_or_else(|| assets.join(usual));
             (assets.join("tiny-llama"), text)
         }
     })

@@ -49,7 +49,12 @@ pub fn run(a: &Arguments) -> Result<()> {
     let path = assets.join("calibration.txt");
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let calibration = windows(&model, &text, 1024, CALIBRATION_WINDOWS)?;
-    all.extend(methods::calibrated(&crate::calibrate::calibrate(&model, &calibration)?)?);
+    let calibration = crate::calibrate::calibrate(&model, &calibration)?;
+    all.extend(methods::calibrated(&calibration)?);
+    all.extend(methods::evicting_by_attention());
+    all.push(methods::repeated());
+    let gates = methods::read_gates(&assets.join("tiny-llama-gates.safetensors"), &model)?;
+    all.extend(methods::gated(&gates, Some(methods::latents(&calibration)?)));
     for m in &all {
         println!("  {:<18} {}", m.name, m.about);
     }

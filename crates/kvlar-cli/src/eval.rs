@@ -30,6 +30,9 @@ pub struct Arguments {
     /// A plan file of `kvlar calibrate`: adds it as a method; may be given several times.
     #[arg(long)]
     plan: Vec<PathBuf>,
+    /// A gate file of `kvlar calibrate --method fast-kvzip`: adds Fast KVzip, which lets go of tokens.
+    #[arg(long)]
+    gates: Option<PathBuf>,
     /// Methods, separated by commas; all of them by default.
     #[arg(long, value_delimiter = ',')]
     method: Vec<String>,
@@ -132,10 +135,10 @@ fn measure_one(model: &Llama, device: &Device, method: &Method, work: &Work, bar
         let mut result = RecallResult { task: name.clone(), questions: 0, recalled: 0 };
         for task in tasks {
             let mut s = store(longest_question(model, task)?)?;
-            let r = recall(model, &mut *s, task)?;
+            let r = recall(model, &mut *s, task, method.protocol)?;
             result.questions += r.questions;
             result.recalled += r.recalled;
-            bytes_per_token = s.bytes() as f64 / s.len() as f64;
+            bytes_per_token = r.bytes_per_token;
             bar.inc(1);
         }
         results.push(result);
@@ -161,6 +164,7 @@ fn measure_one(model: &Llama, device: &Device, method: &Method, work: &Work, bar
     Ok(Row {
         method: method.name.clone(),
         about: method.about.clone(),
+        protocol: method.protocol,
         bytes_per_token,
         kept: bytes_per_token / full,
         perplexity: (count > 0).then(|| (nll / count as f64).exp()),
@@ -231,6 +235,12 @@ pub fn run(a: &Arguments) -> Result<()> {
         work.tasks.push(read_tasks(path, a.contexts.unwrap_or(usize::MAX))?);
     }
     let mut all = methods::uncalibrated();
+    all.extend(methods::evicting_by_attention());
+    // Not every context leaves room for its repetition: where it is asked for.
+    all.extend(a.method.iter().any(|m| m == "kvzip-30").then(methods::repeated));
+    if let Some(path) = &a.gates {
+        all.extend(methods::gated(&methods::read_gates(path, &model)?, None));
+    }
     for path in &a.plan {
         all.push(methods::from_file(path, &model.fingerprint()?)?);
     }

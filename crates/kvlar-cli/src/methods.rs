@@ -3,9 +3,13 @@
 use crate::calibrate::{Calibration, plan, pq_plan};
 use anyhow::{Context, Result, bail};
 use kvlar::{Codec, Device, Format};
+use kvlar_cache::{Policy, Size};
+use kvlar_calibrate::gate::Gates;
 use kvlar_calibrate::{Budget, Grouping, Latent, Plan, PqConfig, RecalkvConfig, ValueFit, Weighting};
-use kvlar_candle::{KvShape, KvStore, PagedStore, StoreConfig};
+use kvlar_candle::llama::{Llama, Protocol};
+use kvlar_candle::{EvictingStore, EvictingStoreConfig, KvShape, KvStore, PagedStore, StoreConfig};
 use std::path::Path;
+use std::sync::Arc;
 
 /// What a store must be good for.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +28,8 @@ pub struct Method {
     pub name: String,
     /// One line.
     pub about: String,
+    /// When it lets go of tokens, if it does.
+    pub protocol: Protocol,
     /// An empty store.
     pub store: Box<MakeStore>,
 }
@@ -33,6 +39,7 @@ fn token_wise(name: &str, about: &str, keys: impl Into<Format>, values: impl Int
     Method {
         name: name.into(),
         about: about.into(),
+        protocol: Protocol::Context,
         store: Box::new(move |d, s, room| Ok(Box::new(PagedStore::new(d, s, StoreConfig::of(keys, values, room.tokens))?))),
     }
 }
@@ -51,7 +58,7 @@ fn kivi(name: &str, about: &str, keys: Codec, values: Codec) -> Method {
         };
         Ok(Box::new(PagedStore::new(d, s, config)?))
     });
-    Method { name: name.into(), about: about.into(), store }
+    Method { name: name.into(), about: about.into(), protocol: Protocol::Context, store }
 }
 
 /// What all methods are compared with.
@@ -79,11 +86,99 @@ pub fn planned(name: impl Into<String>, about: impl Into<String>, plan: Plan) ->
     Method {
         name: name.into(),
         about: about.into(),
+        protocol: Protocol::Context,
         store: Box::new(move |d, s, room| {
             let config = StoreConfig { rollback_rows: room.rollback, ..StoreConfig::bf16(room.tokens) };
             Ok(Box::new(PagedStore::planned(d, s, config, &plan)?))
         }),
     }
+}
+
+/// Tokens of a prompt that are read at a time where what goes goes chunk by chunk: contexts of the table's tasks take several.
+const PROMPT_CHUNK: usize = 512;
+
+/// A method that lets go of tokens.
+fn evicting(name: &str, about: &str, protocol: Protocol, rows: impl Into<Rows>, policy: Policy) -> Method {
+    let rows = rows.into();
+    Method {
+        name: name.into(),
+        about: about.into(),
+        protocol,
+        store: Box::new(move |d, s, room| {
+            let config =
+                EvictingStoreConfig { prompt_chunk: PROMPT_CHUNK, ..EvictingStoreConfig::bf16(room.tokens, policy.clone()) };
+            Ok(Box::new(match &rows {
+                Rows::Of(keys, values) => {
+                    EvictingStore::new(d, s, EvictingStoreConfig { keys: *keys, values: *values, ..config })?
+                }
+                Rows::Planned(plan) => EvictingStore::planned(d, s, config, plan)?,
+            }))
+        }),
+    }
+}
+
+/// How rows are kept that stay.
+enum Rows {
+    Of(Format, Format),
+    Planned(Box<Plan>),
+}
+
+impl From<Codec> for Rows {
+    fn from(codec: Codec) -> Self {
+        Self::Of(codec.into(), codec.into())
+    }
+}
+
+/// Tokens go by the attention that they get. DynamicKV and SnapKV are made for
+/// prompts whose end is the question.
+pub fn evicting_by_attention() -> Vec<Method> {
+    use Protocol::{Context, Question};
+    let percent = |n: u32| Size::Share(f64::from(n) / 100.0);
+    let mut methods = Vec::new();
+    for n in [50, 12, 7, 2] {
+        let about = format!("DynamicKV, {n} % of tokens stay; layers share them by attention of the prompt's end");
+        methods.push(evicting(&format!("dynamickv-{n}"), &about, Question, Codec::Bf16, Policy::dynamickv(percent(n))));
+    }
+    let blind = "likewise, 12 %, before the question is seen";
+    methods.push(evicting("dynamickv-12-blind", blind, Context, Codec::Bf16, Policy::dynamickv(percent(12))));
+    methods.push(evicting("snapkv-12", "SnapKV, 12 % stay", Question, Codec::Bf16, Policy::snapkv(percent(12))));
+    let blind = "likewise, before the question is seen";
+    methods.push(evicting("snapkv-12-blind", blind, Context, Codec::Bf16, Policy::snapkv(percent(12))));
+    methods
+}
+
+/// KVzip: contexts must leave room for their repetition among the model's positions.
+pub fn repeated() -> Method {
+    let about = "KVzip, 30 % stay by attention when the model repeats the context";
+    evicting("kvzip-30", about, Protocol::Context, Codec::Bf16, Policy::kvzip(Size::Share(0.3)))
+}
+
+/// Fast KVzip, alone and over rows that are stored in less: the savings multiply.
+pub fn gated(gates: &Arc<Gates>, latents: Option<Plan>) -> Vec<Method> {
+    // The window of the paper; 2 % of contexts this short.
+    let policy = |n: u32| Policy::fast_kvzip(gates.clone(), f64::from(n) / 100.0, 4096);
+    let mut methods = Vec::new();
+    for n in [50, 30, 20] {
+        let about = format!("Fast KVzip, {n} % stay by gates of hidden states");
+        methods.push(evicting(&format!("fast-kvzip-{n}"), &about, Protocol::Context, Codec::Bf16, policy(n)));
+    }
+    for n in [30, 20] {
+        let about = format!("likewise, {n} % stay, in 4 bits with rotated keys");
+        let rows = Rows::Of(Format { hadamard: true, ..Codec::Int4.into() }, Codec::Int4.into());
+        methods.push(evicting(&format!("fast-kvzip-{n}-int4"), &about, Protocol::Context, rows, policy(n)));
+    }
+    if let Some(plan) = latents {
+        let about = "likewise, 30 % stay, as latents of ReCalKV at 50 %";
+        methods.push(evicting("fast-kvzip-30-recalkv", about, Protocol::Context, Rows::Planned(Box::new(plan)), policy(30)));
+    }
+    methods
+}
+
+/// Gates of a file, for a model.
+pub fn read_gates(path: &Path, model: &Llama) -> Result<Arc<Gates>> {
+    let gates = Gates::read(path).with_context(|| path.display().to_string())?;
+    gates.check_model(&model.fingerprint()?, &crate::calibrate::shape(model)).with_context(|| path.display().to_string())?;
+    Ok(Arc::new(gates))
 }
 
 /// The plan of a file, for a model of that fingerprint.
@@ -146,6 +241,13 @@ pub fn calibrated(calibration: &Calibration<'_>) -> Result<Vec<Method>> {
     }
     methods.extend(product_quantized(calibration)?);
     Ok(methods)
+}
+
+/// ReCalKV at 50 %, as a plan.
+pub fn latents(calibration: &Calibration<'_>) -> Result<Plan> {
+    let heads = crate::calibrate::shape(calibration.model()).layer.kv_heads;
+    let fits = |n: usize| if heads.is_multiple_of(n) { n } else { 1 };
+    Ok(plan(calibration, &recalkv(0.5, (fits(2), fits(4))))?.0)
 }
 
 /// Keys in a byte a pair of dimensions (PQ-64 where d = 128), values in 4 bits. Too little text for as many centroids as a

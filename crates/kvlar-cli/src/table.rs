@@ -1,7 +1,8 @@
 //! What was measured of each method: as text, and as JSON.
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use kvlar_candle::llama::Protocol;
+use serde::{Serialize, Serializer};
 use std::path::Path;
 
 /// Questions of one kind.
@@ -22,6 +23,18 @@ impl RecallResult {
     }
 }
 
+/// What the table calls a protocol.
+fn name_of(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Context => "before the question",
+        Protocol::Question => "with the question",
+    }
+}
+
+fn protocol_name<S: Serializer>(protocol: &Protocol, s: S) -> std::result::Result<S::Ok, S::Error> {
+    s.serialize_str(name_of(*protocol))
+}
+
 /// A line of the table.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
@@ -29,6 +42,9 @@ pub struct Row {
     pub method: String,
     /// One line about it.
     pub about: String,
+    /// When what is let go of was: before the question was seen, or with it in the window.
+    #[serde(serialize_with = "protocol_name")]
+    pub protocol: Protocol,
     /// Bytes a token, over all layers, with scales and padding.
     pub bytes_per_token: f64,
     /// Of the bf16 cache.
@@ -88,12 +104,14 @@ impl Table {
         let percent = |x: f64| format!("{:.1} %", 100.0 * x);
         let number = |x: Option<f64>, digits: usize| x.map_or("-".into(), |x| format!("{x:.digits$}"));
         let tasks: Vec<&str> = self.rows.first().map_or(Vec::new(), |r| r.recall.iter().map(|t| t.task.as_str()).collect());
-        let mut head = vec!["method".to_string(), "bytes/token".into(), "kept".into(), "perplexity".into()];
+        let mut head = ["method", "compressed", "bytes/token", "kept", "perplexity"].map(String::from).to_vec();
         head.extend(tasks.iter().map(|t| t.to_string()));
         head.extend(["attention error".into(), "logit noise".into(), "decode tok/s".into()]);
         let mut lines = vec![head];
         for r in &self.rows {
-            let mut line = vec![r.method.clone(), format!("{:.0}", r.bytes_per_token), percent(r.kept), number(r.perplexity, 3)];
+            let compressed = name_of(r.protocol).to_string();
+            let (bytes, kept) = (format!("{:.0}", r.bytes_per_token), percent(r.kept));
+            let mut line = vec![r.method.clone(), compressed, bytes, kept, number(r.perplexity, 3)];
             line.extend(r.recall.iter().map(|t| percent(t.share())));
             line.extend([number(r.attention_error, 5), number(r.logit_noise, 3), number(r.decode_rate, 1)]);
             lines.push(line);

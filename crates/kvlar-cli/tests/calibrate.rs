@@ -317,6 +317,8 @@ fn settings_of_product_quantization_that_do_not_do_are_named() {
     pq(&["--int8-basis"]).fails(&["--int8-basis is no option"]);
     run(&["--subvectors", "8"]).fails(&["--subvectors is no option of --method recalkv"]);
     run(&["--seed", "8"]).fails(&["--seed is no option"]);
+    run(&["--steps", "8"]).fails(&["--steps is no option of --method recalkv"]);
+    pq(&["--check", "x"]).fails(&["--check is no option of --method pq"]);
     run(&["--values", "int4"]).fails(&["--values \"int4\"", "svd, alternating or closed"]);
 }
 
@@ -333,7 +335,7 @@ fn texts_that_do_not_do_are_named() {
 
 #[test]
 fn settings_that_do_not_do_are_named() {
-    run(&["--method", "magic"]).fails(&["no method \"magic\"", "recalkv, pq"]);
+    run(&["--method", "magic"]).fails(&["no method \"magic\"", "recalkv, pq, fast-kvzip"]);
     for bad in ["0", "-0.5", "1.01", "nan", "inf"] {
         run(&[&format!("--kept={bad}")]).fails(&["kept", "outside (0, 1]"]);
     }

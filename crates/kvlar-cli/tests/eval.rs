@@ -84,8 +84,10 @@ fn plans_are_measured_on_every_backend() {
     let lab = Lab::new(100.0);
     lab.calibrate("half.safetensors", &[]);
     for backend in backends() {
-        let (table, text) = lab.eval(&["--plan", "half.safetensors", "--recall", "short.jsonl", "--backend", backend]);
         let methods = ["bf16", "fp8", "int8", "int4", "int4+hadamard", "k4v2", "kivi-int4", "kivi-int2", "half"];
+        let chosen = methods.join(",");
+        let files = ["--plan", "half.safetensors", "--recall", "short.jsonl"];
+        let (table, text) = lab.eval(&[&files[..], &["--backend", backend, "--method", &chosen]].concat());
         assert_eq!(names(&table["rows"], "method"), methods, "{backend}: {text}");
         assert_eq!(table["unsupported"], Value::Array(Vec::new()));
         let rows = table["rows"].as_array().unwrap();

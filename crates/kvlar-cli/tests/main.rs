@@ -1,6 +1,7 @@
 //! The crate's suites, in one program: linking each would take longer than running it.
 
 mod calibrate;
+mod calibrate_gates;
 mod case;
 #[path = "../../kvlar-candle/tests/checkpoint/mod.rs"]
 mod checkpoint;

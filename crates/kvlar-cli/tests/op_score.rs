@@ -1,10 +1,10 @@
 //! The ops that score rows from outside: score_window, score_column, score_gate, score_keys, score_repeat.
 
-use crate::case::{Case, Run, run, values};
+use crate::case::{Case, Run, backends, run, values};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::{
-    ColumnInput, Dtype as Type, Gate, HeadReduction, KeyMethod, KeysInput, Pool, RepeatInput, RowReduction, WindowInput,
-    score_column, score_gate, score_keys, score_repeat, score_window,
+    ColumnInput, Dtype as Type, Gate, HeadReduction, KeyMethod, KeysInput, Pool, RepeatInput, RowReduction, WindowColumns,
+    WindowInput, score_column, score_gate, score_keys, score_repeat, score_window,
 };
 
 fn reference(op: &str, case: &Case) -> Run {
@@ -37,11 +37,67 @@ fn needs(op: &str, case: &Case, misshapen: &[(&str, &[usize])]) {
     }
     refuses(op, case, &[("dtype", "int8"), ("windows", "1"), ("lengths", "1")]);
     reference(op, &case.clone().ints("lengths", &[1], &[1])).fails(2, "unknown tensor \"lengths\"");
-    // There is no kernel yet; wrong input is wrong all the same.
+    // score_gate has none of 4 dimensions; wrong input is wrong all the same.
     for backend in ["simt", "cuda"] {
-        run(op, backend, case, &[]).fails(3, "unsupported");
+        if !WITH_KERNELS.contains(&op) {
+            run(op, backend, case, &[]).fails(3, "unsupported");
+        }
         run(op, backend, &replace(case, misshapen[0].0, misshapen[0].1), &[]).fails(2, misshapen[0].0);
         run(op, backend, &case.clone().key("dtype", "int8"), &[]).fails(2, "dtype");
+    }
+}
+
+const WITH_KERNELS: [&str; 4] = ["score_window", "score_column", "score_repeat", "score_keys"];
+
+/// The emulated kernels' scores are those of the reference.
+#[track_caller]
+fn agrees(op: &str, case: &Case) {
+    if !backends().contains(&"simt") {
+        return;
+    }
+    let ((shape, expected), (found, actual)) =
+        (reference(op, case).tensor("scores"), run(op, "simt", case, &[]).tensor("scores"));
+    assert_eq!(shape, found);
+    for (i, (a, e)) in actual.iter().zip(&expected).enumerate() {
+        assert!(a.is_nan() && e.is_nan() || (a - e).abs() <= 1e-5 * (1.0 + e.abs()), "{op}: {i}: {a} instead of {e}");
+    }
+}
+
+#[test]
+fn emulated_kernels_agree_with_the_reference() {
+    let window = queries(W);
+    let lse = window.clone().floats("lse", &[B, HQ, W], &Rng::new(2).normals(B * HQ * W, 3.0));
+    let keys: [&[(&str, &str)]; 6] = [
+        &[],
+        &[("dtype", "f16"), ("pool", "max"), ("kernel", "3"), ("scale", "0.9")],
+        &[("pool", "none"), ("rows", "mean"), ("reduce", "max")],
+        &[("columns", "all"), ("reduce", "sum")],
+        &[("columns", "prefix"), ("kernel", "101")],
+        &[("columns", "all"), ("pool", "max")],
+    ];
+    for keys in keys {
+        agrees("score_window", &with(&window, keys));
+        agrees("score_window", &with(&lse, keys));
+    }
+    agrees("score_column", &queries(T));
+    agrees("score_column", &with(&queries(T), &[("dtype", "f16"), ("scale", "0.2")]));
+    let mut rng = Rng::new(5);
+    let repeat =
+        Case::default().floats("q", &[4, 5, D], &rng.normals(20 * D, 1.0)).floats("k", &[2, 30, D], &rng.normals(60 * D, 1.0));
+    for (sink, start, len) in [("0", "0", "25"), ("3", "7", "9"), ("25", "25", "0"), ("9", "4", "20")] {
+        agrees("score_repeat", &with(&repeat, &[("sink", sink), ("start", start), ("len", len)]));
+    }
+    // Nothing to score.
+    let (q, k) = ([0.5; HQ * W * D], [0.5; HK * W * D]);
+    agrees("score_window", &Case::default().floats("q", &[1, HQ, W, D], &q).floats("k", &[1, HK, W, D], &k));
+    agrees("score_window", &Case::default().floats("q", &[0, HQ, W, D], &[]).floats("k", &[0, HK, T, D], &[]));
+    agrees("score_column", &Case::default().floats("q", &[1, HQ, 0, D], &[]).floats("k", &[1, HK, 0, D], &[]));
+    if backends().contains(&"simt") {
+        // f32, and rows that are no multiple of 8, run on the reference.
+        run("score_window", "simt", &with(&window, &[("dtype", "f32")]), &[]).fails(3, "unsupported");
+        let thin = Case::default().floats("q", &[2, 2, 1], &[0.5; 4]).floats("k", &[2, 5, 1], &[0.5; 10]);
+        let thin = with(&thin, &[("sink", "1"), ("start", "1"), ("len", "2")]);
+        run("score_repeat", "simt", &thin, &[]).fails(3, "unsupported");
     }
 }
 
@@ -95,6 +151,8 @@ fn score_window_has_every_key() {
     assert_eq!(of(&[("rows", "mean")]), bf16(&|i| i.row_reduction = RowReduction::Mean));
     assert_eq!(of(&[("reduce", "max")]), bf16(&|i| i.head_reduction = HeadReduction::Max));
     assert_eq!(of(&[("reduce", "sum")]), bf16(&|i| i.head_reduction = HeadReduction::Sum));
+    let (shape, scores) = of(&[("columns", "all")]);
+    assert_eq!((shape, scores), (vec![B, HK, T], bf16(&|i| i.columns = WindowColumns::All).1));
     let given = reference("score_window", &case.clone().floats("lse", &[B, HQ, W], &lse)).tensor("scores");
     let (q, k) = (values(&case, "q", Type::Bf16), values(&case, "k", Type::Bf16));
     let i =
@@ -121,7 +179,11 @@ fn wrong_score_window_input_is_named() {
     fails(&case.clone().floats("lse", &[B, HQ], &[0.0; B * HQ]), "lse is [2, 4]");
     fails(&case.clone().floats("v", &[1], &[0.0]), "unknown tensor \"v\"");
     refuses("score_window", &case, &[("kernel", "4"), ("kernel", "0"), ("kernel", "-1"), ("kernel", "x"), ("pool", "min")]);
-    refuses("score_window", &case, &[("rows", "max"), ("reduce", "min"), ("scale", "inf"), ("scale", "x"), ("softcap", "1")]);
+    refuses(
+        "score_window",
+        &case,
+        &[("columns", "suffix"), ("rows", "max"), ("reduce", "min"), ("scale", "inf"), ("scale", "x"), ("softcap", "1")],
+    );
     refuses("score_window", &with(&case, &[("pool", "none")]), &[("kernel", "4")]);
 }
 
@@ -287,6 +349,49 @@ fn wrong_score_keys_input_is_named() {
     reference("score_keys", &replace(&lags, "v", &[HK, 300, 6])).fails(2, "v is [2, 300, 6]; it must have 4 dimensions");
     reference("score_keys", &replace(&lags, "v", &[1, HK, 300, 1])).fails(2, "v: its rows have 1");
     refuses("score_keys", &lags, &[("lag", "64"), ("sink", "4"), ("scale", "1")]);
+}
+
+#[test]
+fn emulated_scores_are_those_of_the_reference() {
+    if !backends().contains(&"simt") {
+        return;
+    }
+    let close = |op: &str, case: &Case, near: f32| {
+        let ((shape, expected), (emulated, scores)) =
+            (reference(op, case).tensor("scores"), run(op, "simt", case, &[]).tensor("scores"));
+        assert_eq!(shape, emulated);
+        assert!(scores.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= near), "{op}: {scores:?}, not {expected:?}");
+    };
+    // A gate of 16 dimensions, small numbers: projections are exact.
+    let (d, h, g, s, t) = (24, 2, 3, 5, 9);
+    let mut rng = Rng::new(8);
+    let mut eighths = |n: usize| (0..n).map(|_| (rng.below(9) as f32 - 4.0) / 8.0).collect::<Vec<_>>();
+    let case = Case::default()
+        .floats("hidden", &[t, d], &eighths(t * d))
+        .floats("q_proj.weight", &[h * g * 16, d], &eighths(h * g * 16 * d))
+        .floats("q_proj.bias", &[h * g * 16], &eighths(h * g * 16))
+        .floats("k_proj.weight", &[h * 16, d], &eighths(h * 16 * d))
+        .floats("q_norm.weight", &[16], &[0.75; 16])
+        .floats("k_norm.weight", &[16], &[1.25; 16])
+        .floats("k_base", &[h, 1, s, 16], &eighths(h * s * 16))
+        .floats("b", &[h, 1, g], &eighths(h * g));
+    for dtype in ["bf16", "f16"] {
+        close("score_gate", &case.clone().key("dtype", dtype), 2e-3);
+    }
+    close("score_gate", &case.clone().without("hidden").floats("hidden", &[0, d], &[]), 0.0);
+    run("score_gate", "simt", &case.clone().key("dtype", "f32"), &[]).fails(3, "unsupported");
+    // Rows of 6 values have no kernel; lagkv has ranks, in which neighbours may change places.
+    let keys = keys_case();
+    run("score_keys", "simt", &keys.clone().key("method", "lagkv"), &[]).fails(3, "unsupported");
+    let (k, v) = (Rng::new(3).normals(2 * HK * 300 * 8, 1.0), Rng::new(4).normals(2 * HK * 300 * 16, 1.0));
+    let keys = Case::default().floats("k", &[2, HK, 300, 8], &k).floats("v", &[2, HK, 300, 16], &v);
+    for (method, near) in [("l2norm", 1e-5), ("keydiff", 1e-5), ("value_key_ratio", 1e-3), ("lagkv", 2.0 / 128.0)] {
+        for dtype in ["bf16", "f16"] {
+            close("score_keys", &with(&keys, &[("method", method), ("dtype", dtype)]), near);
+        }
+    }
+    let none = Case::default().floats("k", &[2, HK, 0, 8], &[]).key("method", "l2norm");
+    close("score_keys", &none, 0.0);
 }
 
 #[test]

@@ -17,14 +17,9 @@ fn with_ints(case: &Case, name: &str, shape: &[usize], values: &[i32]) -> Case {
 }
 
 /// What every op refuses, beside keys that are out of their range: each required tensor missing or of another rank, what it does
-/// not know, another type. The good case passes; most have no kernel yet.
+/// not know, another type. The good case passes.
 fn refuses(op: &str, case: &Case, tensor: &str, bad: &[(&str, &str)]) {
     assert!(reference(op, &case.clone().key("format", "pt").key("dtype", "f16")).output.status.success());
-    for backend in ["simt", "cuda"] {
-        if !["topk", "threshold"].contains(&op) {
-            run(op, backend, case, &[]).fails(3, "unsupported");
-        }
-    }
     let fails = |case: Case, words: &[&str]| words.iter().for_each(|word| reference(op, &case).fails(2, word));
     fails(case.clone().without(tensor), &[&format!("no tensor {tensor}")]);
     fails(with(case, tensor, &[1, 1, 1, 1], &[0.0]), &[&format!("{tensor} is [1, 1, 1, 1]")]);
@@ -87,15 +82,59 @@ fn emulated_selections_are_those_of_the_reference() {
         assert_eq!(emulated.ints("counts", &[batch]), on_cpu.ints("counts", &[batch]));
     }
     let all = Case::default().floats("scores", &[3, 7, 100], &x);
-    for (keep, rule) in [("0", "exact"), ("1", "strict"), ("0", "strict"), ("801", "exact"), ("801", "strict"), ("2100", "exact")]
-    {
-        let case = all.clone().key("keep", keep).key("rule", rule);
+    for (keep, rule, floor) in [
+        ("0", "exact", "0"),
+        ("1", "strict", "0"),
+        ("0", "strict", "0"),
+        ("801", "exact", "0"),
+        ("801", "strict", "0"),
+        ("2100", "exact", "0"),
+        ("801", "exact", "9"),
+        ("210", "exact", "10"),
+        ("2100", "exact", "100"),
+    ] {
+        let case = all.clone().key("keep", keep).key("rule", rule).key("floor", floor);
         let (on_cpu, emulated) = (reference("threshold", &case), run("threshold", "simt", &case, &[]));
-        assert_eq!(emulated.bytes("mask", &[3, 7, 100]), on_cpu.bytes("mask", &[3, 7, 100]), "{keep} {rule}");
+        assert_eq!(emulated.bytes("mask", &[3, 7, 100]), on_cpu.bytes("mask", &[3, 7, 100]), "{keep} {rule} {floor}");
         assert_eq!(emulated.ints("lengths", &[3, 7]), on_cpu.ints("lengths", &[3, 7]));
     }
-    run("threshold", "simt", &all.clone().key("keep", "50").key("floor", "1"), &[]).fails(3, "unsupported");
     run("topk", "simt", &rows.key("sink_rows", "91"), &[]).fails(2, "k: 90 is less than the 91");
+}
+
+/// As above, of masses and budgets.
+#[test]
+fn emulated_masses_and_budgets_are_those_of_the_reference() {
+    if !backends().contains(&"simt") {
+        return;
+    }
+    let emulated = |op, case: &Case| run(op, "simt", case, &[]);
+    let x: Vec<f32> = Rng::new(6).normals(3 * 300, 2.0).iter().map(|x| (8.0 * x).round() / 8.0).collect();
+    let rows = Case::default().floats("logits", &[3, 300], &x);
+    let forced = rows.clone().key("sink_rows", "4").key("recent_rows", "30").ints("lengths", &[3], &[300, 20, 133]);
+    let bounds = forced.clone().key("k_min", "60").key("k_max", "61");
+    let empty = Case::default().floats("logits", &[2, 0], &[]);
+    for case in [rows.clone(), forced, bounds, rows.clone().key("top_p", "0.3"), rows.key("resolve", "bin"), empty] {
+        let (on_cpu, on_simt) = (reference("topp", &case), emulated("topp", &case));
+        let (shape, mass) = on_cpu.tensor("mass");
+        let r = shape[0];
+        let t = if r == 2 { 0 } else { 300 };
+        assert_eq!(on_simt.bytes("mask", &[r, t]), on_cpu.bytes("mask", &[r, t]));
+        assert_eq!(on_simt.ints("counts", &[r]), on_cpu.ints("counts", &[r]));
+        assert!(mass.iter().zip(on_simt.tensor("mass").1).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+    let scores = Case::default().floats("scores", &[6, 3, 50], &x).key("base", "9");
+    let interval = scores.clone().key("method", "dynamickv").key("interval", "5").key("r_max", "2");
+    let methods = ["dynamickv", "pyramid", "uniform"].map(|method| scores.clone().key("method", method));
+    for case in methods.into_iter().chain([interval]) {
+        let on_cpu = reference("budget_layers", &case).ints("budgets", &[6]);
+        assert_eq!(emulated("budget_layers", &case).ints("budgets", &[6]), on_cpu);
+    }
+    let heads = Case::default().floats("scores", &[9, 100], &x).key("base", "31");
+    for alpha in ["0", "0.2", "0.5", "1"] {
+        let case = heads.clone().key("alpha", alpha);
+        let on_cpu = reference("budget_heads", &case).ints("budgets", &[9]);
+        assert_eq!(emulated("budget_heads", &case).ints("budgets", &[9]), on_cpu);
+    }
 }
 
 #[test]
@@ -191,6 +230,33 @@ fn budget_heads_rounds_half_to_even() {
     refuses("budget_heads", &case, "scores", &bad);
     lacks("budget_heads", &bare, "base");
     reference("budget_heads", &with(&case, "scores", &[1, 2, 4], &[0.0; 8])).fails(2, "scores is [1, 2, 4]");
+}
+
+#[test]
+fn emulated_compaction_is_that_of_the_reference() {
+    if !backends().contains(&"simt") {
+        return eprintln!("skipped: no emulation");
+    }
+    let (h, t) = (3, 70);
+    let mut rng = Rng::new(2);
+    for (d, dv) in [(64, 64), (24, 3), (5, 128)] {
+        let (k, v) = (rng.normals(h * t * d, 1.0), rng.normals(h * t * dv, 1.0));
+        let keep: Vec<u8> = (0..h * t).map(|_| rng.below(2) as u8).collect();
+        let positions: Vec<i32> = (0..t as i32).map(|i| 3 * i).collect();
+        let tensors = Case::default().floats("k", &[h, t, d], &k).floats("v", &[h, t, dv], &v);
+        let case = tensors.bytes("keep", &[h, t], &keep).ints("positions", &[t], &positions);
+        for (order, dtype) in [("keep", "bf16"), ("any", "f16")] {
+            let case = case.clone().key("order", order).key("dtype", dtype);
+            let (on_cpu, emulated) = (reference("compact", &case), run("compact", "simt", &case, &[]));
+            for name in ["k", "v"] {
+                assert_eq!(on_cpu.tensor(name), emulated.tensor(name), "{name}, {order}");
+            }
+            let left: i32 = on_cpu.ints("lengths", &[h]).iter().sum();
+            for (name, n) in [("lengths", h), ("positions", left as usize), ("source", left as usize)] {
+                assert_eq!(on_cpu.ints(name, &[n]), emulated.ints(name, &[n]), "{name}, {order}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,9 @@
-//! Makes the texts of `assets/` by sampling the bundled model: `cargo run --release -p kvlar-assets [text] [calibration] [needles]`.
+//! Makes the texts of `assets/` by sampling the bundled model: `cargo run --release -p kvlar-assets [text] [calibration] [needles] [gates]`.
 //!
 //! * `text.txt`: for perplexity. `calibration.txt`: for fitting; from other seeds, never evaluated on.
 //! * `needle-500.jsonl`, `needle-1000.jsonl`: four facts in sampled filler of about so many tokens, and a question for each.
+//! * `gates.txt`: for training gates, never evaluated on: `calibration.txt`, then facts in lines of it and lists of made-up pairs,
+//!   from other seeds than those of the tasks.
 //!
 //! Same seeds, same files. The synthetic recall task (`recall-60.jsonl`) came with the model.
 
@@ -99,6 +101,30 @@ fn needles(model: &Llama, filler: &str, tokens: usize, contexts: usize, seed: u6
     Ok(out)
 }
 
+/// Parts of two kinds, as the model was trained to recall: lists of made-up pairs, and four facts in lines of `filler`.
+fn recallable(filler: &str, parts: usize, seed: u64) -> String {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let lines: Vec<&str> = filler.lines().collect();
+    let mut all = String::new();
+    for _ in 0..parts {
+        if rng.random_bool(0.5) {
+            for _ in 0..rng.random_range(20..90) {
+                all += &format!("{}: {:03}\n", name(&mut rng), rng.random_range(0..1000));
+            }
+        } else {
+            let (first, count) = (rng.random_range(0..lines.len()), rng.random_range(20..60));
+            let mut chosen: Vec<String> = lines.iter().cycle().skip(first).take(count).map(|l| (*l).to_string()).collect();
+            for _ in 0..4 {
+                let fact = format!("The secret code of {} is {:05}.", name(&mut rng), rng.random_range(0..100_000));
+                chosen.insert(rng.random_range(0..=chosen.len()), fact);
+            }
+            all += &(chosen.join("\n") + "\n");
+        }
+        all += "\n";
+    }
+    all
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets");
     let model = Llama::load(assets.join("tiny-llama"))?;
@@ -110,6 +136,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     if wanted("calibration") {
         std::fs::write(assets.join("calibration.txt"), text(&model, 12_000, 1_000)?)?;
+    }
+    if wanted("gates") {
+        let filler = std::fs::read_to_string(assets.join("calibration.txt"))?;
+        let text = filler.trim_end().to_string() + "\n\n" + &recallable(&filler, 30, 3_000);
+        std::fs::write(assets.join("gates.txt"), text)?;
     }
     if wanted("needles") {
         let filler = text(&model, 5_000, 2_000)?;

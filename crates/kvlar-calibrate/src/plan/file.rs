@@ -7,13 +7,12 @@ use super::check::{layout, problem};
 use super::{Factors, FitConfig, LayerPlan, PLAN_FORMAT, Plan, Quantized, Side, SideHeader};
 use crate::config::{RecalkvConfig, check_multiple};
 use crate::error::{Error, Result};
+use crate::file::{Tensors, hash, whole};
 use crate::shape::ModelShape;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::path::Path;
 
 const KEY: &str = "kvlar.plan";
 /// The oldest version that is read: plans of ReCalKV, whose settings are not named after it.
@@ -48,9 +47,6 @@ struct LayerHeader {
     keys: SideHeader,
     values: SideHeader,
 }
-
-/// Shape and little-endian bytes by name.
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
 
 impl Plan {
     /// Writes the plan: beside the file, then renamed, so that the file is there whole or not at all. The same plan gives
@@ -168,22 +164,6 @@ fn put(tensors: &mut Tensors, prefix: &str, side: &Side, kv_heads: usize, dim: u
     SideHeader::LowRank { groups: f.groups.clone(), rank, latent: f.latent, mean: f.mean.is_some() }
 }
 
-fn hash(text: &str, tensors: &Tensors) -> String {
-    let mut sha = Sha256::new();
-    let mut field = |bytes: &[u8]| {
-        // Lengths keep one field from running into the next.
-        sha.update((bytes.len() as u64).to_le_bytes());
-        sha.update(bytes);
-    };
-    field(text.as_bytes());
-    for (name, (shape, bytes)) in tensors {
-        field(name.as_bytes());
-        shape.iter().for_each(|n| field(&(*n as u64).to_le_bytes()));
-        field(bytes);
-    }
-    sha.finalize().iter().map(|b| format!("{b:02x}")).collect()
-}
-
 fn assemble<C: Into<FitConfig>>(header: Header<C>, mut tensors: Tensors) -> std::result::Result<Plan, String> {
     let config: FitConfig = header.config.into();
     let (shape, multiple) = (header.model.layer, config.multiple());
@@ -249,24 +229,4 @@ fn take(
     let encoder = floats("encoder", &[groups.len(), rank, heads / groups.len() * dim])?;
     let mean = if mean { Some(floats("mean", &[heads, dim])?) } else { None };
     Ok(Side::LowRank(Factors { groups, rank, basis, encoder, mean, latent }))
-}
-
-/// Writes a file whole or not at all.
-fn whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |path: &Path, source| Error::File { path: path.into(), source };
-    let Some(name) = path.file_name() else {
-        return Err(failed(path, std::io::Error::other("not the name of a file")));
-    };
-    let mut part = name.to_os_string();
-    part.push(format!(".{}.part", std::process::id()));
-    let part: PathBuf = path.with_file_name(part);
-    let written = std::fs::File::create(&part).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&part, path)
-    });
-    written.map_err(|e| {
-        let _ = std::fs::remove_file(&part);
-        failed(path, e)
-    })
 }

@@ -1,9 +1,9 @@
 //! What attention over a store differs by from attention over an exact one, layer by layer.
 
-use super::evaluate::CHUNK;
+use super::evaluate::{CHUNK, end_of_prompt};
 use super::{Llama, Logits};
 use crate::store::most_at_once;
-use crate::{KvShape, KvStore, Result};
+use crate::{KvShape, KvStore, Moment, Result};
 use candle_core::{Device, Tensor};
 
 /// Errors of one layer.
@@ -109,6 +109,23 @@ impl KvStore for Compared<'_> {
         }
         Ok(a)
     }
+    fn observe(&mut self, layer: usize, hidden: &Tensor, q: &Tensor, prompt: bool) -> Result<()> {
+        self.exact.observe(layer, hidden, q, prompt)?;
+        self.other.observe(layer, hidden, q, prompt)
+    }
+    fn evict(&mut self, moment: Moment) -> Result<()> {
+        self.exact.evict(moment)?;
+        self.other.evict(moment)
+    }
+    fn prompt_chunk(&self) -> usize {
+        self.other.prompt_chunk()
+    }
+    fn wants_scores(&self) -> bool {
+        self.other.wants_scores()
+    }
+    fn give_scores(&mut self, layer: usize, scores: &[f32]) -> Result<()> {
+        self.other.give_scores(layer, scores)
+    }
     fn max_step(&self) -> usize {
         self.exact.max_step().min(self.other.max_step())
     }
@@ -179,10 +196,12 @@ pub fn attention_error(
     let layers = vec![LayerError { squares: [0.0; 2], noise: Some((0.0, 0)) }; shape.layers];
     let mut both = Compared { exact, other, shape, layers, step: 0, next: 0, noisy: false };
     model.prefill(&mut both, context, Logits::Last)?;
+    end_of_prompt(model, &mut both, context)?;
     // The prefill attends without a store.
     both.next = context.len();
     for chunk in rest.chunks(CHUNK.min(most_at_once(&both))) {
         model.extend(&mut both, chunk, Logits::Last)?;
+        both.evict(Moment::Decode)?;
     }
     Ok(AttentionError { layers: both.layers })
 }

@@ -4,12 +4,16 @@ use super::{Llama, Logits};
 use crate::{EngineError, KvStore, Result};
 use candle_core::{Device, Tensor};
 
-/// A store that keeps nothing: attention of a whole window is the model's own.
-struct Forgetful;
+/// A store that keeps nothing, though it may say that it holds tokens: attention is the model's own.
+#[derive(Default)]
+pub(super) struct Forgetful {
+    /// Tokens that came before: where positions go on from.
+    pub(super) before: usize,
+}
 
 impl KvStore for Forgetful {
     fn len(&self) -> usize {
-        0
+        self.before
     }
     fn begin(&mut self, new: usize) -> Result<()> {
         if new == 0 { Err(EngineError::Input("a window without tokens".into())) } else { Ok(()) }
@@ -32,6 +36,11 @@ impl KvStore for Forgetful {
     }
 }
 
+/// A tensor's numbers, row-major.
+pub(super) fn flat(x: &Tensor) -> Result<Vec<f32>> {
+    Ok(x.flatten_all()?.to_vec1()?)
+}
+
 /// Numbers of one tensor that a fingerprint takes in at most, evenly spaced.
 const SAMPLES: usize = 4096;
 
@@ -44,9 +53,21 @@ impl Llama {
     /// [`EngineError::Input`] for a window without tokens or a token beyond the vocabulary; what the observer returns, which
     /// ends the run.
     pub fn capture(&self, tokens: &[u32], mut observer: impl FnMut(usize, &[f32], &[f32], &[f32]) -> Result<()>) -> Result<()> {
-        let flat = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.flatten_all()?.to_vec1()?) };
-        self.step(&mut Forgetful, tokens, Logits::Last, |q, k, v, _, layer| {
+        self.step(&mut Forgetful::default(), tokens, Logits::Last, |_, [q, k, v], _, layer| {
             observer(layer, &flat(q)?, &flat(k)?, &flat(v)?)?;
+            self.exact_attention(q, &self.rotate(k, 0)?, v)
+        })?;
+        Ok(())
+    }
+
+    /// Runs one window of n tokens likewise and hands `observer(layer, hidden)` each layer's input of attention, after its norm:
+    /// `[n, D]`, what gates score tokens by.
+    ///
+    /// # Errors
+    /// As [`Llama::capture`].
+    pub fn capture_hidden(&self, tokens: &[u32], mut observer: impl FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
+        self.step(&mut Forgetful::default(), tokens, Logits::Last, |hidden, [q, k, v], _, layer| {
+            observer(layer, &flat(hidden)?)?;
             self.exact_attention(q, &self.rotate(k, 0)?, v)
         })?;
         Ok(())

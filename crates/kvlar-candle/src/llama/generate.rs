@@ -1,7 +1,8 @@
 //! Continuing a text.
 
+use super::evaluate::end_of_prompt;
 use super::{Llama, Logits};
-use crate::{EngineError, KvStore, Result};
+use crate::{EngineError, KvStore, Moment, Result};
 use candle_core::Tensor;
 use rand::SeedableRng;
 use rand::distr::Distribution;
@@ -91,6 +92,7 @@ pub fn generate(
         return Err(EngineError::Input("the prompt has no tokens".into()));
     }
     let mut logits = model.prefill(store, &tokens, Logits::Last)?;
+    end_of_prompt(model, store, &tokens)?;
     let (mut new, mut shown) = (Vec::new(), String::new());
     while new.len() < max_new {
         let token = sampler.next(&logits)?;
@@ -106,6 +108,7 @@ pub fn generate(
         }
         if new.len() < max_new {
             logits = model.extend(store, &[token], Logits::Last)?;
+            store.evict(Moment::Decode)?;
         }
     }
     model.decode(&new)

@@ -10,10 +10,12 @@ mod evaluate;
 mod fisher;
 mod generate;
 mod model;
+mod repeat;
 
 pub use attention_error::{AttentionError, LayerError, attention_error};
 pub use config::{Config, Family};
-pub use evaluate::{Question, Recall, RecallTask, longest_question, perplexity, recall};
+pub use evaluate::{Protocol, Question, Recall, RecallTask, end_of_prompt, longest_question, perplexity, recall};
 pub use fisher::{Fisher, Gradients};
 pub use generate::{Sampler, Sampling, generate};
 pub use model::{Llama, Logits};
+pub use repeat::RepeatConfig;

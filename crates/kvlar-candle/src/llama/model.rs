@@ -3,7 +3,7 @@
 use super::checkpoint::{Weights, read};
 use super::config::{Config, Family};
 use crate::store::most_at_once;
-use crate::{EngineError, KvShape, KvStore, Result};
+use crate::{EngineError, KvShape, KvStore, Moment, Result};
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use std::path::{Path, PathBuf};
@@ -63,6 +63,14 @@ pub struct Llama {
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Tensor,
     pub(super) head: Linear,
+}
+
+/// Logits of parts of a text.
+fn joined(want: Logits, mut parts: Vec<Tensor>) -> Result<Tensor> {
+    match (want, parts.pop()) {
+        (Logits::Last, Some(last)) => Ok(last),
+        (_, last) => Ok(Tensor::cat(&parts.into_iter().chain(last).collect::<Vec<_>>(), 0)?),
+    }
 }
 
 /// Query rows of a prefill whose scores exist at a time: `[Hq, rows, T]` floats.
@@ -184,15 +192,29 @@ impl Llama {
         self.tokenizer.decode(tokens, true).map_err(|e| EngineError::Input(format!("tokenizer: {e}")))
     }
 
-    /// Runs a prompt into an empty store. Attention is exact; what the store keeps is its own affair.
+    /// Runs a prompt into an empty store. Attention is exact; what the store keeps is its own affair. A store that lets go of
+    /// tokens chunk by chunk ([`KvStore::prompt_chunk`]) reads the chunks behind the first one as it keeps those before.
     ///
     /// # Errors
-    /// [`EngineError::Input`] for a store that is not empty or a bad token; what the store refuses.
+    /// [`EngineError::Input`] for a store that is not empty or a bad token; what the store refuses. The store is as before, but
+    /// for chunks before the one that failed.
     pub fn prefill(&self, store: &mut dyn KvStore, tokens: &[u32], want: Logits) -> Result<Tensor> {
         if !store.is_empty() {
             return Err(EngineError::Input(format!("a prefill into a store that holds {} tokens", store.len())));
         }
-        self.step(store, tokens, want, |q, k, v, _, _| self.exact_attention(q, &self.rotate(k, 0)?, v))
+        self.check_tokens(tokens)?;
+        let prompt = tokens.len();
+        let (first, rest) = tokens.split_at(store.prompt_chunk().clamp(1, prompt.max(1)).min(prompt));
+        let mut parts = vec![self.step(store, first, want, |hidden, [q, k, v], store, layer| {
+            store.observe(layer, hidden, q, true)?;
+            self.exact_attention(q, &self.rotate(k, 0)?, v)
+        })?];
+        store.evict(Moment::Chunk { prompt })?;
+        for chunk in rest.chunks(store.prompt_chunk()) {
+            parts.push(self.extend_prompt(store, chunk, want)?);
+            store.evict(Moment::Chunk { prompt })?;
+        }
+        joined(want, parts)
     }
 
     /// Runs further tokens, each of which sees the store's tokens as the store keeps them, and the earlier new ones
@@ -202,9 +224,27 @@ impl Llama {
     /// [`EngineError::Input`] for a bad token, or more tokens than could be taken back if one of the steps that the store
     /// needs for them failed ([`KvStore::max_step`], [`KvStore::rollback`]); what the store refuses.
     pub fn extend(&self, store: &mut dyn KvStore, tokens: &[u32], want: Logits) -> Result<Tensor> {
+        self.extend_as(store, tokens, want, false)
+    }
+
+    /// Likewise, tokens of a prompt, such as a question: a store may judge earlier ones by what these attend to.
+    ///
+    /// # Errors
+    /// As [`Llama::extend`].
+    pub fn extend_prompt(&self, store: &mut dyn KvStore, tokens: &[u32], want: Logits) -> Result<Tensor> {
+        self.extend_as(store, tokens, want, true)
+    }
+
+    fn extend_as(&self, store: &mut dyn KvStore, tokens: &[u32], want: Logits, prompt: bool) -> Result<Tensor> {
         let most = store.max_step();
+        let run = |store: &mut dyn KvStore, part: &[u32]| {
+            self.step(store, part, want, |hidden, [q, _, _], store, layer| {
+                store.observe(layer, hidden, q, prompt)?;
+                store.attend(layer, q)
+            })
+        };
         if tokens.len() <= most {
-            return self.step(store, tokens, want, |q, _, _, store, layer| store.attend(layer, q));
+            return run(store, tokens);
         }
         let at_once = most_at_once(store);
         if tokens.len() > at_once {
@@ -219,7 +259,7 @@ impl Llama {
         let first = store.len();
         let mut parts = Vec::new();
         for part in tokens.chunks(most) {
-            match self.step(store, part, want, |q, _, _, store, layer| store.attend(layer, q)) {
+            match run(store, part) {
                 Ok(logits) => parts.push(logits),
                 Err(e) => {
                     store.truncate(first)?; // all tokens or none
@@ -227,10 +267,7 @@ impl Llama {
                 }
             }
         }
-        match (want, parts.pop()) {
-            (Logits::Last, Some(last)) => Ok(last),
-            (_, last) => Ok(Tensor::cat(&parts.into_iter().chain(last).collect::<Vec<_>>(), 0)?),
-        }
+        joined(want, parts)
     }
 
     pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -240,12 +277,14 @@ impl Llama {
         }
     }
 
+    /// Runs tokens; `attention(hidden, [q, k, v], store, layer)` makes the output of a layer's attention `[n, Hq, d]` of its
+    /// input `[n, D]` after the norm, q (rotated) `[n, Hq, d]`, k (not rotated) and v `[n, Hk, d]`.
     pub(super) fn step(
         &self,
         store: &mut dyn KvStore,
         tokens: &[u32],
         want: Logits,
-        mut attention: impl FnMut(&Tensor, &Tensor, &Tensor, &mut dyn KvStore, usize) -> Result<Tensor>,
+        mut attention: impl FnMut(&Tensor, [&Tensor; 3], &mut dyn KvStore, usize) -> Result<Tensor>,
     ) -> Result<Tensor> {
         self.check_tokens(tokens)?;
         let first = store.len();
@@ -254,9 +293,10 @@ impl Llama {
             let ids = Tensor::new(tokens, &Device::Cpu)?;
             let mut x = self.embedding.index_select(&ids, 0)?;
             for (i, layer) in self.layers.iter().enumerate() {
-                let (q, k, v) = self.project(layer, &x, first)?;
+                let hidden = rms_norm(&x, &layer.input_norm, self.config.eps as f32)?;
+                let (q, k, v) = self.project(layer, &hidden, first)?;
                 store.append(i, &k, &v)?;
-                let attended = attention(&q, &k, &v, store, i)?.flatten_from(1)?;
+                let attended = attention(&hidden, [&q, &k, &v], store, i)?.flatten_from(1)?;
                 x = (x + layer.out.apply(&attended)?)?;
                 let h = rms_norm(&x, &layer.mlp_norm, self.config.eps as f32)?;
                 let gated = (silu(&layer.gate.apply(&h)?)? * layer.up.apply(&h)?)?;
@@ -277,12 +317,11 @@ impl Llama {
         }
     }
 
-    /// q (rotated), k (not rotated) and v, `[n, heads, d]`.
-    fn project(&self, layer: &Layer, x: &Tensor, first: usize) -> Result<(Tensor, Tensor, Tensor)> {
+    /// q (rotated), k (not rotated) and v, `[n, heads, d]`, of the layer's input `[n, D]` after its norm.
+    fn project(&self, layer: &Layer, hidden: &Tensor, first: usize) -> Result<(Tensor, Tensor, Tensor)> {
         let c = &self.config;
-        let n = x.dim(0)?;
-        let h = rms_norm(x, &layer.input_norm, c.eps as f32)?;
-        let heads = |l: &Linear, count: usize| -> Result<Tensor> { Ok(l.apply(&h)?.reshape((n, count, c.head_dim))?) };
+        let n = hidden.dim(0)?;
+        let heads = |l: &Linear, count: usize| -> Result<Tensor> { Ok(l.apply(hidden)?.reshape((n, count, c.head_dim))?) };
         let (mut q, mut k, v) = (heads(&layer.q, c.heads)?, heads(&layer.k, c.kv_heads)?, heads(&layer.v, c.kv_heads)?);
         if let Some((q_norm, k_norm)) = &layer.qk_norms {
             q = rms_norm(&q, q_norm, c.eps as f32)?;
@@ -310,21 +349,22 @@ impl Llama {
         Ok(Tensor::cat(&parts, D::Minus1)?)
     }
 
-    /// Causal attention of a whole prompt, in f32: q `[n, Hq, d]`, k (rotated) and v `[n, Hk, d]`.
+    /// Causal attention in f32 of q `[n, Hq, d]` over k (rotated) and v `[m, Hk, d]`, whose last n rows are the queries' own.
     pub(super) fn exact_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let c = &self.config;
         let (n, group) = (q.dim(0)?, c.heads / c.kv_heads);
+        let before = k.dim(0)? - n;
         let (keys, values) = (k.transpose(0, 1)?.contiguous()?, v.transpose(0, 1)?.contiguous()?);
         let scale = 1.0 / (c.head_dim as f64).sqrt();
         let mut parts = Vec::new();
         for first in (0..n).step_by(PREFILL_ROWS) {
             let rows = PREFILL_ROWS.min(n - first);
-            let last = first + rows;
+            let last = before + first + rows;
             // [Hk, group · rows, d] against [Hk, d, last].
             let chunk = q.narrow(0, first, rows)?.transpose(0, 1)?.reshape((c.kv_heads, group * rows, c.head_dim))?;
             let scores = chunk.matmul(&keys.narrow(1, 0, last)?.transpose(1, 2)?)?;
             let hidden = |row: usize, t: usize| t > row || (c.window > 0 && row - t >= c.window as usize);
-            let mask: Vec<f32> = (first..last)
+            let mask: Vec<f32> = (before + first..last)
                 .flat_map(|row| (0..last).map(move |t| if hidden(row, t) { f32::NEG_INFINITY } else { 0.0 }))
                 .collect();
             let mask = Tensor::from_vec(mask, (1, 1, rows, last), q.device())?;

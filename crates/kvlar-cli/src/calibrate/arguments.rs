@@ -1,5 +1,6 @@
 //! The command line of `kvlar calibrate`.
 
+use super::gates::GateArguments;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use kvlar_calibrate as fit;
@@ -7,11 +8,11 @@ use kvlar_calibrate::{LayerShape, PqConfig, RecalkvConfig, ValueFit};
 use std::path::{Path, PathBuf};
 
 /// Methods that need calibration.
-const METHODS: &[&str] = &["recalkv", "pq"];
+const METHODS: &[&str] = &["recalkv", "pq", "fast-kvzip"];
 
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// What the plan is for: recalkv (low-rank keys and values) or pq (product-quantized keys).
+    /// What for: recalkv (low-rank keys and values), pq (product-quantized keys) or fast-kvzip (gates that say what to keep).
     #[arg(long, default_value = "recalkv")]
     pub method: String,
     /// Folder of a Hugging Face checkpoint; the bundled model by default.
@@ -20,15 +21,16 @@ pub struct Arguments {
     /// A text to calibrate on, unlike those to evaluate on; the bundled one by default, for the bundled model.
     #[arg(long)]
     pub text: Option<PathBuf>,
-    /// Where the plan goes; a report goes beside it (.report.json instead of .safetensors, or behind any other name).
-    #[arg(long, default_value = "plan.safetensors")]
-    pub out: PathBuf,
+    /// Where the plan goes; a report goes beside it (.report.json instead of .safetensors, or behind any other name)
+    /// [default: plan.safetensors, or gates.safetensors with fast-kvzip].
+    #[arg(long)]
+    out: Option<PathBuf>,
     /// Windows of the text at most.
     #[arg(long, default_value_t = 256)]
     pub windows: usize,
-    /// Tokens of a window.
-    #[arg(long, default_value_t = 1024)]
-    pub window: usize,
+    /// Tokens of a window [default: 1024; with fast-kvzip as many as the model has room to repeat, up to 8192].
+    #[arg(long)]
+    pub window: Option<usize>,
     /// Bytes kept of the bf16 cache's, above 0, up to 1 [default: 0.5].
     #[arg(long)]
     kept: Option<f64>,
@@ -63,9 +65,9 @@ pub struct Arguments {
     /// pq: centroids of a sub-vector, 1 to 256 [default: 256].
     #[arg(long)]
     centroids: Option<usize>,
-    /// pq: of the sample of keys and of k-means [default: 0].
+    /// pq: of the sample of keys and of k-means; fast-kvzip: of first parameters and batches [default: 0].
     #[arg(long)]
-    seed: Option<u64>,
+    pub seed: Option<u64>,
     /// What latents are stored as [default: model].
     #[arg(long)]
     latent: Option<Latent>,
@@ -90,6 +92,8 @@ pub struct Arguments {
     /// Last rows of a sequence that stay exact [default: 64, or 0 with pq].
     #[arg(long)]
     recent: Option<usize>,
+    #[command(flatten)]
+    pub gates: GateArguments,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -148,29 +152,35 @@ impl Arguments {
         if !METHODS.contains(&self.method.as_str()) {
             bail!("no method {:?} to calibrate ({})", self.method, METHODS.join(", "));
         }
-        let others = if self.is_pq() { self.given_of_recalkv() } else { self.given_of_pq() };
+        let others = match self.method.as_str() {
+            "recalkv" => self.given_of_pq().or(self.seed.map(|_| "--seed")).or(self.gates.given()),
+            "pq" => self.given_of_recalkv().or(self.gates.given()),
+            _ => self.given_of_recalkv().or(self.given_of_pq()).or(self.given_of_plans()),
+        };
         if let Some(option) = others {
             bail!("{option} is no option of --method {}", self.method);
         }
         if self.windows == 0 {
             bail!("--windows 0: calibration needs at least one window");
         }
-        let folder = match self.out.parent() {
+        let out = self.out();
+        let folder = match out.parent() {
             Some(p) if !p.as_os_str().is_empty() => p,
             _ => Path::new("."),
         };
         if !folder.is_dir() {
             bail!("{}: no such folder; make it, or choose another --out", folder.display());
         }
-        if self.out.is_dir() {
-            bail!("{}: a folder; --out is a file", self.out.display());
+        if out.is_dir() {
+            bail!("{}: a folder; --out is a file", out.display());
         }
         Ok(())
     }
 
-    /// Whether keys are to be product-quantized.
-    pub fn is_pq(&self) -> bool {
-        self.method == "pq"
+    /// Where the plan or the gates go.
+    pub fn out(&self) -> PathBuf {
+        let usual = if self.method == "fast-kvzip" { "gates.safetensors" } else { "plan.safetensors" };
+        self.out.clone().unwrap_or_else(|| usual.into())
     }
 
     /// An option that was given although it is ReCalKV's alone.
@@ -195,10 +205,17 @@ impl Arguments {
 
     /// Likewise, of product quantization.
     fn given_of_pq(&self) -> Option<&'static str> {
+        let given = [("--subvectors", self.subvectors.is_some()), ("--centroids", self.centroids.is_some())];
+        given.into_iter().find(|(_, given)| *given).map(|(name, _)| name)
+    }
+
+    /// Likewise, of both.
+    fn given_of_plans(&self) -> Option<&'static str> {
         let given = [
-            ("--subvectors", self.subvectors.is_some()),
-            ("--centroids", self.centroids.is_some()),
-            ("--seed", self.seed.is_some()),
+            ("--values", self.values.is_some()),
+            ("--rounds", self.rounds.is_some()),
+            ("--sinks", self.sinks.is_some()),
+            ("--recent", self.recent.is_some()),
         ];
         given.into_iter().find(|(_, given)| *given).map(|(name, _)| name)
     }

@@ -1,9 +1,10 @@
 //! What each op takes, found by asking its launcher: a shape has a plan, or is refused.
 
 use kvlar::{
-    AppendGroupsShape, AppendLowrankShape, AppendShape, AttendShape, Codec, Device, Dtype, EncodeShape, Format, Latents,
-    LowrankShape, LowrankValues, MAX_SEGMENTS, MergeShape, ProjectShape, RANK_MULTIPLE, ReduceShape, Reduction, ScanShape,
-    SegmentShape, SetsShape, SideShape, TopkShape,
+    AppendGroupsShape, AppendLowrankShape, AppendShape, AttendCutShape, AttendShape, BudgetHeadsShape, BudgetLayersShape, Codec,
+    CompactOrder, CompactShape, Device, Dtype, EncodeShape, Format, KeyMethod, Latents, LayerBudget, LowrankShape, LowrankValues,
+    MAX_SEGMENTS, MergeShape, ProjectShape, ProtectShape, RANK_MULTIPLE, ReduceShape, Reduction, ScanSelectShape, ScanShape,
+    ScoreGateShape, ScoreKeysShape, ScoreShape, SegmentShape, SetsShape, SideShape, Stored, TopkShape, ToppShape,
 };
 use std::fmt::Debug;
 
@@ -107,6 +108,19 @@ fn attend(device: &Device) -> Op {
     }
 }
 
+fn attend_cut(device: &Device) -> Op {
+    let planned = |dtype, codec: Codec, dim| {
+        let attend = AttendShape::new(dtype, 1, (1, 1), 1, dim, SegmentShape::new(codec, 64));
+        AttendCutShape::new(attend).plan(device).is_ok()
+    };
+    Op {
+        name: "attend_cut",
+        types: names(&DTYPES, |t| Option::<Codec>::from(t).is_some_and(|native| planned(t, native, DIM))),
+        stored: codecs(|t, c| planned(t, c, DIM)),
+        limits: format!("{}, as attend, over the rows at or above a cut", head_dims(|d| planned(Dtype::Bf16, Codec::Bf16, d))),
+    }
+}
+
 fn attend_lowrank(device: &Device) -> Op {
     // Groups of two kv heads.
     let sets = SetsShape { count: 1, largest: 2, kv_heads: 2, key_groups: 1, value_groups: 1, sizes_hash: 0 };
@@ -131,6 +145,23 @@ fn attend_lowrank(device: &Device) -> Op {
         types: names(&DTYPES, |t| planned(t, Latents::Dtype, DIM, 1, small)),
         stored: format!("latents {}", names(&LATENTS, |l| planned(bf16, l, DIM, 1, small))),
         limits: limits.join(", "),
+    }
+}
+
+fn compact(device: &Device) -> Op {
+    let planned = |keys: Stored, order| {
+        CompactShape { seqs: 1, owners: 1, owners_a_layer: 1, keys, values: None, max_rows: 64, order }.plan(device).is_ok()
+    };
+    let of = |codec: Codec| planned(Format::from(codec).stored(DIM), CompactOrder::Any);
+    let stored = codecs(|_, codec| of(codec));
+    Op {
+        name: "compact",
+        types: "any".to_string(),
+        limits: format!(
+            "rows to {} bytes, keys and values together",
+            most(16, 1 << 17, |n| planned(Stored::row_wise(n, 0), CompactOrder::Keep))
+        ),
+        stored,
     }
 }
 
@@ -172,6 +203,16 @@ fn project(device: &Device) -> Op {
     }
 }
 
+fn protect(device: &Device) -> Op {
+    let shape = ProtectShape { seqs: 1, owners: 1, rows: 1, sink_positions: 4, value: f32::INFINITY, fill: true };
+    Op {
+        name: "protect",
+        types: if shape.plan(device).is_ok() { "f32".to_string() } else { String::new() },
+        stored: String::new(),
+        limits: "scores of rows at any positions".to_string(),
+    }
+}
+
 fn reduce(device: &Device) -> Op {
     let planned = |method| {
         ReduceShape { seqs: 1, q_heads: 2, kv_heads: 1, rows: 1, method, histogram: true, fill: true }.plan(device).is_ok()
@@ -194,9 +235,70 @@ fn scan(device: &Device) -> Op {
     }
 }
 
+fn score(device: &Device) -> Op {
+    let heads = (1, 1);
+    let planned = |dtype, dim| ScoreShape::window(dtype, 1, heads, 32, 64, dim).plan(device).is_ok();
+    let column = ScoreShape::column(Dtype::Bf16, 1, heads, 64, DIM).plan(device).is_ok();
+    let repeat = ScoreShape::repeat(Dtype::Bf16, 1, heads, 8, 8, 64, DIM).plan(device).is_ok();
+    let ways = [("windows", planned(Dtype::Bf16, DIM)), ("columns", column), ("repeated chunks", repeat)];
+    Op {
+        name: "score",
+        types: names(&DTYPES, |t| planned(t, DIM)),
+        stored: names(&DTYPES, |t| planned(t, DIM)),
+        limits: [
+            head_dims(|d| planned(Dtype::Bf16, d)),
+            ways.into_iter().filter(|w| w.1).map(|w| w.0).collect::<Vec<_>>().join(", "),
+        ]
+        .join(", "),
+    }
+}
+
+fn score_gate(device: &Device) -> Op {
+    let planned = |dtype| {
+        let (seqs, rows, columns, hidden_dim) = (1, 1 << 14, 1 << 14, 4096);
+        ScoreGateShape { dtype, seqs, rows, columns, hidden_dim, kv_heads: 8, group: 4, sinks: 16 }.plan(device).is_ok()
+    };
+    Op {
+        name: "score_gate",
+        types: names(&DTYPES, planned),
+        stored: String::new(),
+        limits: "hidden states; gate dimension 16, any number of sinks and query heads a kv head".to_string(),
+    }
+}
+
+fn score_keys(device: &Device) -> Op {
+    let planned = |dtype, method, dim| {
+        let (seqs, kv_heads, max_rows, fill) = (1, 1, 1 << 17, true);
+        ScoreKeysShape { dtype, method, seqs, kv_heads, max_rows, head_dim: dim, value_dim: dim, fill }.plan(device).is_ok()
+    };
+    let methods = [KeyMethod::L2Norm, KeyMethod::KeyDiff, KeyMethod::LagKv, KeyMethod::ValueKeyRatio];
+    let types = names(&DTYPES, |t| methods.into_iter().all(|m| planned(t, m, DIM)));
+    Op {
+        name: "score_keys",
+        stored: types.clone(),
+        types,
+        limits: head_dims(|d| methods.into_iter().all(|m| planned(Dtype::Bf16, m, d))),
+    }
+}
+
+fn scan_select(device: &Device) -> Op {
+    let fused = |rows, codec| {
+        let scan = ScanShape::new(Dtype::Bf16, 1, (1, 1), DIM, codec, rows);
+        ScanSelectShape::new(scan, 1).plan(device).is_ok_and(|plan| plan.is_one_launch())
+    };
+    let most = (0..21).map(|log| 1 << log).filter(|&rows| fused(rows, Codec::Int8)).max().unwrap_or(0);
+    Op {
+        name: "scan_select",
+        types: names(&DTYPES, |t| ScanShape::new(t, 1, (1, 1), DIM, Codec::Int8, 64).plan(device).is_ok()),
+        stored: codecs(|t, c| ScanShape::new(t, 1, (1, 1), DIM, c, 64).plan(device).is_ok()),
+        limits: format!("as scan; one launch to {most} rows"),
+    }
+}
+
 fn topk(device: &Device) -> Op {
     let sets = TopkShape { members: 64, strict: true, ..TopkShape::new(1, 1 << 20, 1) };
-    let planned = [TopkShape::new(1, 1, 1), sets].iter().all(|s| s.plan(device).is_ok());
+    let floors = TopkShape { members: 64, floor: 4, ..TopkShape::new(1, 1 << 20, 256) };
+    let planned = [TopkShape::new(1, 1, 1), sets, floors].iter().all(|s| s.plan(device).is_ok());
     Op {
         name: "topk",
         types: if planned { "f32".to_string() } else { String::new() },
@@ -205,9 +307,54 @@ fn topk(device: &Device) -> Op {
     }
 }
 
+fn topp(device: &Device) -> Op {
+    let planned = |rows| ToppShape::new(1, rows).plan(device).is_ok();
+    let most = (0..31).map(|log| 1 << log).filter(|&rows| planned(rows)).max().unwrap_or(0);
+    Op {
+        name: "topp",
+        types: if planned(1) { "f32".to_string() } else { String::new() },
+        stored: String::new(),
+        limits: format!("logits; to {most} a row, row by row or in steps"),
+    }
+}
+
+fn budget(device: &Device) -> Op {
+    let methods = [LayerBudget::DynamicKv, LayerBudget::Pyramid, LayerBudget::Uniform];
+    let layers = |method, layers| BudgetLayersShape::new(method, [1, layers, 1], 1, 1).plan(device).is_ok();
+    let heads = BudgetHeadsShape::new([1, 1, 1], 1, 1).plan(device).is_ok();
+    let most = most(1, 4096, |n| layers(LayerBudget::DynamicKv, n));
+    Op {
+        name: "budget",
+        types: if heads { "f32".to_string() } else { String::new() },
+        stored: String::new(),
+        limits: format!("scores; of layers ({}; to {most}), of heads (adakv)", names(&methods, |m| layers(m, 1))),
+    }
+}
+
 /// Every op that has kernels, in the order of their names.
 pub fn ops(device: &Device) -> Vec<Op> {
-    [append, append_groups, append_lowrank, attend, attend_lowrank, encode, merge, project, reduce, scan, topk]
-        .map(|op| op(device))
-        .into()
+    [
+        append,
+        append_groups,
+        append_lowrank,
+        attend,
+        attend_cut,
+        attend_lowrank,
+        budget,
+        compact,
+        encode,
+        merge,
+        project,
+        protect,
+        reduce,
+        scan,
+        scan_select,
+        score,
+        score_gate,
+        score_keys,
+        topk,
+        topp,
+    ]
+    .map(|op| op(device))
+    .into()
 }

@@ -131,6 +131,7 @@ fn on_device(
         keys: Pool::hnd(keys.view_mut(), b * pages, PAGE, h, key.0, key.1),
         values: Pool::hnd(values.view_mut(), b * pages, PAGE, h, value.0, value.1),
         tables: Tables { keys: key_scales, values: value_scales },
+        key_scores: None,
     };
     plan.launch(&lab.stream, &mut args, &mut workspace)?;
     let read = |buffer: &kvlar::Buffer,

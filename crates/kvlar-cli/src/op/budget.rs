@@ -1,10 +1,54 @@
 //! budget_layers, budget_heads.
 
+use super::attend::Lab;
 use super::case::{Case, Output};
 use super::formats::required;
-use super::{Result, input, no_kernel};
+use super::{Result, input};
 use crate::backend::Backend;
+use kvlar::{BudgetHeadsArgs, BudgetHeadsShape, BudgetLayersArgs, BudgetLayersShape, Buffer, Dtype, Workspace};
 use kvlar_reference::{HeadsInput, LayerBudget, LayersInput};
+
+fn read(lab: &Lab, budgets: &Buffer) -> Result<Vec<i32>> {
+    let mut values = vec![0; budgets.len() / 4];
+    lab.stream.download(budgets, 0, bytemuck::cast_slice_mut(&mut values))?;
+    Ok(values)
+}
+
+fn layers_on_device(i: &LayersInput<'_>, backend: Backend) -> Result<Vec<i32>> {
+    let lab = Lab::open(backend, Dtype::Bf16)?;
+    let shape = BudgetLayersShape::new(i.method, [1, i.layers, i.heads], i.rows, i.base);
+    let plan = BudgetLayersShape { r_max: i.r_max, interval: i.interval, beta: i.beta, ..shape }.plan(&lab.device)?;
+    let (scores, mut budgets) = (lab.upload(i.scores)?, lab.device.alloc(4 * i.layers)?);
+    let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
+    let mut args = BudgetLayersArgs {
+        scores: Some(scores.view()),
+        score_stride: None,
+        lengths: None,
+        histogram: None,
+        budgets: budgets.view_mut(),
+        ks: None,
+    };
+    plan.launch(&lab.stream, &mut args, &mut workspace)?;
+    read(&lab, &budgets)
+}
+
+fn heads_on_device(i: &HeadsInput<'_>, backend: Backend) -> Result<Vec<i32>> {
+    let lab = Lab::open(backend, Dtype::Bf16)?;
+    let shape = BudgetHeadsShape::new([1, 1, i.heads], i.rows, i.base);
+    let plan = BudgetHeadsShape { alpha: i.alpha, ..shape }.plan(&lab.device)?;
+    let (scores, mut budgets) = (lab.upload(i.scores)?, lab.device.alloc(4 * i.heads)?);
+    let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
+    let mut args = BudgetHeadsArgs {
+        scores: scores.view(),
+        score_stride: None,
+        lengths: None,
+        histogram: None,
+        budgets: budgets.view_mut(),
+        ks: None,
+    };
+    plan.launch(&lab.stream, &mut args, &mut workspace)?;
+    read(&lab, &budgets)
+}
 
 pub fn budget_layers(case: &mut Case, backend: Backend) -> Result<Output> {
     let scores = case.floats("scores", 3)?;
@@ -22,10 +66,10 @@ pub fn budget_layers(case: &mut Case, backend: Backend) -> Result<Output> {
     case.dtype()?; // every op takes it; scores are always f32
     case.finish()?;
     let i = LayersInput { layers, heads, rows, scores: &scores.values, base, method, r_max, interval, beta };
-    let budgets = match backend {
-        Backend::Reference => kvlar_reference::budget_layers(&i)?,
-        Backend::Simt | Backend::Cuda => return no_kernel("budget_layers"),
-    };
+    let mut budgets = kvlar_reference::budget_layers(&i)?; // on a device too: it says what is wrong with the input
+    if backend != Backend::Reference {
+        budgets = layers_on_device(&i, backend)?;
+    }
     Ok(Output::default().ints("budgets", &[layers], &budgets))
 }
 
@@ -35,9 +79,9 @@ pub fn budget_heads(case: &mut Case, backend: Backend) -> Result<Output> {
     let i = HeadsInput { heads, rows, scores: &scores.values, base: required(case, "base")?, alpha: case.scalar("alpha", 0.5)? };
     case.dtype()?; // every op takes it; scores are always f32
     case.finish()?;
-    let budgets = match backend {
-        Backend::Reference => kvlar_reference::budget_heads(&i)?,
-        Backend::Simt | Backend::Cuda => return no_kernel("budget_heads"),
-    };
+    let mut budgets = kvlar_reference::budget_heads(&i)?; // as above
+    if backend != Backend::Reference {
+        budgets = heads_on_device(&i, backend)?;
+    }
     Ok(Output::default().ints("budgets", &[heads], &budgets))
 }

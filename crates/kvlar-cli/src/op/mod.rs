@@ -82,11 +82,6 @@ pub fn input<T>(text: impl Into<String>) -> Result<T> {
     Err(OpError::Input(text.into()))
 }
 
-/// What an op answers on a backend that it has no kernel for yet.
-pub fn no_kernel<T>(op: &str) -> Result<T> {
-    Err(OpError::Unsupported(format!("{op} runs on the reference only so far")))
-}
-
 fn execute(a: &Arguments) -> Result<()> {
     let op: fn(&mut Case, Backend) -> Result<Output> = match a.name.as_str() {
         "attend" => attend::run,

@@ -3,9 +3,9 @@
 use super::attend::Lab;
 use super::case::{Case, Floats, Output};
 use super::formats::required;
-use super::{Result, input, no_kernel};
+use super::{Result, input};
 use crate::backend::Backend;
-use kvlar::{Dtype, TopkArgs, TopkShape, Workspace};
+use kvlar::{Dtype, TopkArgs, TopkShape, ToppArgs, ToppShape, Workspace};
 use kvlar_reference::{Forced, Resolve, ThresholdInput, ThresholdRule, TopkInput, ToppInput};
 
 /// What topk and topp share: scores of R lists of T rows, how long each is, and the rows that are kept anyway.
@@ -49,6 +49,8 @@ fn on_device(shape: TopkShape, scores: &[f32], lengths: Option<&[i32]>, backend:
         scores: scores.view(),
         score_stride: None,
         lengths: lengths.as_ref().map(|l| l.view()),
+        length_rows: 1,
+        histogram: None,
         ks: None,
         cuts: None,
         counts: Some(counts.view_mut()),
@@ -61,6 +63,30 @@ fn on_device(shape: TopkShape, scores: &[f32], lengths: Option<&[i32]>, backend:
     lab.stream.download(&counts, 0, bytemuck::cast_slice_mut(&mut read.counts))?;
     lab.stream.download(&mask, 0, &mut read.mask)?;
     Ok(read)
+}
+
+/// Mask, counts and mass.
+fn mass_on_device(i: &ToppInput<'_>, backend: Backend) -> Result<(Vec<u8>, Vec<i32>, Vec<f32>)> {
+    let lab = Lab::open(backend, Dtype::Bf16)?;
+    let Forced { sink_rows, recent_rows } = i.forced;
+    let ToppInput { batch, rows, top_p, k_min, k_max, resolve, .. } = *i;
+    let plan = ToppShape { batch, rows, top_p, k_min, k_max, sink_rows, recent_rows, resolve }.plan(&lab.device)?;
+    let logits = lab.upload(i.logits)?;
+    let lengths = i.lengths.map(|l| lab.upload(l)).transpose()?;
+    let (mut counts, mut mass) = (lab.device.alloc(4 * batch)?, lab.device.alloc(4 * batch)?);
+    let mut mask = lab.device.alloc(batch * rows)?;
+    let mut args = ToppArgs {
+        lengths: lengths.as_ref().map(|l| l.view()),
+        counts: Some(counts.view_mut()),
+        mass: Some(mass.view_mut()),
+        mask: Some(mask.view_mut()),
+        ..ToppArgs::new(logits.view())
+    };
+    plan.launch(&lab.stream, &mut args)?;
+    let (mut kept, mut read) = (vec![0; batch * rows], vec![0; batch]);
+    lab.stream.download(&mask, 0, &mut kept)?;
+    lab.stream.download(&counts, 0, bytemuck::cast_slice_mut(&mut read))?;
+    Ok((kept, read, lab.download(&mass)?))
 }
 
 pub fn topk(case: &mut Case, backend: Backend) -> Result<Output> {
@@ -92,10 +118,10 @@ pub fn topp(case: &mut Case, backend: Backend) -> Result<Output> {
         resolve: case.choice("resolve", &[("exact", Resolve::Exact), ("bin", Resolve::Bin)])?,
     };
     case.finish()?;
-    let r = match backend {
-        Backend::Reference => kvlar_reference::topp(&i)?,
-        Backend::Simt | Backend::Cuda => return no_kernel("topp"),
-    };
+    let mut r = kvlar_reference::topp(&i)?; // on a device too: it says what is wrong with the input
+    if backend != Backend::Reference {
+        (r.mask, r.counts, r.mass) = mass_on_device(&i, backend)?;
+    }
     let out = Output::default().bytes("mask", &[batch, rows], r.mask);
     Ok(out.ints("counts", &[batch], &r.counts).floats("mass", &[batch], &r.mass))
 }
@@ -116,13 +142,10 @@ pub fn threshold(case: &mut Case, backend: Backend) -> Result<Output> {
     case.finish()?;
     let mut r = kvlar_reference::threshold(&i)?;
     if backend != Backend::Reference {
-        if i.floor > 0 {
-            return no_kernel("threshold with a floor");
-        }
         let strict = i.rule == ThresholdRule::Strict;
         // The strict rule keeps what is above the score of place keep - 1.
         let k = if strict { i.keep.max(1) } else { i.keep };
-        let shape = TopkShape { members: layers * heads, strict, ..TopkShape::new(1, rows, k) };
+        let shape = TopkShape { members: layers * heads, strict, floor: i.floor, ..TopkShape::new(1, rows, k) };
         if !scores.values.is_empty() {
             let selected = on_device(shape, &scores.values, None, backend)?;
             (r.mask, r.lengths) = (selected.mask, selected.counts);

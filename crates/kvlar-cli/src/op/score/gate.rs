@@ -1,11 +1,37 @@
 //! score_gate.
 
-use super::{no_kernel, sizes};
+use super::sizes;
 use crate::backend::Backend;
-use crate::op::attend::reference_dtype;
+use crate::op::attend::{Lab, reference_dtype};
 use crate::op::case::{Case, Output, expect};
-use crate::op::{Result, input};
+use crate::op::{OpError, Result, input};
+use kvlar::{Dtype, GateWeights, ScoreGateArgs, Workspace};
 use kvlar_reference::{Gate, score_gate};
+
+/// Hidden states `[T, D]` of one sequence.
+fn on_device(hidden: &[f32], gate: &Gate<'_>, dtype: Dtype, backend: Backend) -> Result<Vec<f32>> {
+    if gate.gate_dim != 16 {
+        return Err(OpError::Unsupported(format!("score_gate has no kernel for gate dimension {}, for 16", gate.gate_dim)));
+    }
+    let lab = Lab::open(backend, dtype)?;
+    let weights = GateWeights::new(&lab.device, &lab.stream, gate, dtype)?;
+    let rows = hidden.len() / gate.hidden_dim;
+    let plan = weights.shape(1, rows, rows).plan(&lab.device)?;
+    let hidden = lab.upload_as(hidden, dtype)?;
+    let mut scores = lab.device.alloc(4 * gate.kv_heads * rows)?;
+    let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
+    let mut args = ScoreGateArgs {
+        hidden: hidden.view(),
+        hidden_strides: None,
+        weights: &weights,
+        scores: scores.view_mut(),
+        score_strides: None,
+        first_columns: None,
+        counts: None,
+    };
+    plan.launch(&lab.stream, &mut args, &mut workspace)?;
+    lab.download(&scores)
+}
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     let hidden = case.floats("hidden", 2)?;
@@ -13,7 +39,8 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     let k_proj = case.floats("k_proj.weight", 2)?;
     let (q_norm, k_norm) = (case.floats("q_norm.weight", 1)?, case.floats("k_norm.weight", 1)?);
     let (k_base, b) = (case.floats("k_base", 4)?, case.floats("b", 3)?);
-    let dtype = reference_dtype(case.dtype()?);
+    let activations = case.dtype()?;
+    let dtype = reference_dtype(activations);
     case.finish()?;
     // Every size is in a tensor: D' in the norm, then H in the keys' rows, then G in the queries'.
     let [tokens, hidden_dim] = sizes(&hidden.shape);
@@ -50,7 +77,7 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     gate.check()?;
     let scores = match backend {
         Backend::Reference => score_gate(&round(&hidden.values), &gate, dtype)?,
-        _ => return no_kernel("score_gate", backend),
+        _ => on_device(&round(&hidden.values), &gate, activations, backend)?,
     };
     Ok(Output::default().floats("scores", &[kv_heads, tokens], &scores))
 }

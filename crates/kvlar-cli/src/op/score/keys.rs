@@ -1,11 +1,37 @@
 //! score_keys.
 
-use super::{no_kernel, sizes};
+use super::sizes;
 use crate::backend::Backend;
-use crate::op::attend::reference_dtype;
+use crate::op::attend::{Lab, reference_dtype};
 use crate::op::case::{Case, Output, expect};
 use crate::op::{Result, input};
+use kvlar::{Dtype, KeySums, Pool, Rows, ScoreKeysArgs, ScoreKeysShape, Workspace};
 use kvlar_reference::{KeyMethod, KeysInput, score_keys};
+
+/// Rows next to each other.
+fn on_device(i: &KeysInput<'_>, dtype: Dtype, backend: Backend) -> Result<Vec<f32>> {
+    let lab = Lab::open(backend, dtype)?;
+    let KeysInput { method, seqs, kv_heads, rows: max_rows, head_dim, value_dim, .. } = *i;
+    let shape = ScoreKeysShape { dtype, method, seqs, kv_heads, max_rows, head_dim, value_dim, fill: false };
+    let plan = shape.plan(&lab.device)?;
+    if seqs * kv_heads * max_rows == 0 {
+        return Ok(Vec::new());
+    }
+    let (keys, values) = (lab.upload_as(i.k, dtype)?, lab.upload_as(i.v.unwrap_or_default(), dtype)?);
+    let mut scores = lab.device.alloc(4 * seqs * kv_heads * max_rows)?;
+    let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
+    let pool = |view, dim: usize| Pool::contiguous(view, kv_heads, max_rows, dim * dtype.bytes());
+    let mut args = ScoreKeysArgs {
+        rows: Rows::contiguous(None, max_rows),
+        keys: pool(keys.view(), head_dim),
+        values: method.needs_values().then(|| pool(values.view(), value_dim)),
+        scores: scores.view_mut(),
+        score_strides: None,
+        sums: KeySums::Own,
+    };
+    plan.launch(&lab.stream, &mut args, &mut workspace)?;
+    lab.download(&scores)
+}
 
 const METHODS: [(&str, KeyMethod); 4] = [
     ("l2norm", KeyMethod::L2Norm),
@@ -34,14 +60,15 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
     if let Some(v) = &v {
         expect("v", &v.shape, &[seqs, kv_heads, rows, value_dim])?;
     }
-    let dtype = reference_dtype(case.dtype()?);
+    let stored = case.dtype()?;
+    let dtype = reference_dtype(stored);
     case.finish()?;
     let (k, v) = (dtype.round_all(&k.values), v.map(|v| dtype.round_all(&v.values)));
     let i = KeysInput { seqs, kv_heads, rows, head_dim, value_dim, k: &k, v: v.as_deref(), method };
     i.check()?;
     let scores = match backend {
         Backend::Reference => score_keys(&i)?,
-        _ => return no_kernel("score_keys", backend),
+        _ => on_device(&i, stored, backend)?,
     };
     Ok(Output::default().floats("scores", &[seqs, kv_heads, rows], &scores))
 }

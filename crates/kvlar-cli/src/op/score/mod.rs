@@ -1,6 +1,7 @@
 //! score_window, score_column, score_gate, score_keys, score_repeat.
 
 mod column;
+mod device;
 mod gate;
 mod keys;
 mod repeat;
@@ -14,8 +15,8 @@ pub use window::run as window;
 
 use super::attend::reference_dtype;
 use super::case::{Case, finite};
-use super::{OpError, Result, input};
-use crate::backend::Backend;
+use super::{Result, input};
+use kvlar::Dtype;
 
 /// Queries and keys of all heads, rounded.
 struct Heads {
@@ -34,6 +35,7 @@ struct Heads {
     q: Vec<f32>,
     k: Vec<f32>,
     scale: f64,
+    dtype: Dtype,
 }
 
 impl Heads {
@@ -45,10 +47,10 @@ impl Heads {
             return input(format!("q is {:?} and k {:?}: they must agree in sequences and dimensions", q.shape, k.shape));
         }
         divides(hq, hk, d)?;
-        let dtype = reference_dtype(case.dtype()?);
-        let scale = scale(case, d)?;
-        let (q, k) = (dtype.round_all(&q.values), dtype.round_all(&k.values));
-        Ok(Self { seqs: b, q_heads: hq, kv_heads: hk, queries: s, rows: t, head_dim: d, q, k, scale })
+        let dtype = case.dtype()?;
+        let (scale, round) = (scale(case, d)?, |x: &[f32]| reference_dtype(dtype).round_all(x));
+        let (q, k) = (round(&q.values), round(&k.values));
+        Ok(Self { seqs: b, q_heads: hq, kv_heads: hk, queries: s, rows: t, head_dim: d, q, k, scale, dtype })
     }
 }
 
@@ -66,9 +68,4 @@ fn divides(q_heads: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
 
 fn scale(case: &mut Case, head_dim: usize) -> Result<f64> {
     finite("scale", case.scalar("scale", 1.0 / (head_dim as f64).sqrt())?)
-}
-
-/// No device scores rows yet.
-fn no_kernel<T>(op: &str, backend: Backend) -> Result<T> {
-    Err(OpError::Unsupported(format!("{op} has no kernel for {backend:?} yet; it runs on the reference")))
 }

@@ -1,11 +1,12 @@
 //! score_repeat.
 
-use super::{divides, no_kernel, scale, sizes};
+use super::{device, divides, scale, sizes};
 use crate::backend::Backend;
 use crate::op::attend::reference_dtype;
 use crate::op::case::{Case, Output};
 use crate::op::formats::required;
 use crate::op::{Result, input};
+use kvlar::ScoreShape;
 use kvlar_reference::{RepeatInput, score_repeat};
 
 pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
@@ -19,15 +20,20 @@ pub fn run(case: &mut Case, backend: Backend) -> Result<Output> {
         return input(format!("k has {all_rows} rows a head, less than the {queries} of q, which are its last"));
     };
     let (sink, start, len) = (required(case, "sink")?, required(case, "start")?, required(case, "len")?);
-    let dtype = reference_dtype(case.dtype()?);
-    let scale = Some(scale(case, head_dim)?);
+    let dtype = case.dtype()?;
+    let scale = scale(case, head_dim)?;
     case.finish()?;
-    let (q, k) = (dtype.round_all(&q.values), dtype.round_all(&k.values));
-    let i = RepeatInput { q_heads, kv_heads, queries, rows, head_dim, q: &q, k: &k, sink, start, len, scale };
+    let round = |x: &[f32]| reference_dtype(dtype).round_all(x);
+    let (q, k) = (round(&q.values), round(&k.values));
+    let i = RepeatInput { q_heads, kv_heads, queries, rows, head_dim, q: &q, k: &k, sink, start, len, scale: Some(scale) };
     i.check()?;
     let scores = match backend {
         Backend::Reference => score_repeat(&i)?,
-        _ => return no_kernel("score_repeat", backend),
+        _ => {
+            let shape = ScoreShape::repeat(dtype, 1, (q_heads, kv_heads), queries, len, all_rows, head_dim);
+            let tensors = device::Tensors { q: &q, k: &k, lse: None, span: Some([sink, start, len]) };
+            device::scores(ScoreShape { scale: scale as f32, ..shape }, &tensors, backend)?
+        }
     };
     Ok(Output::default().floats("scores", &[kv_heads, len], &scores))
 }
