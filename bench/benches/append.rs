@@ -132,6 +132,7 @@ impl Launches for Buffers {
             keys: self.pages.pool(self.keys.view_mut(), heads, codec, dim),
             values: self.pages.pool(self.values.view_mut(), heads, codec, dim),
             tables: Default::default(),
+            key_scores: None,
         };
         self.plan.launch(stream, &mut args, &mut self.workspace)
     }

@@ -3,7 +3,10 @@
 //! Product codes are random, all equal (lanes of a warp read one entry), or 32 apart (their entries meet in one bank): what
 //! lookups cost lies between the last two.
 
-use kvlar::{Buffer, Codec, Dtype, Format, Reduction, Result, ScanArgs, ScanPlan, ScanShape, Stream, WorkList, Workspace};
+use kvlar::{
+    Buffer, Codec, Dtype, Format, Reduction, Result, ScanArgs, ScanPlan, ScanSelectPlan, ScanSelectShape, ScanShape, SelectArgs,
+    Stream, WorkList, Workspace,
+};
 use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock, codec_name};
 use serde_json::{Value, json};
 
@@ -20,6 +23,8 @@ struct Scan {
     codes: Codes,
     method: Reduction,
     histogram: bool,
+    /// How many rows a head's cut keeps, where it is found too.
+    select: Option<usize>,
     lengths: Vec<usize>,
     /// (Hq, Hk)
     heads: (usize, usize),
@@ -29,7 +34,7 @@ struct Scan {
 impl Scan {
     fn new(keys: impl Into<Format>, lengths: Vec<usize>) -> Self {
         let (method, codes) = (Reduction::MaxLogit, Codes::Random);
-        Self { keys: keys.into(), codes, method, histogram: false, lengths, heads: (32, 8), dim: 128 }
+        Self { keys: keys.into(), codes, method, histogram: false, select: None, lengths, heads: (32, 8), dim: 128 }
     }
 
     fn longest(&self) -> usize {
@@ -70,7 +75,8 @@ impl Case for Scan {
         let (b, t) = (self.lengths.len(), self.longest());
         let method = if self.method == Reduction::MaxProb { "/max_prob" } else { "" };
         let histogram = if self.histogram { "/histogram" } else { "" };
-        format!("{}/b{b}/t{t}{method}{histogram}", self.format_name())
+        let select = self.select.map_or(String::new(), |k| format!("/select{k}"));
+        format!("{}/b{b}/t{t}{method}{histogram}{select}", self.format_name())
     }
 
     fn parameters(&self) -> Value {
@@ -85,6 +91,7 @@ impl Case for Scan {
             "page_rows": HEAD_PAGE_ROWS,
             "method": format!("{:?}", self.method),
             "histogram": self.histogram,
+            "select": self.select,
         })
     }
 
@@ -102,7 +109,9 @@ impl Case for Scan {
 
     fn prepare(&self, rig: &Rig, sets: usize) -> Result<Box<dyn Launches>> {
         let (device, pages) = (&rig.device, self.head_pages());
-        let plan = self.shape().plan(device)?;
+        let select = self.select.map(|k| ScanSelectShape::new(self.shape(), k).plan(device)).transpose()?;
+        let plan = if let Some(select) = &select { *select.scan() } else { self.shape().plan(device)? };
+        let size = select.map_or(plan.workspace(), |select| select.workspace());
         let block = if self.keys.codec == Codec::Pq {
             let code = |row: usize, _: usize| match self.codes {
                 Codes::Random => rig.with_rng(|rng| rng.below(self.keys.centroids)) as u8,
@@ -125,13 +134,13 @@ impl Case for Scan {
             pages: Pages::new(rig, &self.lengths, false)?,
             caches: (0..sets).map(|_| block.fill(rig, pages)).collect::<Result<_>>()?,
             work: plan.work_list(device)?,
-            workspace: Workspace::new(device, plan.workspace())?,
+            workspace: Workspace::new(device, size)?,
+            select,
+            cuts: rig.poisoned(8 * b * self.heads.1)?,
         };
         // The list depends on the lengths alone: one serves all sets, as in an engine it serves all layers.
-        buffers.with_args(0, |plan, args, work, workspace| {
-            plan.schedule(&rig.stream, args, work, workspace)?;
-            plan.launch(&rig.stream, args, work, workspace)
-        })?;
+        buffers.with_args(0, |plan, _, args, work, workspace| plan.schedule(&rig.stream, args, work, workspace))?;
+        buffers.launch(&rig.stream, 0)?;
         Ok(Box::new(buffers))
     }
 }
@@ -148,13 +157,15 @@ struct Buffers {
     caches: Vec<Buffer>,
     work: WorkList,
     workspace: Workspace,
+    select: Option<ScanSelectPlan>,
+    cuts: Buffer,
 }
 
 impl Buffers {
     fn with_args(
         &mut self,
         set: usize,
-        f: impl FnOnce(&ScanPlan, &mut ScanArgs<'_>, &mut WorkList, &mut Workspace) -> Result<()>,
+        f: impl FnOnce(&ScanPlan, &mut SelectArgs<'_>, &mut ScanArgs<'_>, &mut WorkList, &mut Workspace) -> Result<()>,
     ) -> Result<()> {
         let Scan { keys, dim, heads, .. } = self.case;
         let mut args = ScanArgs {
@@ -168,13 +179,18 @@ impl Buffers {
             lse: None,
             histogram: self.histogram.as_mut().map(Buffer::view_mut),
         };
-        f(&self.plan, &mut args, &mut self.work, &mut self.workspace)
+        let mut select = SelectArgs { ks: None, cuts: self.cuts.view_mut() };
+        f(&self.plan, &mut select, &mut args, &mut self.work, &mut self.workspace)
     }
 }
 
 impl Launches for Buffers {
     fn launch(&mut self, stream: &Stream, set: usize) -> Result<()> {
-        self.with_args(set, |plan, args, work, workspace| plan.launch(stream, args, work, workspace))
+        let selecting = self.select;
+        self.with_args(set, |plan, select, args, work, workspace| match selecting {
+            Some(selecting) => selecting.launch(stream, args, select, work, workspace),
+            None => plan.launch(stream, args, work, workspace),
+        })
     }
 
     fn check(&self, rig: &Rig) {
@@ -207,6 +223,8 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     let int4 = || Scan::new(Codec::Int4, lengths(1, 128));
     all.push(Scan { method: Reduction::MaxProb, ..int4() });
     all.push(Scan { histogram: true, ..int4() });
+    all.push(Scan { select: Some(if tiny { 20 } else { 2048 }), ..Scan::new(Codec::Int4, lengths(1, 32)) });
+    all.push(Scan { select: Some(if tiny { 20 } else { 2048 }), ..int4() });
     if tiny {
         all.iter_mut().for_each(|case| case.heads = (8, 2));
     }

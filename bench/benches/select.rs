@@ -59,6 +59,8 @@ impl Launches for Buffers {
             scores: self.scores[set].view(),
             score_stride: None,
             lengths: None,
+            length_rows: 1,
+            histogram: None,
             ks: None,
             cuts: Some(self.cuts.view_mut()),
             counts: None,

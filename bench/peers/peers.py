@@ -4,6 +4,8 @@ dense      bf16 (benches/attend.rs): PyTorch's SDPA backends, its flex_attention
 lowrank    low-rank keys and values (benches/attend_lowrank.rs): PyTorch rebuilds all rows, then SDPA.
 quantized  fp8 and integer codes (benches/attend_quantized.rs): FlashInfer over fp8; PyTorch dequantizes, then SDPA. Scores
            alone (benches/scan.rs): PyTorch's products, and lookups of product codes.
+eviction   which rows stay, and moving them together (benches/select.rs, benches/compact.rs): PyTorch's topk and copies,
+           FlashInfer's top_k.
 Every peer is checked against fp64 before it is timed; all peers of a shape share buffers and are sampled in turn, so that a
 drift of clocks or temperature meets them all.
 
@@ -25,13 +27,14 @@ import sys
 from pathlib import Path
 
 import dense
+import eviction
 import lowrank
 import paged
 import quantized
 import scan
 from timing import Clock, Log, copy_ceiling, run_shape
 
-KINDS = ("dense", "lowrank", "quantized")
+KINDS = ("dense", "lowrank", "quantized", "eviction")
 TINY = 256  # rows, on a CPU
 L2_BYTES = 60 << 20  # of an H200; what the device says, if that is more
 
@@ -82,7 +85,7 @@ def main():
     kinds = [kind for kind in KINDS if arguments.only in (None, kind)]
     flashinfer, l2 = None, 0
     if cuda:
-        paged_kinds = [kind for kind in kinds if kind != "lowrank"]
+        paged_kinds = [kind for kind in kinds if kind in ("dense", "quantized")]
         flashinfer = paged.FlashInfer(torch, log, arguments.build_seconds, paged_kinds) if paged_kinds else None
         properties = torch.cuda.get_device_properties(0)
         l2 = max(L2_BYTES, getattr(properties, "L2_cache_size", 0))
@@ -92,7 +95,7 @@ def main():
         log.line(f"copy ceiling: {log.ceiling / 1e12:.2f} TB/s")
     else:
         header["emulated"] = "the peers ran on the CPU; their times are not a speed and are left out"
-        if kinds != ["lowrank"]:
+        if {"dense", "quantized"} & set(kinds):
             log.skip("flashinfer", "needs a GPU")
 
     def budget():
@@ -124,6 +127,14 @@ def main():
         shape = scan.Shape(torch, arguments.device, name, batch, rows, l2, budget())
         run_shape(torch, clock, log, shape, [scan.peers(torch, shape)])
 
+    def run_scores(rows, kept):
+        shape = eviction.Scores(torch, arguments.device, rows, kept, l2, budget())
+        run_shape(torch, clock, log, shape, [eviction.choosers(torch, shape)])
+
+    def run_layers(layers, rows, kept):
+        shape = eviction.Layers(torch, arguments.device, layers, rows, kept, l2, budget())
+        run_shape(torch, clock, log, shape, [eviction.movers(torch, shape)])
+
     def lengths(of):
         return of.LENGTHS if cuda else (TINY,)
 
@@ -140,6 +151,11 @@ def main():
                 run_quantized(name, batch, rows)
             for name in scan.KEYS:
                 run_scan(name, batch, rows)
+    if "eviction" in kinds:
+        for rows in eviction.ROWS if cuda else (TINY,):
+            run_scores(rows, eviction.KEPT if cuda else TINY // 4)
+        for rows, kept in eviction.LENGTHS if cuda else ((TINY, TINY // 2),):
+            run_layers(eviction.LAYERS if cuda else 2, rows, kept)
     log.flush()
     print("\n" + "\n".join(log.lines) + f"\nwritten: {log.path}")
 
