@@ -1,14 +1,14 @@
 //! The sequences of one step, as the device sees them.
 
-use crate::error::invalid;
 use crate::exact::ExactShape;
 use crate::layer::{Layer, native};
 use crate::quantized::RowBatch;
 use crate::tables::Tables;
-use crate::{CacheConfig, Result, SeqId};
+use crate::turn::Turn;
+use crate::{CacheConfig, Result};
 use kvlar::{
-    AppendLowrankPlan, AppendPlan, AppendShape, AttendShape, Backend, Buffer, Device, Dtype, LowrankPlan, Schedule, SegmentShape,
-    WorkList, Workspace, WorkspaceSize,
+    AppendLowrankPlan, AppendPlan, AppendShape, AttendShape, Backend, Buffer, Device, Dtype, Format, LowrankPlan, Schedule,
+    SegmentShape, WorkList, Workspace, WorkspaceSize,
 };
 
 /// What a [`Batch`] is made from.
@@ -46,13 +46,42 @@ impl BatchShape {
             schedule: Schedule::Balanced,
         }
     }
+
+    /// The writing of its new rows as such keys and values.
+    pub(crate) fn append(&self, config: &CacheConfig, [key_format, value_format]: [Format; 2]) -> AppendShape {
+        AppendShape {
+            dtype: config.dtype,
+            key_format,
+            value_format,
+            seqs: self.seqs,
+            kv_heads: config.kv_heads,
+            new_rows: self.new_rows,
+            head_dim: config.head_dim,
+            value_dim: config.value_dim,
+        }
+    }
+
+    /// Attention over such keys and values.
+    pub(crate) fn attend(&self, config: &CacheConfig, [keys, values]: [Format; 2]) -> AttendShape {
+        let rows = SegmentShape { keys, values, max_rows: config.max_rows };
+        let heads = (self.q_heads, config.kv_heads);
+        let of = AttendShape::new(config.dtype, self.seqs, heads, self.new_rows, config.head_dim, rows);
+        AttendShape {
+            out_dtype: self.out_dtype,
+            value_dim: config.value_dim,
+            scale: self.scale.unwrap_or(of.scale),
+            softcap: self.softcap,
+            window: self.window,
+            schedule: self.schedule,
+            ..of
+        }
+    }
 }
 
 /// The sequences of a step: plans, tables, lengths and scratch, allocated once and filled by [`crate::Cache::begin`].
 #[derive(Debug)]
 pub struct Batch {
-    pub(crate) shape: BatchShape,
-    pub(crate) cache: u64,
+    pub(crate) turn: Turn,
     /// Of layers without latents.
     pub(crate) rows: RowBatch,
     /// Decoded keys and values of one layer, `[seqs, Hk, max_rows, dim]`, where some layer has formats that no kernel attends
@@ -68,7 +97,6 @@ pub struct Batch {
     /// Bytes of all work lists.
     work_bytes: usize,
     pub(crate) tables: Tables,
-    pub(crate) active: Vec<(SeqId, usize)>,
 }
 
 /// Plans of one low-rank layer.
@@ -90,33 +118,12 @@ impl Batch {
         shape: BatchShape,
         layers: &[Layer],
     ) -> Result<Self> {
-        let BatchShape { seqs, new_rows, q_heads, .. } = shape;
-        if seqs == 0 || new_rows == 0 {
-            return invalid("batch", format!("{seqs} sequences of {new_rows} new tokens"));
-        }
-        let append = AppendShape {
-            dtype: config.dtype,
-            key_format: config.keys,
-            value_format: config.values,
-            seqs,
-            kv_heads: config.kv_heads,
-            new_rows,
-            head_dim: config.head_dim,
-            value_dim: config.value_dim,
-        };
+        let BatchShape { seqs, new_rows, .. } = shape;
+        let turn = Turn::new(cache, shape)?;
+        let append = shape.append(&config, [config.keys, config.values]);
         let own = native(config.dtype);
         let append_exact = AppendShape { key_format: own.into(), value_format: own.into(), ..append };
-        let rows = SegmentShape { keys: config.keys, values: config.values, max_rows: config.max_rows };
-        let attend = AttendShape::new(config.dtype, seqs, (q_heads, config.kv_heads), new_rows, config.head_dim, rows);
-        let attend_shape = AttendShape {
-            out_dtype: shape.out_dtype,
-            value_dim: config.value_dim,
-            scale: shape.scale.unwrap_or(attend.scale),
-            softcap: shape.softcap,
-            window: shape.window,
-            schedule: shape.schedule,
-            ..attend
-        };
+        let attend_shape = shape.attend(&config, [config.keys, config.values]);
         let rows = RowBatch::new(device, &config, &exact, append, attend_shape, layers)?;
         let mut workspace = rows.workspace();
         let all_rows = |dim| device.alloc(seqs * config.kv_heads * config.max_rows * dim * config.dtype.bytes());
@@ -148,8 +155,7 @@ impl Batch {
             lowrank.push(Some(LowrankPlans { append, attend, work }));
         }
         Ok(Self {
-            shape,
-            cache,
+            turn,
             work_bytes: rows.work_bytes() + lists.iter().map(|(plan, _)| plan.work_list_bytes()).sum::<usize>(),
             rows,
             decoded,
@@ -158,13 +164,12 @@ impl Batch {
             lowrank,
             lowrank_work: lists.into_iter().map(|(_, work)| (work, false)).collect(),
             tables: Tables::new(device, &config, exact, seqs, new_rows)?,
-            active: Vec::new(),
         })
     }
 
     /// What it was made from.
     pub fn shape(&self) -> &BatchShape {
-        &self.shape
+        &self.turn.shape
     }
 
     /// Bytes that it allocated: tables, scratch, work lists, and room for a layer's decoded rows where they are needed.

@@ -26,6 +26,7 @@ mod quantized;
 mod sequence;
 mod step;
 mod tables;
+mod turn;
 
 pub use batch::{Batch, BatchShape};
 pub use cache::{Cache, SeqId, Usage};

@@ -1,12 +1,13 @@
 //! Steps: room for new tokens, their rows, attention over them.
 
-use crate::batch::{Batch, BatchShape};
+use crate::batch::Batch;
 use crate::cache::{Cache, SeqId};
 use crate::error::invalid;
 use crate::layer::Layer;
 use crate::pages::PageBook;
 use crate::quantized::{QuantizedLayer, Writing};
 use crate::sequence::Kind;
+use crate::turn::check_layer;
 use crate::{CacheError, Result};
 use kvlar::{AppendArgs, AppendGroupsArgs, AttendArgs, LowrankArgs, Pool, Rope, Rows, Segment, Stream, Strides, View, ViewMut};
 use std::collections::BTreeMap;
@@ -59,27 +60,12 @@ impl Cache {
     /// [`CacheError::OutOfPages`], [`CacheError::TooLong`], [`CacheError::UnknownSequence`], [`CacheError::Busy`] (also for
     /// a batch in use), [`CacheError::Invalid`] for more sequences or tokens than the batch was made for.
     pub fn begin(&mut self, stream: &Stream, batch: &mut Batch, new: &[(SeqId, usize)]) -> Result<()> {
-        if let Some(&(seq, _)) = batch.active.first() {
-            return Err(CacheError::Busy(seq));
-        }
-        if batch.cache != self.id {
-            return invalid("batch", "was made for another cache");
-        }
-        let BatchShape { seqs, new_rows, .. } = batch.shape;
-        if new.len() > seqs {
-            return invalid("sequences", format!("{} in a batch of {seqs}", new.len()));
-        }
-        for (i, &(seq, rows)) in new.iter().enumerate() {
+        batch.turn.check_new(self.id, new)?;
+        for &(seq, tokens) in new {
             let max = self.config.max_rows;
-            let s = self.idle(seq)?;
-            if s.rows + rows > max {
-                return Err(CacheError::TooLong { seq, rows: s.rows + rows, max });
-            }
-            if rows > new_rows {
-                return invalid("new tokens", format!("{rows} in a batch of {new_rows}"));
-            }
-            if new[..i].iter().any(|(other, _)| *other == seq) {
-                return Err(CacheError::Busy(seq));
+            let rows = self.idle(seq)?.rows + tokens;
+            if rows > max {
+                return Err(CacheError::TooLong { seq, rows, max });
             }
         }
         self.check_pages(new)?;
@@ -93,7 +79,7 @@ impl Cache {
             self.undo(new, &copies);
             return Err(e);
         }
-        batch.active = new.to_vec();
+        batch.turn.new = new.to_vec();
         batch.lowrank_work.iter_mut().for_each(|(_, scheduled)| *scheduled = false);
         batch.rows.begin();
         Ok(())
@@ -321,8 +307,8 @@ impl Cache {
     }
 
     fn end(&mut self, batch: &mut Batch, keep: bool) -> Result<()> {
-        self.check_active(batch)?;
-        for (seq, _) in batch.active.drain(..) {
+        batch.turn.check(self.id)?;
+        for (seq, _) in batch.turn.new.drain(..) {
             if let Some(s) = self.sequences.get_mut(&seq) {
                 s.end_step(keep, &mut self.books);
             }
@@ -331,17 +317,8 @@ impl Cache {
     }
 
     fn check_step(&self, batch: &Batch, layer: usize) -> Result<()> {
-        if layer >= self.layers.len() {
-            return invalid("layer", format!("{layer} of {}", self.layers.len()));
-        }
-        self.check_active(batch)
-    }
-
-    fn check_active(&self, batch: &Batch) -> Result<()> {
-        if batch.active.is_empty() || batch.cache != self.id {
-            return invalid("batch", "no step of this cache has begun with it");
-        }
-        Ok(())
+        check_layer(layer, self.layers.len())?;
+        batch.turn.check(self.id)
     }
 }
 

@@ -390,7 +390,8 @@ fn misuse_is_named() {
     let mut batch = lab.cache.batch(BatchShape::new(1, 4, Q_HEADS)).unwrap();
     assert!(matches!(lab.cache.finish(&mut batch), Err(CacheError::Invalid { arg: "batch", .. })));
     let begin = |cache: &mut Cache, batch: &mut Batch, new: &[(SeqId, usize)]| cache.begin(&lab.stream, batch, new);
-    assert_eq!(begin(&mut lab.cache, &mut batch, &[(a, 95)]).unwrap_err(), CacheError::TooLong { seq: a, rows: 105, max: 100 });
+    let mut wide = lab.cache.batch(BatchShape::new(1, 95, Q_HEADS)).unwrap();
+    assert_eq!(begin(&mut lab.cache, &mut wide, &[(a, 95)]).unwrap_err(), CacheError::TooLong { seq: a, rows: 105, max: 100 });
     assert!(matches!(begin(&mut lab.cache, &mut batch, &[(a, 5)]), Err(CacheError::Invalid { arg: "new tokens", .. })));
     let b = lab.cache.create();
     assert!(matches!(begin(&mut lab.cache, &mut batch, &[(a, 1), (b, 1)]), Err(CacheError::Invalid { arg: "sequences", .. })));

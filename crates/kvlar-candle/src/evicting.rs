@@ -1,14 +1,11 @@
 //! A store that lets go of tokens: `kvlar_cache::EvictingCache`.
 
-use crate::paged::{no_step, rope_of, to_bytes};
+use crate::steps::{Steps, max_step};
 use crate::{EngineError, KvShape, KvStore, Moment, Result};
 use candle_core::Tensor;
-use kvlar::{Backend, Buffer, Codec, Device, Dtype, Format, Stream, Strides};
-use kvlar_cache::{
-    BatchShape, EvictingBatch, EvictingCache, EvictingConfig, Evictor, NewRows, Observed, Policy, Queries, Scorer, SeqId,
-};
+use kvlar::{Codec, Device, Dtype, Format, Stream};
+use kvlar_cache::{EvictingCache, EvictingConfig, Evictor, Policy, Prompt, Scorer, SeqId};
 use kvlar_calibrate::Plan;
-use std::collections::BTreeMap;
 
 /// What an [`EvictingStore`] is made from.
 #[derive(Clone, Debug)]
@@ -40,17 +37,12 @@ impl EvictingStoreConfig {
 /// One sequence in a `kvlar_cache::EvictingCache`, and copies of it at its marks.
 #[derive(Debug)]
 pub struct EvictingStore {
-    stream: Stream,
-    cache: EvictingCache,
+    steps: Steps<EvictingCache>,
     evictor: Evictor,
     seq: SeqId,
     marks: Vec<SeqId>,
-    shape: KvShape,
-    config: EvictingStoreConfig,
-    inv_freq: Buffer,
-    /// Tables and scratch, one for each number of new tokens that has occurred.
-    batches: BTreeMap<usize, EvictingBatch>,
-    step: usize,
+    /// Tokens of a prompt that are read at a time.
+    prompt_chunk: usize,
     max_step: usize,
 }
 
@@ -64,7 +56,7 @@ impl EvictingStore {
     /// If memory runs out, there is no kernel, or the policy contradicts itself or the model.
     pub fn new(device: &Device, shape: &KvShape, config: EvictingStoreConfig) -> Result<Self> {
         let cache = EvictingCache::new(device, cache_config(shape, &config), config.policy.clone())?;
-        Self::of(device, shape, config, cache, usize::MAX)
+        Self::of(cache, device.stream()?, shape, &config, usize::MAX)
     }
 
     /// An empty store whose rows are as a plan says.
@@ -74,41 +66,36 @@ impl EvictingStore {
     pub fn planned(device: &Device, shape: &KvShape, config: EvictingStoreConfig, plan: &Plan) -> Result<Self> {
         let stream = device.stream()?;
         let cache = EvictingCache::planned(device, &stream, cache_config(shape, &config), config.policy.clone(), plan)?;
-        let latents = plan.layers.iter().any(|l| l.keys.factors().or(l.values.factors()).is_some());
-        let max_step = if latents && device.backend() != Backend::Reference { kvlar::MAX_QUERY_ROWS } else { usize::MAX };
-        Self::of(device, shape, config, cache, max_step)
+        Self::of(cache, stream, shape, &config, max_step(device, plan))
     }
 
     fn of(
-        device: &Device,
-        shape: &KvShape,
-        config: EvictingStoreConfig,
         mut cache: EvictingCache,
+        stream: Stream,
+        shape: &KvShape,
+        config: &EvictingStoreConfig,
         max_step: usize,
     ) -> Result<Self> {
-        let stream = device.stream()?;
-        let mut inv_freq = device.alloc(4 * shape.rope.inv_freq.len())?;
-        stream.upload(&mut inv_freq, 0, bytemuck::cast_slice(&shape.rope.inv_freq))?;
         let (seq, evictor) = (cache.create()?, cache.evictor()?);
-        let (shape, batches) = (shape.clone(), BTreeMap::new());
-        Ok(Self { stream, cache, evictor, seq, marks: Vec::new(), shape, config, inv_freq, batches, step: 0, max_step })
+        let prompt_chunk = if config.policy.prompt == Prompt::EachChunk { config.prompt_chunk } else { usize::MAX };
+        Ok(Self {
+            steps: Steps::new(cache, stream, shape, config.dtype)?,
+            evictor,
+            seq,
+            marks: Vec::new(),
+            prompt_chunk,
+            max_step,
+        })
     }
 
     /// The cache.
     pub fn cache(&self) -> &EvictingCache {
-        &self.cache
+        &self.steps.cache
     }
 
     /// Its sequence.
     pub fn sequence(&self) -> SeqId {
         self.seq
-    }
-
-    fn upload(&self, x: &Tensor) -> Result<Buffer> {
-        let bytes = to_bytes(x, self.config.dtype)?;
-        let mut buffer = self.stream.device().alloc(bytes.len())?;
-        self.stream.upload(&mut buffer, 0, &bytes)?;
-        Ok(buffer)
     }
 }
 
@@ -136,126 +123,74 @@ impl KvStore for EvictingStore {
     }
 
     fn prompt_chunk(&self) -> usize {
-        match self.config.policy.prompt {
-            kvlar_cache::Prompt::EachChunk => self.config.prompt_chunk,
-            _ => usize::MAX,
-        }
+        self.prompt_chunk
     }
 
     fn len(&self) -> usize {
-        self.cache.len(self.seq).unwrap_or(0)
+        self.cache().len(self.seq).unwrap_or(0)
     }
 
     fn begin(&mut self, new: usize) -> Result<()> {
-        if new == 0 || new > self.config.max_rows {
-            return Err(EngineError::Input(format!("a step of {new} tokens")));
-        }
-        if !self.batches.contains_key(&new) {
-            // Prefills come in all lengths: keep the small ones, which recur.
-            self.batches.retain(|&n, _| n <= 64);
-            let shape = BatchShape { window: self.shape.window, ..BatchShape::new(1, new, self.shape.q_heads) };
-            self.batches.insert(new, self.cache.batch(shape)?);
-        }
-        if let Some(batch) = self.batches.get_mut(&new) {
-            self.cache.begin(&self.stream, batch, &[(self.seq, new)])?;
-            self.step = new;
-        }
-        Ok(())
+        let most = self.cache().config().max_rows;
+        self.steps.begin(self.seq, new, most)
     }
 
     fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (k, v) = (self.upload(k)?, self.upload(v)?);
-        let strides = Some(Strides::rows_first(self.shape.kv_heads, self.step, self.shape.head_dim));
-        let rope = rope_of(&self.shape, &self.inv_freq);
-        let rows = NewRows { k: k.view(), k_strides: strides, v: v.view(), v_strides: strides };
-        let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
-        self.cache.append(&self.stream, batch, layer, rows, Some(rope))?;
-        // The uploads end with this call.
-        Ok(self.stream.synchronize()?)
+        self.steps.append(layer, k, v)
     }
 
     fn observe(&mut self, layer: usize, hidden: &Tensor, q: &Tensor, prompt: bool) -> Result<()> {
-        if !self.cache.observes(prompt) {
-            return Ok(());
-        }
-        let (hidden, q) = (self.upload(hidden)?, self.upload(q)?);
-        let q_strides = Some(Strides::rows_first(self.shape.q_heads, self.step, self.shape.head_dim));
-        let seen = Observed { q: Some(q.view()), q_strides, hidden: Some(hidden.view()), prompt };
-        let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
-        self.cache.observe(&self.stream, batch, layer, seen)?;
-        Ok(self.stream.synchronize()?)
+        self.steps.observe(layer, hidden, q, prompt)
     }
 
     fn attend(&mut self, layer: usize, q: &Tensor) -> Result<Tensor> {
-        let (heads, d) = (self.shape.q_heads, self.shape.head_dim);
-        let input = self.upload(q)?;
-        let mut out = self.stream.device().alloc(4 * self.step * heads * d)?;
-        let strides = Some(Strides::rows_first(heads, self.step, d));
-        let queries = Queries {
-            q: input.view(),
-            q_strides: strides,
-            out: out.view_mut(),
-            out_strides: strides,
-            lse: None,
-            sink_logits: None,
-            rope: Some(rope_of(&self.shape, &self.inv_freq)),
-        };
-        let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
-        self.cache.attend(&self.stream, batch, layer, queries)?;
-        let mut values = vec![0f32; self.step * heads * d];
-        self.stream.download(&out, 0, bytemuck::cast_slice_mut(&mut values))?;
-        Ok(Tensor::from_vec(values, (self.step, heads, d), q.device())?)
+        self.steps.attend(layer, q)
     }
 
     fn finish(&mut self) -> Result<()> {
-        let Some(batch) = self.batches.get_mut(&self.step) else { return Err(no_step()) };
-        self.step = 0;
-        Ok(self.cache.finish(batch)?)
+        self.steps.finish()
     }
 
     fn cancel(&mut self) {
-        if let Some(batch) = self.batches.get_mut(&self.step) {
-            // Without a step there is nothing to cancel.
-            let _ = self.cache.cancel(batch);
-        }
-        self.step = 0;
+        self.steps.cancel();
     }
 
     fn truncate(&mut self, rows: usize) -> Result<()> {
-        Ok(self.cache.truncate(self.seq, rows)?)
+        Ok(self.steps.cache.truncate(self.seq, rows)?)
     }
 
     fn evict(&mut self, moment: Moment) -> Result<()> {
-        self.cache.commit(self.seq, self.cache.len(self.seq)?)?;
-        self.cache.evict(&self.stream, &mut self.evictor, self.seq, moment)?;
-        Ok(self.cache.collect(&self.stream, &mut self.evictor, self.seq)?)
+        let Steps { cache, stream, .. } = &mut self.steps;
+        cache.commit(self.seq, cache.len(self.seq)?)?;
+        cache.evict(stream, &mut self.evictor, self.seq, moment)?;
+        Ok(cache.collect(stream, &mut self.evictor, self.seq)?)
     }
 
     fn wants_scores(&self) -> bool {
-        matches!(self.config.policy.scorer, Scorer::Given)
+        matches!(self.cache().policy().scorer, Scorer::Given)
     }
 
     fn give_scores(&mut self, layer: usize, scores: &[f32]) -> Result<()> {
-        Ok(self.cache.set_scores(&self.stream, self.seq, layer, scores)?)
+        Ok(self.steps.cache.set_scores(&self.steps.stream, self.seq, layer, scores)?)
     }
 
     fn mark(&mut self) -> Result<usize> {
         // One at a time: there is room for so many copies.
         for seq in self.marks.drain(..) {
-            self.cache.remove(seq)?;
+            self.steps.cache.remove(seq)?;
         }
-        self.marks.push(self.cache.fork(&self.stream, self.seq)?);
+        self.marks.push(self.steps.cache.fork(&self.steps.stream, self.seq)?);
         Ok(0)
     }
 
     fn return_to(&mut self, mark: usize) -> Result<()> {
         let Some(&marked) = self.marks.get(mark) else { return Err(EngineError::Input(format!("no mark {mark}"))) };
-        let copy = self.cache.fork(&self.stream, marked)?;
-        self.cache.remove(std::mem::replace(&mut self.seq, copy))?;
+        let copy = self.steps.cache.fork(&self.steps.stream, marked)?;
+        self.steps.cache.remove(std::mem::replace(&mut self.seq, copy))?;
         Ok(())
     }
 
     fn bytes(&self) -> usize {
-        self.cache.sequence_bytes(self.seq).unwrap_or(0) + self.cache.fixed_bytes()
+        self.cache().sequence_bytes(self.seq).unwrap_or(0) + self.cache().fixed_bytes()
     }
 }

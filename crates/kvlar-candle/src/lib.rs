@@ -15,6 +15,7 @@ mod evicting;
 #[cfg(feature = "llama")]
 pub mod llama;
 mod paged;
+mod steps;
 mod store;
 
 pub use error::EngineError;

@@ -138,7 +138,7 @@ impl EvictingCache {
             let Some((store, index)) = place(l) else { return invalid("layers", "a layer without rows") };
             placed.push(EvictingLayer { store, index, lowrank, quantized });
         }
-        check_policy(&policy, &placed, &stores, &config)?;
+        check_policy(&policy, &placed, &stores)?;
         let gates = gate_weights(device, &policy, &config)?;
         let staged = if gates.is_empty() { 0 } else { config.staged };
         let scores = |columns: usize| device.alloc(4 * config.max_seqs * all * columns);
@@ -365,13 +365,10 @@ impl EvictingCache {
 }
 
 /// Refuses a policy that these rows have no scores or budgets for.
-fn check_policy(policy: &Policy, layers: &[EvictingLayer], stores: &[RowStore], config: &EvictingConfig) -> Result<()> {
+fn check_policy(policy: &Policy, layers: &[EvictingLayer], stores: &[RowStore]) -> Result<()> {
     let unsupported = |what: &str| Err(kvlar::Error::Unsupported { op: "evicting cache", what: what.into() }.into());
-    let own = native(config.dtype);
-    let formats = |l: &EvictingLayer| l.quantized.as_ref().map_or([config.keys, config.values], |q| q.formats);
-    let as_given = |l: &EvictingLayer| l.lowrank.is_none() && formats(l).iter().all(|f| f.codec == own && !f.hadamard);
-    if policy.reads_rows() && !layers.iter().all(as_given) {
-        return unsupported("scores by attention or by keys of rows that are not stored as they are: gates score any");
+    if policy.reads_rows() && layers.iter().any(|l| l.lowrank.is_some()) {
+        return unsupported("scores by attention or by keys of latents: gates score any rows");
     }
     if policy.shares_layers() && (stores.len() > 1 || stores.iter().any(RowStore::is_shared)) {
         return unsupported("layers or heads that share a budget where layers are stored differently, or their heads as one");

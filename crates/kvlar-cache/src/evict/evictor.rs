@@ -1,6 +1,7 @@
 //! Evictions: rows are scored, some are chosen, the others' room is given back.
 
 use super::cache::EvictingCache;
+use super::decoded::DecodedRows;
 use super::policy::{Scorer, Sharing};
 use super::select::{Keep, Moment, Task};
 use super::step::check_free;
@@ -34,6 +35,8 @@ pub struct Evictor {
     budgets: Buffer,
     /// Of each store: in order, and filling holes.
     compact: Vec<[CompactPlan; 2]>,
+    /// A layer's keys and values as scores take them, where they are codes.
+    decoded: [Option<DecodedRows>; 2],
     workspace: Workspace,
 }
 
@@ -69,6 +72,7 @@ impl EvictingCache {
             ks: words(owners)?,
             budgets: words(owners)?,
             compact: self.stores.iter().map(compact).collect::<Result<_>>()?,
+            decoded: if self.policy.scores_late() { self.decoded_rows()? } else { [None, None] },
             workspace: Workspace::new(device, self.evicting_workspace()?)?,
         })
     }
@@ -171,7 +175,7 @@ impl EvictingCache {
                 Some(to - from)
             }
             Task::Compete { recent_from, keep } => {
-                self.score_stored(stream, evictor, slot)?;
+                self.score_stored(stream, evictor, (slot, most))?;
                 self.choose(stream, evictor, seq, *recent_from, keep)?;
                 None
             }
@@ -280,8 +284,8 @@ impl EvictingCache {
         Ok(shape.plan(&self.device)?.launch(stream, &mut args, &mut evictor.workspace)?)
     }
 
-    /// Scores of the rows that are there, where they are made of those: one launch a layer, or two.
-    fn score_stored(&mut self, stream: &Stream, evictor: &mut Evictor, slot: usize) -> Result<()> {
+    /// Scores of the rows that are there, where they are made of those: one launch a layer, or two, beside those that decode.
+    fn score_stored(&mut self, stream: &Stream, evictor: &mut Evictor, (slot, most): (usize, usize)) -> Result<()> {
         let Some(shape) = self.score_keys() else { return Ok(()) };
         let (owners, max_rows) = (self.owners(), self.config.max_rows);
         let plan = shape.plan(&self.device)?;
@@ -291,15 +295,23 @@ impl EvictingCache {
             let store = &self.stores[of.store];
             let local = of.index * store.owners_a_layer;
             let lengths = evictor.lengths.view().slice(4 * first_owner..evictor.lengths.len())?;
-            let rows = owner_rows(store, &evictor.pages[of.store], lengths, local, (max_rows, self.config.max_pages()))?;
-            let (keys, values, _) = store.pools();
+            let held = owner_rows(store, &evictor.pages[of.store], lengths, local, (max_rows, self.config.max_pages()))?;
+            let (mut rows, (mut keys, mut values, _)) = (held, store.pools());
+            if let (Some([of_keys, of_values]), [decoded_keys, decoded_values]) = (self.encoded(layer), &mut evictor.decoded) {
+                if let Some(decoded) = decoded_keys {
+                    (rows, keys) = decoded.decode(stream, held, most, &keys, of_keys)?;
+                }
+                if let Some(decoded) = decoded_values {
+                    (_, values) = decoded.decode(stream, held, most, &values, of_values)?;
+                }
+            }
             let at = 4 * (slot * owners + first_owner) * max_rows;
             let mut args = ScoreKeysArgs {
                 rows,
                 keys,
-                values: Some(values),
+                values: self.policy.reads_values().then_some(values),
                 scores: self.scores.view_mut().slice(at..at + 4 * store.owners_a_layer * max_rows)?,
-                score_strides: None,
+                score_strides: Some([store.owners_a_layer * max_rows, max_rows]),
                 sums: kvlar::KeySums::Own,
             };
             plan.launch(stream, &mut args, &mut evictor.workspace)?;

@@ -3,6 +3,7 @@
 mod batch;
 mod cache;
 mod config;
+mod decoded;
 mod evictor;
 mod observe;
 mod policy;

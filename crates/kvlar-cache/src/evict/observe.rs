@@ -35,17 +35,17 @@ impl EvictingCache {
     }
 
     /// Enqueues the scores that a layer's rows get from what a step shows of it, after its [`append`](Self::append): one launch
-    /// a sequence with gates, two with attention, and one more where the heads of a layer share rows.
+    /// a sequence with gates, two with attention; one more where keys are codes, and one where the heads of a layer share rows.
     ///
     /// # Errors
     /// [`crate::CacheError::Invalid`] for a layer that does not exist, a batch without a step, or without what the policy needs;
-    /// [`crate::CacheError::Device`], also for attention over rows that are not stored as they are.
+    /// [`crate::CacheError::Device`].
     pub fn observe(&mut self, stream: &Stream, batch: &mut EvictingBatch, layer: usize, seen: Observed<'_>) -> Result<()> {
         self.check_step(batch, layer)?;
         if !self.observes(seen.prompt) {
             return Ok(());
         }
-        let active: Vec<_> = batch.active.iter().enumerate().map(|(i, &(seq, tokens))| (i, seq, tokens)).collect();
+        let active: Vec<_> = batch.turn.new.iter().enumerate().map(|(i, &(seq, tokens))| (i, seq, tokens)).collect();
         for of in active.into_iter().filter(|(.., tokens)| *tokens > 0) {
             match self.policy.scorer {
                 Scorer::Gate(_) => self.score_by_gate(stream, batch, layer, of, &seen)?,
@@ -64,15 +64,19 @@ impl EvictingCache {
         seen: &Observed<'_>,
     ) -> Result<()> {
         let Some(q) = seen.q else { return invalid("q", "the policy scores by attention") };
-        let BatchShape { q_heads, new_rows, .. } = batch.shape;
-        let Some(shape) = self.attention_shape(&batch.shape, tokens) else { return Ok(()) };
+        let BatchShape { q_heads, new_rows, .. } = batch.turn.shape;
+        let Some(shape) = self.attention_shape(&batch.turn.shape, tokens) else { return Ok(()) };
         let plan = shape.plan(&self.device)?;
-        let slot = self.get(seq)?.slot;
+        let s = self.get(seq)?;
+        let (slot, most) = (s.slot, s.most_rows() + s.adding());
         let (owners, first_owner, max_rows) = (self.owners(), self.owners_of(layer).start, self.config.max_rows);
         let of = &self.layers[layer];
         let store = &self.stores[of.store];
-        let (keys, _, _) = store.pools();
-        let rows = batch.tables[of.store].rows_of(of.index, i)?;
+        let (mut keys, _, _) = store.pools();
+        let mut rows = batch.tables[of.store].rows_of(of.index, i)?;
+        if let (Some([format, _]), Some(decoded)) = (self.encoded(layer), &mut batch.decoded_keys) {
+            (rows, keys) = decoded.decode(stream, rows, most, &keys, format)?;
+        }
         // The last queries of the sequence's.
         let strides = seen.q_strides.unwrap_or(Strides::heads_first(q_heads, new_rows, self.config.head_dim));
         let first = i * strides.seq + (tokens - shape.queries) * strides.row;
@@ -120,7 +124,7 @@ impl EvictingCache {
         let at = 4 * ((s.slot * owners + first_owner) * staged + column);
         let weights = &self.gates[layer];
         let dim = weights.shape(1, 1, 1).hidden_dim;
-        let first = 2 * i * batch.shape.new_rows * dim;
+        let first = 2 * i * batch.turn.shape.new_rows * dim;
         let hidden = hidden.slice(first..kvlar::Memory::bytes(&hidden))?;
         let plan = weights.shape(1, tokens, tokens).plan(&self.device)?;
         let owners_a_layer = self.stores[self.layers[layer].store].owners_a_layer;

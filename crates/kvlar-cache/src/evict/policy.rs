@@ -225,6 +225,16 @@ impl Policy {
         matches!(self.scorer, Scorer::Window(_) | Scorer::Column | Scorer::LastQuery | Scorer::Keys(_))
     }
 
+    /// Whether scores are made of values too.
+    pub(super) fn reads_values(&self) -> bool {
+        matches!(self.scorer, Scorer::Keys(method) if method.needs_values())
+    }
+
+    /// Whether rows are scored when some are to go, and not in the step that shows them.
+    pub(super) fn scores_late(&self) -> bool {
+        matches!(self.scorer, Scorer::Keys(_))
+    }
+
     /// Whether layers, or heads of a layer, share budgets.
     pub(super) fn shares_layers(&self) -> bool {
         matches!(self.sharing, Sharing::Pyramid { .. } | Sharing::Dynamic { .. } | Sharing::Heads { .. })

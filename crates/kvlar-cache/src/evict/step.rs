@@ -9,6 +9,7 @@ use crate::error::invalid;
 use crate::quantized::QuantizedLayer;
 use crate::step::take;
 use crate::tables::upload;
+use crate::turn::check_layer;
 use crate::{BatchShape, CacheError, NewRows, Queries, Result};
 use kvlar::{AppendArgs, AttendArgs, LowrankArgs, Rope, Segment, Stream};
 use std::collections::BTreeMap;
@@ -30,24 +31,12 @@ impl EvictingCache {
     /// batch in use, and until an eviction was [collected](Self::collect)), [`CacheError::Invalid`] for more sequences or
     /// tokens than the batch was made for.
     pub fn begin(&mut self, stream: &Stream, batch: &mut EvictingBatch, new: &[(SeqId, usize)]) -> Result<()> {
-        if let Some(&(seq, _)) = batch.active.first() {
-            return Err(CacheError::Busy(seq));
-        }
-        if batch.cache != self.id {
-            return invalid("batch", "was made for another cache");
-        }
-        let BatchShape { seqs, new_rows, .. } = batch.shape;
-        if new.len() > seqs {
-            return invalid("sequences", format!("{} in a batch of {seqs}", new.len()));
-        }
-        for (i, &(seq, tokens)) in new.iter().enumerate() {
+        batch.turn.check_new(self.id, new)?;
+        for &(seq, tokens) in new {
             let (s, max) = (self.idle(seq)?, self.config.max_rows);
             let rows = s.most_rows() + tokens;
             if rows > max {
                 return Err(CacheError::TooLong { seq, rows, max });
-            }
-            if tokens > new_rows {
-                return invalid("new tokens", format!("{tokens} in a batch of {new_rows}"));
             }
             let (waiting, staged) = (s.tokens + tokens - s.staged_from, self.config.staged);
             if !self.gates.is_empty() && waiting > staged {
@@ -56,9 +45,6 @@ impl EvictingCache {
             }
             if s.tokens + tokens > i32::MAX as usize {
                 return invalid("new tokens", "positions beyond 2^31 - 1");
-            }
-            if new[..i].iter().any(|(other, _)| *other == seq) {
-                return Err(CacheError::Busy(seq));
             }
         }
         self.check_pages(new)?;
@@ -69,7 +55,7 @@ impl EvictingCache {
             self.undo(new, &copies);
             return Err(e);
         }
-        batch.active = new.to_vec();
+        batch.turn.new = new.to_vec();
         batch.layers.iter_mut().for_each(|l| l.scheduled = false);
         Ok(())
     }
@@ -130,7 +116,7 @@ impl EvictingCache {
     }
 
     fn fill(&mut self, stream: &Stream, batch: &mut EvictingBatch, new: &[(SeqId, usize)]) -> Result<()> {
-        let BatchShape { seqs, new_rows, .. } = batch.shape;
+        let BatchShape { seqs, new_rows, .. } = batch.turn.shape;
         let sequences: Vec<_> = new.iter().filter_map(|(seq, _)| Some((*seq, self.sequences.get(seq)?))).collect();
         for (store, tables) in self.stores.iter().zip(&mut batch.tables) {
             tables.fill(stream, store.first_owner, &sequences)?;
@@ -181,7 +167,7 @@ impl EvictingCache {
         let slots = tables.slots(of.index)?;
         let rows = tables.rows(of.index, None)?;
         match (&batch.layers[layer].kind, &of.lowrank) {
-            (PlanKind::Rows { append, .. }, _) => {
+            (PlanKind::Rows(plans), _) => {
                 let mut args = AppendArgs {
                     k: new.k,
                     k_strides: new.k_strides,
@@ -198,15 +184,15 @@ impl EvictingCache {
                     key_scores: None,
                     tables: of.quantized.as_ref().map(QuantizedLayer::tables).unwrap_or_default(),
                 };
-                Ok(append.launch(stream, &mut args, &mut batch.workspace)?)
+                Ok(plans.0.launch(stream, &mut args, &mut batch.workspace)?)
             }
-            (PlanKind::Lowrank { append, .. }, Some(lowrank)) => {
+            (PlanKind::Lowrank(plans), Some(lowrank)) => {
                 let mut args = lowrank.append_args(&new, rows, slots, (keys, values));
                 args.positions = Some(batch.positions.view());
                 args.row_positions = Some(row_positions);
-                Ok(append.launch(stream, &mut args, &mut batch.workspace)?)
+                Ok(plans.0.launch(stream, &mut args, &mut batch.workspace)?)
             }
-            (PlanKind::Lowrank { .. }, None) => invalid("batch", "was made for another cache"),
+            (PlanKind::Lowrank(_), None) => invalid("batch", "was made for another cache"),
         }
     }
 
@@ -239,13 +225,15 @@ impl EvictingCache {
             return invalid("new tokens", format!("a low-rank layer attends from up to {most} of them at a time"));
         };
         match (&plans.kind, &of.lowrank) {
-            (PlanKind::Rows { attend, .. }, _) => {
+            (PlanKind::Rows(of), _) => {
+                let attend = &of.1;
                 if !plans.scheduled {
                     attend.schedule(stream, &args, work, &mut batch.workspace)?;
                 }
                 attend.launch(stream, &mut args, work, &mut batch.workspace)?;
             }
-            (PlanKind::Lowrank { attend: Some(attend), .. }, Some(lowrank)) => {
+            (PlanKind::Lowrank(of), Some(lowrank)) => {
+                let Some(attend) = &of.1 else { return invalid("batch", "was made for another cache") };
                 let mut args = LowrankArgs { attend: args, bases: lowrank.bases(), rope, sets: lowrank.sets() };
                 if !plans.scheduled {
                     attend.schedule(stream, &args, work, &mut batch.workspace)?;
@@ -276,8 +264,8 @@ impl EvictingCache {
     }
 
     fn end(&mut self, batch: &mut EvictingBatch, keep: bool) -> Result<()> {
-        self.check_active(batch)?;
-        for (seq, _) in batch.active.drain(..) {
+        batch.turn.check(self.id)?;
+        for (seq, _) in batch.turn.new.drain(..) {
             if let Some(s) = self.sequences.get_mut(&seq) {
                 s.end_step(keep, &mut self.stores);
                 s.version += u64::from(!keep);
@@ -287,17 +275,8 @@ impl EvictingCache {
     }
 
     pub(super) fn check_step(&self, batch: &EvictingBatch, layer: usize) -> Result<()> {
-        if layer >= self.layers.len() {
-            return invalid("layer", format!("{layer} of {}", self.layers.len()));
-        }
-        self.check_active(batch)
-    }
-
-    fn check_active(&self, batch: &EvictingBatch) -> Result<()> {
-        if batch.active.is_empty() || batch.cache != self.id {
-            return invalid("batch", "no step of this cache has begun with it");
-        }
-        Ok(())
+        check_layer(layer, self.layers.len())?;
+        batch.turn.check(self.id)
     }
 }
 

@@ -1,10 +1,10 @@
 //! What each policy should keep, worked out from the model alone.
 
-use super::lab::{DIM, Expected, HEADS, LAYERS, Lab, Q_HEADS, hidden, row};
+use super::lab::{DIM, Expected, HEADS, LAYERS, Lab, Q_HEADS, hidden};
 use kvlar_cache::SeqId;
 use kvlar_calibrate::gate::Gates;
 use kvlar_reference::{
-    HeadReduction, KeyMethod, KeysInput, Pool, RowReduction, WindowInput, ordered_row, score_keys, score_window,
+    Dtype, HeadReduction, KeyMethod, KeysInput, Pool, RowReduction, WindowInput, ordered_row, score_keys, score_window,
 };
 
 /// Scores of rows, `[layer][head]`, beside their positions in the model.
@@ -24,10 +24,11 @@ impl Lab {
         (0..LAYERS).map(|l| (0..HEADS).map(|h| of(l, h)).collect()).collect()
     }
 
-    /// Keys of a head's rows.
+    /// Keys of a head's rows, as scores take them.
     pub fn keys(&self, seq: SeqId, layer: usize, head: usize, value: bool) -> Vec<f32> {
         let s = self.expected(seq);
-        s.rows[layer][head].iter().flat_map(|&p| row(s.tokens[p], layer, head, value)).collect()
+        let rows: Vec<f32> = s.rows[layer][head].iter().flat_map(|&p| self.seen(s.tokens[p], layer, head, value)).collect();
+        Dtype::F16.round_all(&rows)
     }
 
     pub fn key_scores(&self, seq: SeqId, method: KeyMethod) -> Scores {

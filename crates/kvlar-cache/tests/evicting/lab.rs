@@ -1,5 +1,7 @@
 //! An evicting cache, and a model of it: which tokens each head of each layer holds, and what attention should see of them.
 
+pub use crate::lab::{DIM, HEADS, LAYERS, PAGE, Q_HEADS};
+use crate::lab::{f16_bytes, row};
 use kvlar::{Buffer, Codec, Device, Dtype, Stream};
 use kvlar_cache::{
     BatchShape, CacheError, EvictingBatch, EvictingCache, EvictingConfig, Evictor, Moment, NewRows, Observed, Policy, Queries,
@@ -9,12 +11,6 @@ use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
 use kvlar_reference::{AttendInput, compare};
 use std::collections::BTreeMap;
-
-pub const LAYERS: usize = 2;
-pub const HEADS: usize = 2;
-pub const Q_HEADS: usize = 4;
-pub const DIM: usize = 16;
-pub const PAGE: usize = 16;
 
 pub fn config(codec: Codec, pages: usize) -> EvictingConfig {
     EvictingConfig {
@@ -59,12 +55,6 @@ pub struct Lab {
     pub evictor: Evictor,
 }
 
-/// A token's key (or value) of a head in a layer, as f16 holds it.
-pub fn row(token: u64, layer: usize, head: usize, value: bool) -> Vec<f32> {
-    let mut rng = Rng::new(token * 64 + (layer * HEADS + head) as u64 * 2 + u64::from(value));
-    kvlar_reference::Dtype::F16.round_all(&rng.normals(DIM, 1.0))
-}
-
 /// Numbers of a hidden state.
 pub const HIDDEN: usize = 16;
 
@@ -72,10 +62,6 @@ pub const HIDDEN: usize = 16;
 pub fn hidden(token: u64, layer: usize) -> Vec<f32> {
     let mut rng = Rng::new(token * 1000 + layer as u64 + 7);
     kvlar_reference::Dtype::F16.round_all(&rng.normals(HIDDEN, 1.0))
-}
-
-pub fn f16_bytes(x: &[f32]) -> Vec<u8> {
-    x.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect()
 }
 
 /// Nothing is ever evicted unless a test asks for it.
@@ -167,7 +153,7 @@ impl Lab {
     }
 
     /// What a head holds at a position.
-    fn seen(&self, token: u64, layer: usize, head: usize, value: bool) -> Vec<f32> {
+    pub fn seen(&self, token: u64, layer: usize, head: usize, value: bool) -> Vec<f32> {
         let codec = self.codec.reference();
         let r = kvlar_reference::encode_row(&row(token, layer, head, value), codec, DIM).unwrap();
         kvlar_reference::decode_row(&r.codes, &r.params, DIM, codec, DIM).unwrap()

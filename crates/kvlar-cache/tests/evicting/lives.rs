@@ -2,7 +2,7 @@
 
 use super::choice::Scores;
 use super::lab::{DIM, HEADS, LAYERS, Lab, Q_HEADS, config, keep_all};
-use super::policies::gates;
+use super::policies::{CODECS, gates};
 use kvlar::{Codec, Device};
 use kvlar_cache::{CacheError, EvictingCache, EvictingConfig, Moment, Policy, SeqId, Size};
 use kvlar_reference::testing::Rng;
@@ -132,46 +132,50 @@ fn attention(lab: &Lab, seq: SeqId, sums: &mut Scores, last_only: bool) {
 fn heavy_hitters_and_the_last_stay() {
     let mut policy = Policy::h2o(20);
     policy.decode = Some(5);
-    let mut lab = lab(policy);
-    let seq = lab.create().unwrap();
-    let mut sums = vec![vec![Vec::new(); HEADS]; LAYERS];
-    for step in 0..12 {
-        lab.extend(&[(seq, if step == 0 { 30 } else { 2 })]).unwrap();
-        let tokens = lab.model[&seq].tokens.len();
-        lab.commit(seq, tokens).unwrap();
-        attention(&lab, seq, &mut sums, false);
-        let moment = if step == 0 { Moment::Prompt } else { Moment::Decode };
-        let due = step == 0 || step % 3 == 0;
-        let expected = due.then(|| lab.best_of_each(seq, &sums, (0, 10), |_, _| 20));
-        let before = lab.model[&seq].rows.clone();
-        lab.evict(seq, moment, expected).unwrap();
-        // Sums stay with their rows.
-        for (l, h) in (0..LAYERS).flat_map(|l| (0..HEADS).map(move |h| (l, h))) {
-            let kept = &lab.model[&seq].rows[l][h];
-            let of = |p: &usize| sums[l][h][before[l][h].iter().position(|x| x == p).unwrap()];
-            sums[l][h] = kept.iter().map(of).collect();
+    for codec in CODECS {
+        let mut lab = Lab::new(&Device::reference(), codec, 200, policy.clone());
+        let seq = lab.create().unwrap();
+        let mut sums = vec![vec![Vec::new(); HEADS]; LAYERS];
+        for step in 0..12 {
+            lab.extend(&[(seq, if step == 0 { 30 } else { 2 })]).unwrap();
+            let tokens = lab.model[&seq].tokens.len();
+            lab.commit(seq, tokens).unwrap();
+            attention(&lab, seq, &mut sums, false);
+            let moment = if step == 0 { Moment::Prompt } else { Moment::Decode };
+            let due = step == 0 || step % 3 == 0;
+            let expected = due.then(|| lab.best_of_each(seq, &sums, (0, 10), |_, _| 20));
+            let before = lab.model[&seq].rows.clone();
+            lab.evict(seq, moment, expected).unwrap();
+            // Sums stay with their rows.
+            for (l, h) in (0..LAYERS).flat_map(|l| (0..HEADS).map(move |h| (l, h))) {
+                let kept = &lab.model[&seq].rows[l][h];
+                let of = |p: &usize| sums[l][h][before[l][h].iter().position(|x| x == p).unwrap()];
+                sums[l][h] = kept.iter().map(of).collect();
+            }
         }
     }
 }
 
 #[test]
 fn the_last_query_decides_for_a_layer() {
-    let mut lab = lab(Policy::tova(12));
-    lab.by_layer = true;
-    let seq = lab.create().unwrap();
-    for step in 0..10 {
-        lab.extend(&[(seq, if step == 0 { 30 } else { 1 })]).unwrap();
-        let tokens = lab.model[&seq].tokens.len();
-        lab.commit(seq, tokens).unwrap();
-        let mut scores = vec![vec![Vec::new(); HEADS]; LAYERS];
-        attention(&lab, seq, &mut scores, true);
-        for of_layer in &mut scores {
-            let mean: Vec<f32> = of_layer[0].iter().zip(&of_layer[1]).map(|(a, b)| (a + b) / 2.0).collect();
-            of_layer.fill(mean);
+    for codec in CODECS {
+        let mut lab = Lab::new(&Device::reference(), codec, 200, Policy::tova(12));
+        lab.by_layer = true;
+        let seq = lab.create().unwrap();
+        for step in 0..10 {
+            lab.extend(&[(seq, if step == 0 { 30 } else { 1 })]).unwrap();
+            let tokens = lab.model[&seq].tokens.len();
+            lab.commit(seq, tokens).unwrap();
+            let mut scores = vec![vec![Vec::new(); HEADS]; LAYERS];
+            attention(&lab, seq, &mut scores, true);
+            for of_layer in &mut scores {
+                let mean: Vec<f32> = of_layer[0].iter().zip(&of_layer[1]).map(|(a, b)| (a + b) / 2.0).collect();
+                of_layer.fill(mean);
+            }
+            let moment = if step == 0 { Moment::Prompt } else { Moment::Decode };
+            let expected = lab.best_of_each(seq, &scores, (0, 1), |_, _| 12);
+            lab.evict(seq, moment, Some(expected)).unwrap();
         }
-        let moment = if step == 0 { Moment::Prompt } else { Moment::Decode };
-        let expected = lab.best_of_each(seq, &scores, (0, 1), |_, _| 12);
-        lab.evict(seq, moment, Some(expected)).unwrap();
     }
 }
 
@@ -204,6 +208,10 @@ fn layers_of_latents_are_evicted_as_a_whole() {
     lab.evict(seq, Moment::Chunk { prompt: 60 }, Some(expected)).unwrap();
     lab.extend(&[(seq, 5)]).unwrap();
     lab.check();
+    // Attention reads latents, scores do not.
+    let snapkv = Policy::snapkv(Size::Share(0.5));
+    let error = EvictingCache::planned(&device, &lab.stream, config(Codec::F16, 100), snapkv, &crate::lab::plan()).unwrap_err();
+    assert!(matches!(error, CacheError::Device(kvlar::Error::Unsupported { .. })));
     // Rows that stay exact beside latents have another format.
     let plan = crate::lab::exact_plan(1.0, (4, 16));
     let keep = keep_all();

@@ -8,9 +8,12 @@ use kvlar_reference::testing::Rng;
 use kvlar_reference::{Dtype, HeadsInput, KeyMethod, LayerBudget, LayersInput, Pool, RowReduction, budget_heads, budget_layers};
 use std::sync::Arc;
 
-fn lab(policy: Policy) -> Lab {
-    Lab::new(&Device::reference(), Codec::F16, 200, policy)
+fn lab(codec: Codec, policy: Policy) -> Lab {
+    Lab::new(&Device::reference(), codec, 200, policy)
 }
+
+/// Rows as they are, and codes, which are scored as what they decode to.
+pub const CODECS: [Codec; 2] = [Codec::F16, Codec::Int4];
 
 /// A prompt of some tokens, committed.
 fn prompt(lab: &mut Lab, tokens: usize) -> kvlar_cache::SeqId {
@@ -35,10 +38,10 @@ pub fn gates() -> Arc<Gates> {
 
 #[test]
 fn keys_that_score_best_stay() {
-    for (policy, method) in
-        [(Policy::l2_norm(Size::Share(0.5)), KeyMethod::L2Norm), (Policy::keydiff(Size::Tokens(21)), KeyMethod::KeyDiff)]
-    {
-        let mut lab = lab(policy);
+    let policies =
+        [(Policy::l2_norm(Size::Share(0.5)), KeyMethod::L2Norm), (Policy::keydiff(Size::Tokens(21)), KeyMethod::KeyDiff)];
+    for ((policy, method), codec) in policies.into_iter().flat_map(|p| CODECS.map(|c| (p.clone(), c))) {
+        let mut lab = lab(codec, policy);
         let seq = prompt(&mut lab, 50);
         let k = if method == KeyMethod::L2Norm { 25 } else { 21 };
         let expected = lab.best_of_each(seq, &lab.key_scores(seq, method), (0, 0), |_, _| k);
@@ -52,18 +55,20 @@ fn keys_that_score_best_stay() {
 
 #[test]
 fn lagkv_goes_lag_by_lag() {
-    let mut lab = lab(Policy::lagkv(Size::Tokens(40)));
-    let seq = prompt(&mut lab, 60);
-    // Shorter than two lags: all score alike, ties go to the first, beside the sinks.
-    let expected = lab.best_of_each(seq, &lab.key_scores(seq, KeyMethod::LagKv), (4, 0), |_, _| 40);
-    assert_eq!(expected[0][0], (0..40).collect::<Vec<_>>());
-    lab.evict(seq, Moment::Prompt, Some(expected)).unwrap();
-    lab.extend(&[(seq, 2)]).unwrap();
+    for codec in CODECS {
+        let mut lab = lab(codec, Policy::lagkv(Size::Tokens(40)));
+        let seq = prompt(&mut lab, 60);
+        // Shorter than two lags: all score alike, ties go to the first, beside the sinks.
+        let expected = lab.best_of_each(seq, &lab.key_scores(seq, KeyMethod::LagKv), (4, 0), |_, _| 40);
+        assert_eq!(expected[0][0], (0..40).collect::<Vec<_>>());
+        lab.evict(seq, Moment::Prompt, Some(expected)).unwrap();
+        lab.extend(&[(seq, 2)]).unwrap();
+    }
 }
 
 #[test]
 fn streams_keep_their_ends() {
-    let mut lab = lab(Policy::streaming_llm(20));
+    let mut lab = lab(Codec::F16, Policy::streaming_llm(20));
     let seq = prompt(&mut lab, 50);
     let expected = lab.filter(seq, |_, _, i| !(4..34).contains(&i));
     lab.evict(seq, Moment::Prompt, Some(expected)).unwrap();
@@ -89,38 +94,50 @@ fn attention_of_the_last_tokens_decides() {
         (Policy::adakv(Size::Tokens(32 + base)), 32, RowReduction::Mean, Pool::Max(7)),
     ] {
         let sharing = policy.sharing;
-        let mut lab = lab(policy);
-        let seq = prompt(&mut lab, 90);
-        let scores = lab.window_scores(seq, window, over_rows, pool);
-        let rows = 90 - window;
-        let flat: Vec<f32> = scores.concat().concat();
-        assert_eq!(flat.len(), LAYERS * HEADS * rows);
-        let layers = |method| {
-            let (r_max, interval, beta) = (10.0, 4, 20);
-            budget_layers(&LayersInput { layers: LAYERS, heads: HEADS, rows, scores: &flat, base, method, r_max, interval, beta })
+        for codec in CODECS {
+            let mut lab = lab(codec, policy.clone());
+            let seq = prompt(&mut lab, 90);
+            let scores = lab.window_scores(seq, window, over_rows, pool);
+            let rows = 90 - window;
+            let flat: Vec<f32> = scores.concat().concat();
+            assert_eq!(flat.len(), LAYERS * HEADS * rows);
+            let layers = |method| {
+                let (r_max, interval, beta) = (10.0, 4, 20);
+                budget_layers(&LayersInput {
+                    layers: LAYERS,
+                    heads: HEADS,
+                    rows,
+                    scores: &flat,
+                    base,
+                    method,
+                    r_max,
+                    interval,
+                    beta,
+                })
                 .unwrap()
-        };
-        let budget: Vec<Vec<i32>> = match sharing {
-            Sharing::Pyramid { .. } => layers(LayerBudget::Pyramid).iter().map(|&n| vec![n; HEADS]).collect(),
-            Sharing::Dynamic { .. } => layers(LayerBudget::DynamicKv).iter().map(|&n| vec![n; HEADS]).collect(),
-            Sharing::Heads { alpha } => {
-                let of = |scores: &Vec<Vec<f32>>| {
-                    budget_heads(&HeadsInput { heads: HEADS, rows, scores: &scores.concat(), base, alpha }).unwrap()
-                };
-                scores.iter().map(of).collect()
+            };
+            let budget: Vec<Vec<i32>> = match sharing {
+                Sharing::Pyramid { .. } => layers(LayerBudget::Pyramid).iter().map(|&n| vec![n; HEADS]).collect(),
+                Sharing::Dynamic { .. } => layers(LayerBudget::DynamicKv).iter().map(|&n| vec![n; HEADS]).collect(),
+                Sharing::Heads { alpha } => {
+                    let of = |scores: &Vec<Vec<f32>>| {
+                        budget_heads(&HeadsInput { heads: HEADS, rows, scores: &scores.concat(), base, alpha }).unwrap()
+                    };
+                    scores.iter().map(of).collect()
+                }
+                _ => vec![vec![base as i32; HEADS]; LAYERS],
+            };
+            let expected = lab.best_of_each(seq, &scores, (0, window), |l, h| window + budget[l][h] as usize);
+            let lengths: Vec<usize> = expected.concat().iter().map(Vec::len).collect();
+            let ragged = lengths.iter().any(|n| *n != lengths[0]);
+            assert_eq!(ragged, !matches!(sharing, Sharing::Each), "{lengths:?}");
+            lab.evict(seq, Moment::Prompt, Some(expected)).unwrap();
+            lab.prompt = false;
+            for _ in 0..3 {
+                lab.extend(&[(seq, 1)]).unwrap();
             }
-            _ => vec![vec![base as i32; HEADS]; LAYERS],
-        };
-        let expected = lab.best_of_each(seq, &scores, (0, window), |l, h| window + budget[l][h] as usize);
-        let lengths: Vec<usize> = expected.concat().iter().map(Vec::len).collect();
-        let ragged = lengths.iter().any(|n| *n != lengths[0]);
-        assert_eq!(ragged, !matches!(sharing, Sharing::Each), "{lengths:?}");
-        lab.evict(seq, Moment::Prompt, Some(expected)).unwrap();
-        lab.prompt = false;
-        for _ in 0..3 {
-            lab.extend(&[(seq, 1)]).unwrap();
+            lab.check();
         }
-        lab.check();
     }
 }
 
@@ -128,7 +145,7 @@ fn attention_of_the_last_tokens_decides() {
 fn kvzip_keeps_the_best_of_all() {
     for floor in [0, 3] {
         let policy = Policy::kvzip(Size::Share(0.3));
-        let mut lab = lab(Policy { sharing: Sharing::All { floor, strict: false }, ..policy });
+        let mut lab = lab(Codec::F16, Policy { sharing: Sharing::All { floor, strict: false }, ..policy });
         let seq = prompt(&mut lab, 50);
         let score = |l: usize, h: usize, p: usize| ((l * 31 + h * 17 + p * 7) % 23) as f32 + if l == 0 { 20.0 } else { 0.0 };
         let scores = lab.scores(seq, score);
@@ -188,7 +205,7 @@ fn gates_judge_again_while_decoding() {
     let gates = gates();
     let mut policy = Policy::fast_kvzip_decode(gates.clone(), 24);
     (policy.recent, policy.decode) = (10, Some(12));
-    let mut lab = lab(policy);
+    let mut lab = lab(Codec::F16, policy);
     let seq = lab.create().unwrap();
     for step in 1..=100 {
         lab.extend(&[(seq, 1)]).unwrap();
@@ -232,11 +249,7 @@ fn policies_that_contradict_themselves_are_refused() {
     assert!(matches!(new(wider, Policy::fast_kvzip(gates(), 0.5, 4)), Err(CacheError::Invalid { arg: "gates", .. })));
     let unstaged = EvictingConfig { staged: 0, ..f16 };
     assert!(matches!(new(unstaged, Policy::fast_kvzip(gates(), 0.5, 4)), Err(CacheError::Invalid { arg: "staged", .. })));
-    // Keys as codes are not those that scores are made of.
-    let codes = config(Codec::Int4, 100);
-    assert!(matches!(new(codes, Policy::snapkv(Size::Share(0.5))), Err(CacheError::Device(kvlar::Error::Unsupported { .. }))));
-    new(codes, Policy::fast_kvzip(gates(), 0.5, 4)).unwrap();
-    let mut lab = lab(Policy::fast_kvzip(gates(), 0.5, 4));
+    let mut lab = lab(Codec::F16, Policy::fast_kvzip(gates(), 0.5, 4));
     let seq = lab.create().unwrap();
     // More tokens than scores of can wait.
     assert!(matches!(lab.extend(&[(seq, 121)]), Err(CacheError::Invalid { arg: "new tokens", .. })));
