@@ -15,6 +15,7 @@ on_every_device!(
     lengths_around_tile_and_page_edges,
     layouts,
     rotated_keys,
+    rotated_keys_in_little,
     fp8_scales,
     fp8_nan,
     int8_queries,
@@ -124,6 +125,12 @@ fn rotated_keys(lab: &Lab) {
                 .map(|(d, heads)| stored(AttendCase::new(Dtype::Bf16, heads, d, &[50, 17]), rotated(codec), codec)),
         );
     }
+}
+
+/// The race detector's case.
+fn rotated_keys_in_little(lab: &Lab) {
+    let case = AttendCase::new(Dtype::Bf16, (4, 2), 64, &[50]);
+    all(lab, [stored(case, rotated(Codec::Int4), Codec::Int8)]);
 }
 
 fn fp8_scales(lab: &Lab) {

@@ -1,9 +1,9 @@
 //! A case on a device.
 
-use super::{AttendData, transpose};
+use super::{AttendCase, AttendData, transpose};
 use crate::Lab;
 use crate::pages::DevicePages;
-use kvlar::{AttendArgs, AttendPlan, Buffer, Dtype, Segment, Status, Tables, WorkList, Workspace};
+use kvlar::{AttendArgs, AttendPlan, Buffer, Segment, Status, Tables, WorkList, Workspace};
 use kvlar_reference::Attended;
 
 /// A case on a device, ready to launch any number of times.
