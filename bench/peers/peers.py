@@ -33,6 +33,7 @@ import lowrank
 import paged
 import quantized
 import scan
+import timing
 from timing import Clock, Log, copy_ceiling, run_shape
 
 KINDS = ("dense", "lowrank", "quantized", "eviction")
@@ -54,6 +55,7 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", default=os.environ.get("KVLAR_PEERS") or None, help=", ".join(KINDS))
     parser.add_argument("--build-seconds", type=int, default=240, help="what FlashInfer's kernels may take to compile")
+    parser.add_argument("--shape-seconds", type=float, help="what the samples of a shape may take")
     parser.add_argument("--build-only", action="store_true", help="compile FlashInfer's kernels, and time nothing")
     parser.add_argument("--build", choices=paged.KERNELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,6 +73,8 @@ def main():
         os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", f"{major}.{minor}" + ("a" if major >= 9 else ""))
     if arguments.build:
         return paged.build(torch, arguments.build)
+    if arguments.shape_seconds is not None:
+        timing.SHAPE_SECONDS = arguments.shape_seconds
     torch.manual_seed(1)
     clock = Clock(torch, cuda)
     header = {

@@ -17,7 +17,7 @@ pub fn markdown(page: &Page) -> String {
             _ = writeln!(s, "Times of a launch on one {gpu}, data in memory unless marked.\n\n{REPEAT}");
             s += "The floor of a case is its bytes (inputs once, outputs once) at the ceiling that was measured in the same run.\n";
         }
-        _ => _ = writeln!(s, "Nothing is drawn: there are no times of a GPU in what was read.\n\n{REPEAT}"),
+        _ => _ = write!(s, "Nothing is drawn: there are no times of a GPU in what was read.\n\n{REPEAT}"),
     }
     if !page.ceilings.is_empty() {
         s += "\n| ceiling | TB/s |\n|---|---|\n";
