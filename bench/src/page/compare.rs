@@ -35,7 +35,7 @@ pub struct OpPage {
 #[derive(Debug)]
 pub struct Row {
     pub name: String,
-    /// Microseconds for its bytes at the ceiling.
+    /// Microseconds for its bytes at the ceiling, if there are both.
     pub floor: Option<f64>,
     /// Or why there is no time.
     pub ours: Result<Percentiles, String>,
@@ -115,7 +115,7 @@ impl OpPage {
             beside.sort_by(|a, b| a.1.total_cmp(&b.1));
             Row {
                 name: case.name.clone(),
-                floor: ceiling.and_then(|(_, rate)| Some(case.bytes? as f64 / rate * 1e6)),
+                floor: ceiling.and_then(|(_, rate)| Some(case.bytes.filter(|&n| n > 0)? as f64 / rate * 1e6)),
                 ours: case.microseconds.ok_or_else(|| case.skipped.clone().unwrap_or("it ran without being timed".into())),
                 warm: case.cold_l2 == Some(false),
                 peers: beside,
