@@ -44,6 +44,7 @@ fn main() {
     let tree = Tree::read(Path::new("kernels"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     write_if_changed(&out.join("catalog.rs"), &tree.catalog());
+    write_if_changed(&out.join("sources.rs"), &tree.sources());
     let docs = env::var_os("DOCS_RS").is_some();
     let simt = env::var_os("CARGO_FEATURE_SIMT").is_some() && !docs;
     write_if_changed(&out.join("simt_table.rs"), &host::table(&tree));
@@ -109,6 +110,16 @@ impl Tree {
             for e in &u.entries {
                 let _ = writeln!(s, "    Entry {{ name: {e:?}, family: {:?}, module: {:?} }},", u.family, u.name);
             }
+        }
+        s + "]\n"
+    }
+
+    /// `&[Source]`, likewise.
+    fn sources(&self) -> String {
+        let mut s = String::from("&[\n");
+        for u in self.units.iter().filter(|u| !u.entries.is_empty()) {
+            let recipe = cuda::default_recipe(u);
+            let _ = writeln!(s, "    Source {{ module: {:?}, family: {:?}, recipe: {recipe:?} }},", u.name, u.family);
         }
         s + "]\n"
     }

@@ -22,6 +22,21 @@ pub struct Entry {
 /// Every entry point, found in the sources by the build.
 pub static ENTRIES: &[Entry] = include!(concat!(env!("OUT_DIR"), "/catalog.rs"));
 
+/// What a module is compiled from, in builds without GPU code too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Such as `attend_bf16`.
+    pub module: &'static str,
+    /// The folder of `kernels/` it lives in.
+    pub family: &'static str,
+    /// Digest of sources, and flags for the default architectures. A module's source hash is the beginning of the SHA-256, in
+    /// hexadecimal digits, of this, a space and the compiler's version.
+    pub recipe: &'static str,
+}
+
+/// Of every module.
+pub static SOURCES: &[Source] = include!(concat!(env!("OUT_DIR"), "/sources.rs"));
+
 /// A compiled translation unit.
 #[derive(Clone, Copy, Debug)]
 pub struct Module {

@@ -1,8 +1,10 @@
 //! append: new rows rotated, encoded and stored, in one launch; decode steps and a piece of prefill.
 
 use kvlar::{AppendArgs, AppendPlan, AppendShape, Buffer, Codec, Dtype, Result, Rope, RopeLayout, Stream, Workspace};
-use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, codec_name};
+use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Op, Pages, Rig, codec_name};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "append", cases };
 
 #[derive(Clone)]
 struct Append {
@@ -156,8 +158,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         }
     }
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("append", cases);
 }

@@ -1,7 +1,9 @@
 //! attend: one query row a sequence over paged caches, the decode step of Llama-3.1-8B's heads.
 
 use kvlar::Codec;
-use kvlar_bench::{Attend, Case, Part, Rig};
+use kvlar_bench::{Attend, Case, Op, Part, Rig};
+
+pub const OP: Op = Op { name: "attend", cases };
 
 /// Lengths between an eighth of `longest` and `longest`.
 fn ragged(rig: &Rig, batch: usize, longest: usize) -> Vec<usize> {
@@ -32,8 +34,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         all.extend([schedule(1), schedule(32)]);
     }
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("attend", cases);
 }

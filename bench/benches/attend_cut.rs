@@ -5,8 +5,10 @@ use kvlar::{
     AttendArgs, AttendCutPlan, AttendCutShape, AttendShape, Buffer, Codec, CutArgs, Dtype, Format, Reduction, Result, ScanArgs,
     ScanSelectPlan, ScanSelectShape, ScanShape, Segment, SegmentShape, SelectArgs, Stream, WorkList, Workspace,
 };
-use kvlar_bench::{Attend, Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock};
+use kvlar_bench::{Attend, Case, HEAD_PAGE_ROWS, Launches, Op, Pages, Rig, RowBlock};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "attend_cut", cases };
 
 const SCANNED: Codec = Codec::Int4;
 
@@ -179,8 +181,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         }
     }
     all
-}
-
-fn main() {
-    kvlar_bench::run("attend_cut", cases);
 }

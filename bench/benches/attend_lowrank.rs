@@ -5,9 +5,11 @@ use kvlar::{
     Arithmetic, AttendArgs, AttendShape, Bases, Buffer, Codec, Dtype, HeadSets, Latents, LowrankArgs, LowrankPlan, LowrankShape,
     LowrankValues, Result, Rope, RopeLayout, Segment, SegmentShape, Stream, WorkList, Workspace, padded_rank,
 };
-use kvlar_bench::{Attend, Case, HEAD_PAGE_ROWS, Launches, Pages, Prefixed, Rig, RowBlock};
+use kvlar_bench::{Attend, Case, HEAD_PAGE_ROWS, Launches, Op, Pages, Prefixed, Rig, RowBlock};
 use kvlar_reference::{Int8Basis, RopeScaling, RotaryPairs};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "attend_lowrank", cases };
 
 const DTYPE: Dtype = Dtype::Bf16;
 const NATIVE: Codec = Codec::Bf16;
@@ -356,8 +358,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         add(Attend::new(NATIVE, vec![rows; batch]), vec![Setting { seqs: batch, ..Setting::new(rows, 2).kept(0.5) }]);
     }
     all
-}
-
-fn main() {
-    kvlar_bench::run("attend_lowrank", cases);
 }

@@ -3,7 +3,9 @@
 //! Goals on an H200, in percent of the read bandwidth measured in the same run: 8 bits 88, int4 80, int2 60.
 
 use kvlar::{Codec, Format};
-use kvlar_bench::{Attend, Case, Rig};
+use kvlar_bench::{Attend, Case, Op, Rig};
+
+pub const OP: Op = Op { name: "attend_quantized", cases };
 
 const PAIRS: [(Codec, Codec); 7] = [
     (Codec::Bf16, Codec::Bf16),
@@ -38,8 +40,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         all.extend([4, 128].map(|k| rotated(vec![k << 10])));
     }
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("attend_quantized", cases);
 }

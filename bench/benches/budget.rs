@@ -4,8 +4,10 @@ use kvlar::{
     BudgetHeadsArgs, BudgetHeadsPlan, BudgetHeadsShape, BudgetLayersArgs, BudgetLayersPlan, BudgetLayersShape, Buffer, Dtype,
     LayerBudget, Result, Stream, Workspace,
 };
-use kvlar_bench::{Case, Launches, Rig};
+use kvlar_bench::{Case, Launches, Op, Rig};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "budget", cases };
 
 #[derive(Clone, Copy)]
 struct Layers(BudgetLayersShape);
@@ -133,8 +135,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     }
     // Llama-3.1-8B: 32 layers of 8 kv heads.
     vec![layers([1, 32, 8], 8 << 10, 512), layers([1, 32, 8], 32 << 10, 2048), heads([1, 32, 8], 32 << 10, 2048)]
-}
-
-fn main() {
-    kvlar_bench::run("budget", cases);
 }

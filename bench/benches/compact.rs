@@ -4,8 +4,10 @@ use kvlar::{
     Buffer, Codec, Columns, CompactArgs, CompactOrder, CompactPlan, CompactShape, Dtype, Format, Keep, Pool, ProtectArgs,
     ProtectPlan, ProtectShape, Result, RowScores, Rows, Stream, TopkArgs, TopkPlan, TopkShape, Workspace,
 };
-use kvlar_bench::{Case, Launches, Rig};
+use kvlar_bench::{Case, Launches, Op, Rig};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "compact", cases };
 
 /// Rows of a page, which belongs to one owner.
 const PAGE: usize = 64;
@@ -269,8 +271,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         all
     };
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("compact", cases);
 }

@@ -1,8 +1,10 @@
 //! encode and decode: dense rows into stored rows and back, paged.
 
 use kvlar::{Buffer, Codec, Dtype, EncodeShape, Result, Stream, TranscodePlan};
-use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock, codec_name};
+use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Op, Pages, Rig, RowBlock, codec_name};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "encode", cases };
 
 #[derive(Clone, Copy, PartialEq)]
 enum Direction {
@@ -139,8 +141,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         }
     }
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("encode", cases);
 }

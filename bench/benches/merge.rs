@@ -1,8 +1,10 @@
 //! merge: partial results of attention into one, rows = sequences × query heads.
 
 use kvlar::{Buffer, Dtype, MergePlan, MergeShape, Result, Stream};
-use kvlar_bench::{Case, Launches, Rig};
+use kvlar_bench::{Case, Launches, Op, Rig};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "merge", cases };
 
 #[derive(Clone, Copy)]
 struct Merge(MergeShape);
@@ -67,8 +69,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     };
     let case = |&(parts, rows): &(usize, usize)| Box::new(Merge(MergeShape { parts, rows, dim: 128 })) as Box<dyn Case>;
     shapes.iter().map(case).collect()
-}
-
-fn main() {
-    kvlar_bench::run("merge", cases);
 }

@@ -5,9 +5,11 @@ use kvlar::{
     AppendLowrankArgs, AppendLowrankPlan, AppendLowrankShape, Buffer, Codec, Dtype, HeadGroups, ProjectPlan, ProjectShape,
     Projection, Result, SideArgs, SideShape, Stream, Workspace, padded_rank,
 };
-use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, codec_name};
+use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Op, Pages, Rig, codec_name};
 use serde_json::{Value, json};
 use std::ops::Range;
+
+pub const OP: Op = Op { name: "project", cases };
 
 /// Rows of kv heads to latents of neighbours, which are half as long as the rows that they are made of.
 #[derive(Clone, Copy)]
@@ -321,8 +323,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         }
     }
     all
-}
-
-fn main() {
-    kvlar_bench::run("project", cases);
 }

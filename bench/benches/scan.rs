@@ -7,8 +7,10 @@ use kvlar::{
     Buffer, Codec, Dtype, Format, Reduction, Result, ScanArgs, ScanPlan, ScanSelectPlan, ScanSelectShape, ScanShape, SelectArgs,
     Stream, WorkList, Workspace,
 };
-use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock, codec_name};
+use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Op, Pages, Rig, RowBlock, codec_name};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "scan", cases };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Codes {
@@ -229,8 +231,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         all.iter_mut().for_each(|case| case.heads = (8, 2));
     }
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("scan", cases);
 }

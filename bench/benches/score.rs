@@ -1,8 +1,10 @@
 //! score: windows, whole columns and repeated chunks, Llama-3.1-8B's heads, paged.
 
 use kvlar::{Buffer, Codec, Dtype, Pooling, Result, ScoreArgs, ScorePlan, ScoreShape, ScoredRows, Stream, Workspace};
-use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Pages, Rig, RowBlock};
+use kvlar_bench::{Case, HEAD_PAGE_ROWS, Launches, Op, Pages, Rig, RowBlock};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "score", cases };
 
 #[derive(Clone)]
 struct Score {
@@ -168,8 +170,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         all
     };
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("score", cases);
 }

@@ -1,8 +1,10 @@
 //! score_gate: the gates of Fast KVzip, over a chunk of a prefill and over buffers of decoded tokens.
 
 use kvlar::{Buffer, Dtype, Gate, GateWeights, Result, ScoreGateArgs, ScoreGatePlan, Stream, Workspace};
-use kvlar_bench::{Case, Launches, Rig};
+use kvlar_bench::{Case, Launches, Op, Rig};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "score_gate", cases };
 
 const GATE_DIM: usize = 16;
 const SINKS: usize = 16;
@@ -114,8 +116,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         chunks.chain([case(1, 1, models[0]), case(16, 1, models[0]), case(64, 1, models[0])]).collect()
     };
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("score_gate", cases);
 }

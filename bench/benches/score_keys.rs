@@ -3,8 +3,10 @@
 use kvlar::{
     Buffer, Dtype, KeyMethod, KeySums, Pool, Result, Rows, ScoreKeysArgs, ScoreKeysPlan, ScoreKeysShape, Stream, Workspace,
 };
-use kvlar_bench::{Case, Launches, Rig};
+use kvlar_bench::{Case, Launches, Op, Rig};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "score_keys", cases };
 
 const HEADS: usize = 8;
 const DIM: usize = 128;
@@ -95,8 +97,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     let shapes = if rig.wants_tiny_shapes() { vec![(1, 400)] } else { vec![(1, 16 << 10), (1, 128 << 10), (16, 16 << 10)] };
     let all = methods.into_iter().flat_map(|method| shapes.clone().into_iter().map(move |(seqs, rows)| (method, seqs, rows)));
     all.map(|(method, seqs, rows)| Box::new(ScoreKeys { method, seqs, rows }) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("score_keys", cases);
 }

@@ -1,8 +1,10 @@
 //! topk: the best rows of each row of scores, as a cut; and those that layers and heads choose together.
 
 use kvlar::{Buffer, Dtype, Result, Stream, TopkArgs, TopkPlan, TopkShape, Workspace};
-use kvlar_bench::{Case, Launches, Rig};
+use kvlar_bench::{Case, Launches, Op, Rig};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "select", cases };
 
 #[derive(Clone, Copy)]
 struct Topk {
@@ -92,8 +94,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
         all
     };
     all.into_iter().map(|case| Box::new(case) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("select", cases);
 }

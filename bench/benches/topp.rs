@@ -1,8 +1,10 @@
 //! topp: the fewest rows of nine tenths of the softmax mass, row by row and in steps.
 
 use kvlar::{Buffer, Dtype, Resolve, Result, Stream, ToppArgs, ToppPlan, ToppShape};
-use kvlar_bench::{Case, Launches, Rig};
+use kvlar_bench::{Case, Launches, Op, Rig};
 use serde_json::{Value, json};
+
+pub const OP: Op = Op { name: "topp", cases };
 
 #[derive(Clone, Copy)]
 struct Topp(ToppShape);
@@ -56,8 +58,4 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     let sizes = if rig.wants_tiny_shapes() { vec![(2, 600)] } else { vec![(32, 4 << 10), (32, 32 << 10), (32, 128 << 10)] };
     let both = |(batch, rows)| [Resolve::Exact, Resolve::Bin].map(|resolve| ToppShape { resolve, ..ToppShape::new(batch, rows) });
     sizes.into_iter().flat_map(both).map(|shape| Box::new(Topp(shape)) as Box<dyn Case>).collect()
-}
-
-fn main() {
-    kvlar_bench::run("topp", cases);
 }

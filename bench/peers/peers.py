@@ -14,7 +14,8 @@ not installed is skipped with a line that says so. `--device cpu` runs tiny shap
 (default: KVLAR_PEERS) takes one kind of cache, into peers-KIND.json.
 
 FlashInfer compiles its kernels when they are first used (it needs nvcc, ninja and a C++ compiler, no network); one process
-for each compiles them side by side before anything is timed. FLASHINFER_WORKSPACE_BASE says where they are kept.
+for each compiles them side by side before anything is timed. FLASHINFER_WORKSPACE_BASE says where they are kept, and
+`--build-only` compiles them and does nothing else.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import lowrank
 import paged
 import quantized
 import scan
+import timing
 from timing import Clock, Log, copy_ceiling, run_shape
 
 KINDS = ("dense", "lowrank", "quantized", "eviction")
@@ -53,6 +55,8 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", default=os.environ.get("KVLAR_PEERS") or None, help=", ".join(KINDS))
     parser.add_argument("--build-seconds", type=int, default=240, help="what FlashInfer's kernels may take to compile")
+    parser.add_argument("--shape-seconds", type=float, help="what the samples of a shape may take")
+    parser.add_argument("--build-only", action="store_true", help="compile FlashInfer's kernels, and time nothing")
     parser.add_argument("--build", choices=paged.KERNELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only not in (None, *KINDS):
@@ -69,6 +73,8 @@ def main():
         os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", f"{major}.{minor}" + ("a" if major >= 9 else ""))
     if arguments.build:
         return paged.build(torch, arguments.build)
+    if arguments.shape_seconds is not None:
+        timing.SHAPE_SECONDS = arguments.shape_seconds
     torch.manual_seed(1)
     clock = Clock(torch, cuda)
     header = {
@@ -84,8 +90,11 @@ def main():
     log = Log(arguments.out / f"{header['op']}.json", header)
     kinds = [kind for kind in KINDS if arguments.only in (None, kind)]
     flashinfer, l2 = None, 0
+    paged_kinds = [kind for kind in kinds if kind in ("dense", "quantized")]
+    if arguments.build_only:
+        built = paged.FlashInfer(torch, log, arguments.build_seconds, paged_kinds).kernels if cuda else []
+        return print(f"built: {', '.join(built) or 'none'}")
     if cuda:
-        paged_kinds = [kind for kind in kinds if kind in ("dense", "quantized")]
         flashinfer = paged.FlashInfer(torch, log, arguments.build_seconds, paged_kinds) if paged_kinds else None
         properties = torch.cuda.get_device_properties(0)
         l2 = max(L2_BYTES, getattr(properties, "L2_cache_size", 0))
@@ -156,7 +165,7 @@ def main():
             run_scores(rows, eviction.KEPT if cuda else TINY // 4)
         for rows, kept in eviction.LENGTHS if cuda else ((TINY, TINY // 2),):
             run_layers(eviction.LAYERS if cuda else 2, rows, kept)
-    log.flush()
+    log.flush(complete=True)
     print("\n" + "\n".join(log.lines) + f"\nwritten: {log.path}")
 
 

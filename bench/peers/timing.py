@@ -146,9 +146,12 @@ class Log:
             f"{speed / 1e12:.2f} TB/s, {percent:.1f} % of the copy ceiling{graph}"
         )
 
-    def flush(self):
+    def flush(self, complete=False):
+        """Whoever finds the file after a crash has all that came before, and sees that there was to be more."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({**self.header, "results": self.results}, indent=2) + "\n")
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text(json.dumps({**self.header, "complete": complete, "results": self.results}, indent=2) + "\n")
+        part.replace(self.path)
 
 
 def copy_ceiling(torch, clock):

@@ -1,8 +1,9 @@
 //! Results: lines for people, a JSON file for everything else.
 
 use crate::ceiling::CopyCeiling;
-use crate::{Rig, gpu, today};
-use serde_json::{Value, json};
+use crate::earlier::Earlier;
+use crate::{Rig, gpu, today, write_json};
+use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 
 /// The value below which a fraction `p` of `x` lies; 0 for none.
@@ -26,23 +27,34 @@ pub(crate) struct Measurement {
     pub seconds: Vec<f64>,
 }
 
-/// All of a process.
+/// All of an op. Its file is written anew before and after each case: what a crash or a limit of time costs is one case.
 pub(crate) struct Report<'a> {
     op: &'static str,
     rig: &'a Rig,
+    /// Whether times mean something.
+    timed: bool,
+    /// Where results are kept, if they are.
+    path: Option<PathBuf>,
     ceiling: Option<CopyCeiling>,
     lines: Vec<String>,
     results: Vec<Value>,
-    fastest: Option<(f64, String)>,
+    /// The case that a crash would be of.
+    running: Option<String>,
+    /// Whether there is anything to keep.
+    began: bool,
 }
 
 impl<'a> Report<'a> {
-    pub fn new(op: &'static str, rig: &'a Rig, ceiling: Option<CopyCeiling>) -> Self {
-        let mut report = Self { op, rig, ceiling, lines: Vec::new(), results: Vec::new(), fastest: None };
-        if let Some(c) = ceiling {
-            let info = rig.device.info();
-            report.line(format!("{}, {} SMs, timed by {}", info.name, info.sm_count, rig.clock()));
-            report.line(format!("copy ceiling: {} ({} read and written)", rate(c.rate()), size(c.bytes)));
+    /// With `KVLAR_BENCH_RESUME`, what a process that did not come to an end has left is gone on with.
+    pub fn new(op: &'static str, rig: &'a Rig, timed: bool) -> Self {
+        let path = folder(rig, timed).map(|folder| folder.join(format!("{op}.json")));
+        let resumed = std::env::var("KVLAR_BENCH_RESUME").is_ok_and(|v| !v.is_empty());
+        let earlier = path.as_deref().filter(|_| resumed).and_then(|path| Earlier::read(path, op, &head(rig)));
+        let (began, earlier) = (earlier.is_some(), earlier.unwrap_or_default());
+        let (lines, running) = (Vec::new(), None);
+        let mut report = Self { op, rig, timed, path, ceiling: earlier.ceiling, lines, results: earlier.results, running, began };
+        if began {
+            report.line(format!("{op}: goes on behind {} results of an earlier run", report.results.len()));
         }
         report
     }
@@ -52,6 +64,23 @@ impl<'a> Report<'a> {
         self.lines.push(line);
     }
 
+    /// Whether there is a result of the case already.
+    pub fn has(&self, name: &str) -> bool {
+        self.results.iter().any(|r| r["name"] == name)
+    }
+
+    /// A case is about to run. The first one waits for the ceiling, so that a filter saves that too.
+    pub fn begin(&mut self, name: &str) {
+        if self.timed && self.ceiling.is_none() {
+            let (c, info) = (CopyCeiling::measure(self.rig), self.rig.device.info());
+            self.line(format!("{}, {} SMs, timed by {}", info.name, info.sm_count, self.rig.clock()));
+            self.line(format!("copy ceiling: {} ({} read and written)", rate(c.rate()), size(c.bytes)));
+            self.ceiling = Some(c);
+        }
+        (self.began, self.running) = (true, Some(name.into()));
+        self.flush(false);
+    }
+
     pub fn skip(&mut self, name: &str, why: &str) {
         self.results.push(json!({ "name": name, "skipped": why }));
         self.line(format!("{}/{name}: skipped: {why}", self.op));
@@ -59,6 +88,7 @@ impl<'a> Report<'a> {
 
     pub fn add(&mut self, m: Measurement) {
         let op = self.op;
+        self.running = None;
         let mut result = json!({
             "name": m.name,
             "parameters": m.parameters,
@@ -71,7 +101,7 @@ impl<'a> Report<'a> {
             let how = if self.rig.is_emulated() { "ran emulated, not a speed" } else { "ran, not timed" };
             self.line(format!("{op}/{}: {how} ({} a launch)", m.name, size(m.bytes)));
             self.results.push(result);
-            return;
+            return self.flush(false);
         };
         let mut seconds = m.seconds;
         let [p10, p50, p90] = [0.1, 0.5, 0.9].map(|p| percentile(&mut seconds, p));
@@ -87,78 +117,101 @@ impl<'a> Report<'a> {
             size(m.bytes),
             rate(speed)
         ));
-        if m.cold && self.fastest.as_ref().is_none_or(|(best, _)| speed > *best) {
-            self.fastest = Some((speed, m.name));
-        }
         result["microseconds"] = json!({ "p10": p10 * 1e6, "p50": p50 * 1e6, "p90": p90 * 1e6 });
         result["bytes_per_second"] = json!(speed);
         result["percent_of_copy_ceiling"] = json!(percent);
         result["cold_l2"] = json!(m.cold);
         self.results.push(result);
+        self.flush(false);
     }
 
-    /// Prints all times again, together, and writes the file.
-    pub fn finish(mut self) {
-        if let Some(c) = self.ceiling {
-            if let Some((speed, name)) = &self.fastest {
-                let percent = 100.0 * speed / c.rate();
-                let line = format!("fastest {}: {} by {name}, {percent:.1} % of the copy ceiling", self.op, rate(*speed));
-                self.lines.push(line);
-            }
+    /// The fastest case that reads memory.
+    fn fastest(&self) -> Option<(f64, &str)> {
+        let cold = self.results.iter().filter(|r| r["cold_l2"] == true);
+        let rates = cold.filter_map(|r| Some((r["bytes_per_second"].as_f64()?, r["name"].as_str()?)));
+        rates.max_by(|a, b| a.0.total_cmp(&b.0))
+    }
+
+    /// Prints all times again, together, and writes the file: `left` cases had no more time, `filtered` ones were not asked
+    /// for.
+    pub fn finish(mut self, left: usize, filtered: usize) {
+        // Of a filter that names nothing of this op there is nothing to say.
+        if !self.began && filtered > 0 {
+            return;
+        }
+        if let (Some(c), Some((speed, name))) = (self.ceiling, self.fastest()) {
+            let percent = 100.0 * speed / c.rate();
+            self.lines.push(format!("fastest {}: {} by {name}, {percent:.1} % of the copy ceiling", self.op, rate(speed)));
+        }
+        if left > 0 {
+            self.lines.push(format!("{}: out of time, {left} cases are left", self.op));
+        }
+        if self.timed || left > 0 {
             println!("\n{}", self.lines.join("\n"));
         }
-        let Some(folder) = self.folder() else { return };
-        let path = folder.join(format!("{}.json", self.op));
-        let text = serde_json::to_string_pretty(&self.json()).expect("JSON");
-        match std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&path, text + "\n")) {
-            Ok(()) => println!("written: {}", path.display()),
-            Err(e) => eprintln!("{}: {e}", path.display()),
+        self.flush(left == 0);
+        if let Some(path) = &self.path {
+            println!("written: {}", path.display());
         }
     }
 
-    /// Emulated results are kept only where they are asked for, those of criterion's test mode nowhere.
-    fn folder(&self) -> Option<PathBuf> {
-        if self.ceiling.is_none() && !self.rig.is_emulated() {
-            return None;
+    fn flush(&self, complete: bool) {
+        let Some(path) = &self.path else { return };
+        if let Err(e) = write_json(path, &self.json(complete)) {
+            eprintln!("{e}");
         }
-        if let Some(folder) = std::env::var_os("KVLAR_BENCH_OUT") {
-            return Some(folder.into());
-        }
-        if self.rig.is_emulated() {
-            return None;
-        }
-        // cargo says where the package is, and runs benches there; without cargo the folder is relative.
-        let package = std::env::var_os("CARGO_MANIFEST_DIR").map_or(PathBuf::from("bench"), PathBuf::from);
-        Some(package.join("results"))
     }
 
-    fn json(&self) -> Value {
-        let info = self.rig.device.info();
-        let emulated = self.rig.is_emulated();
+    fn json(&self, complete: bool) -> Value {
         // The program's folder is the machine's business.
         let program = std::env::args().next().map(PathBuf::from);
         let program = program.and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
         let command: Vec<String> = program.into_iter().chain(std::env::args().skip(1)).collect();
-        let mut json = json!({
-            "op": self.op,
-            "gpu": if emulated { Value::Null } else { json!(info.name) },
-            "driver": if emulated { None } else { gpu::driver_version() },
-            "date": today(),
-            "command": command,
-            "clock": self.rig.clock(),
-        });
-        if emulated {
+        let mut json = json!({ "op": self.op });
+        json.as_object_mut().expect("an object").extend(head(self.rig));
+        json["date"] = json!(today());
+        json["command"] = json!(command);
+        json["clock"] = json!(self.rig.clock());
+        json["complete"] = json!(complete);
+        if let Some(running) = &self.running {
+            json["running"] = json!(running);
+        }
+        if self.rig.is_emulated() {
             json["emulated"] = json!("the launches ran; their times are not a speed and are left out");
         }
         if let Some(c) = self.ceiling {
             json["copy_ceiling"] = json!({ "bytes": c.bytes, "microseconds": c.seconds * 1e6, "bytes_per_second": c.rate() });
         }
-        if let Some((speed, name)) = &self.fastest {
+        if let Some((speed, name)) = self.fastest() {
             json["fastest"] = json!({ "name": name, "bytes_per_second": speed });
         }
         json["results"] = Value::Array(self.results.clone());
         json
     }
+}
+
+/// What results must share to be gone on with.
+fn head(rig: &Rig) -> Map<String, Value> {
+    let (emulated, info) = (rig.is_emulated(), rig.device.info());
+    let gpu = if emulated { Value::Null } else { json!(info.name) };
+    let driver = if emulated { Value::Null } else { json!(gpu::driver_version()) };
+    [("gpu".to_string(), gpu), ("driver".to_string(), driver)].into_iter().collect()
+}
+
+/// Emulated results are kept only where they are asked for, those of criterion's test mode nowhere.
+fn folder(rig: &Rig, timed: bool) -> Option<PathBuf> {
+    if !timed && !rig.is_emulated() {
+        return None;
+    }
+    if let Some(folder) = std::env::var_os("KVLAR_BENCH_OUT") {
+        return Some(folder.into());
+    }
+    if rig.is_emulated() {
+        return None;
+    }
+    // cargo says where the package is, and runs benches there; without cargo the folder is relative.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").map_or(PathBuf::from("bench"), PathBuf::from);
+    Some(package.join("results"))
 }
 
 pub(crate) fn size(bytes: usize) -> String {

@@ -11,6 +11,8 @@ const L2_BYTES: usize = 60 << 20;
 /// Memory that a case may take in emulation.
 const EMULATED_BYTES: usize = 1 << 30;
 
+const SEED: u64 = 1;
+
 /// A device, a stream on it, and a clock.
 pub struct Rig {
     // Before the device: events end before their context does.
@@ -52,8 +54,13 @@ impl Rig {
             events: if device.backend() == Backend::Cuda { gpu::Events::new() } else { None },
             stream,
             device,
-            rng: RefCell::new(Rng::new(1)),
+            rng: RefCell::new(Rng::new(SEED)),
         })
+    }
+
+    /// Random numbers as in a new rig: what an op is given does not depend on the ops before it.
+    pub(crate) fn restart(&self) {
+        *self.rng.borrow_mut() = Rng::new(SEED);
     }
 
     /// Whether times say nothing.

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Architectures of our own builds: the portable path for all GPUs since sm_80, and Hopper's own.
-const DEFAULT: &[&str] = &["80", "90a"];
+const DEFAULT: [&str; 2] = ["80", "90a"];
 /// Architectures of a release.
 // sm_89 runs sm_86's: the two are the same instructions, and as fast.
 const RELEASE: &[&str] = &["80", "86", "90a", "100", "120"];
@@ -20,22 +20,15 @@ pub fn build(tree: &Tree, out: &Path) -> String {
     let dir = prebuilt.clone().unwrap_or_else(|| out.join("fatbins"));
     let (mut jobs, mut all) = (Vec::new(), Vec::new());
     let toolkit = if prebuilt.is_none() { Some(find_nvcc()) } else { None };
-    let flags = |per_arch: bool| -> Vec<String> {
-        let ptx = PTX[0];
-        let own = archs.iter().map(|a| format!("-gencode=arch=compute_{},code=sm_{a}", if per_arch { a } else { ptx }));
-        let newer = format!("-gencode=arch=compute_{ptx},code=compute_{ptx}");
-        FLAGS.iter().map(|f| f.to_string()).chain(own).chain([newer]).collect()
-    };
     let version = toolkit.as_ref().map_or(String::from("prebuilt"), |nvcc| version_of(nvcc));
     for u in tree.units.iter().filter(|u| !u.entries.is_empty()) {
-        let flags = flags(u.per_arch);
-        let source_hash = short_digest(&format!("{} {flags:?} {version}", u.hash));
+        let source_hash = short_digest(&format!("{} {version}", recipe(u, &archs)));
         let fatbin = match &toolkit {
             None => dir.join(format!("{}.fatbin", u.name)),
             Some(nvcc) => {
                 let fatbin = dir.join(format!("{}-{source_hash}.fatbin", u.name));
                 let mut command = Command::new(nvcc);
-                command.args(&flags).arg("-I").arg(&tree.root).arg("-fatbin").arg(tree.root.join(&u.path));
+                command.args(flags(u, &archs)).arg("-I").arg(&tree.root).arg("-fatbin").arg(tree.root.join(&u.path));
                 jobs.push((command, fatbin.clone()));
                 fatbin
             }
@@ -58,6 +51,23 @@ pub fn build(tree: &Tree, out: &Path) -> String {
         }
     }
     modules + "]\n"
+}
+
+fn flags(u: &Unit, archs: &[String]) -> Vec<String> {
+    let ptx = PTX[0];
+    let own = archs.iter().map(|a| format!("-gencode=arch=compute_{},code=sm_{a}", if u.per_arch { a } else { ptx }));
+    let newer = format!("-gencode=arch=compute_{ptx},code=compute_{ptx}");
+    FLAGS.iter().map(|f| f.to_string()).chain(own).chain([newer]).collect()
+}
+
+/// What a unit is compiled from and how, but for the compiler.
+fn recipe(u: &Unit, archs: &[String]) -> String {
+    format!("{} {:?}", u.hash, flags(u, archs))
+}
+
+/// Likewise, for the architectures that the ledger of GPU runs speaks of.
+pub fn default_recipe(u: &Unit) -> String {
+    recipe(u, &DEFAULT.map(String::from))
 }
 
 /// `KVLAR_CUDA_ARCHS`, else `CUDA_COMPUTE_CAP`, else the default list. Accepts `80`, `8.6`, `90a`, lists and `all`.
