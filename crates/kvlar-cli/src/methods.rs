@@ -129,6 +129,11 @@ impl From<Codec> for Rows {
     }
 }
 
+/// 4 bits, with keys rotated.
+fn int4_rotated() -> Rows {
+    Rows::Of(Format { hadamard: true, ..Codec::Int4.into() }, Codec::Int4.into())
+}
+
 /// Tokens go by the attention that they get. DynamicKV and SnapKV are made for
 /// prompts whose end is the question.
 pub fn evicting_by_attention() -> Vec<Method> {
@@ -139,6 +144,8 @@ pub fn evicting_by_attention() -> Vec<Method> {
         let about = format!("DynamicKV, {n} % of tokens stay; layers share them by attention of the prompt's end");
         methods.push(evicting(&format!("dynamickv-{n}"), &about, Question, Codec::Bf16, Policy::dynamickv(percent(n))));
     }
+    let about = "likewise, 12 %, in 4 bits with rotated keys";
+    methods.push(evicting("dynamickv-12-int4", about, Question, int4_rotated(), Policy::dynamickv(percent(12))));
     let blind = "likewise, 12 %, before the question is seen";
     methods.push(evicting("dynamickv-12-blind", blind, Context, Codec::Bf16, Policy::dynamickv(percent(12))));
     methods.push(evicting("snapkv-12", "SnapKV, 12 % stay", Question, Codec::Bf16, Policy::snapkv(percent(12))));
@@ -164,8 +171,7 @@ pub fn gated(gates: &Arc<Gates>, latents: Option<Plan>) -> Vec<Method> {
     }
     for n in [30, 20] {
         let about = format!("likewise, {n} % stay, in 4 bits with rotated keys");
-        let rows = Rows::Of(Format { hadamard: true, ..Codec::Int4.into() }, Codec::Int4.into());
-        methods.push(evicting(&format!("fast-kvzip-{n}-int4"), &about, Protocol::Context, rows, policy(n)));
+        methods.push(evicting(&format!("fast-kvzip-{n}-int4"), &about, Protocol::Context, int4_rotated(), policy(n)));
     }
     if let Some(plan) = latents {
         let about = "likewise, 30 % stay, as latents of ReCalKV at 50 %";
