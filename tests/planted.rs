@@ -8,6 +8,8 @@
 mod attend_cut;
 #[path = "planted_bugs/budget.rs"]
 mod budget;
+#[path = "planted_bugs/ceiling.rs"]
+mod ceiling;
 #[path = "planted_bugs/channels.rs"]
 mod channels;
 #[path = "planted_bugs/compact.rs"]
@@ -65,6 +67,7 @@ struct Suite {
 const SUITES: &[&Suite] = &[
     &attend_cut::SUITE,
     &budget::SUITE,
+    &ceiling::SUITE,
     &channels::SUITE,
     &compact::SUITE,
     &dense::SUITE,

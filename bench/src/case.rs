@@ -15,6 +15,11 @@ pub trait Case {
     /// Bytes that one launch must read and write: inputs once, outputs once.
     fn bytes(&self) -> usize;
 
+    /// Of what multiplies and reads nothing: operations of one launch.
+    fn operations(&self) -> usize {
+        0
+    }
+
     /// Device memory of one buffer set.
     fn set_bytes(&self) -> usize {
         self.bytes()

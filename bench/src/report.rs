@@ -19,6 +19,8 @@ pub(crate) struct Measurement {
     pub parameters: Value,
     /// One launch moves.
     pub bytes: usize,
+    /// And does, where nothing is read.
+    pub operations: usize,
     pub sets: usize,
     pub launches_a_replay: usize,
     /// Whether the sets together exceed the L2 twice, so that every launch reads memory.
@@ -105,6 +107,14 @@ impl<'a> Report<'a> {
         };
         let mut seconds = m.seconds;
         let [p10, p50, p90] = [0.1, 0.5, 0.9].map(|p| percentile(&mut seconds, p));
+        result["microseconds"] = json!({ "p10": p10 * 1e6, "p50": p50 * 1e6, "p90": p90 * 1e6 });
+        if m.operations > 0 {
+            let rate = m.operations as f64 / p50;
+            self.line(format!("{op}/{}: {:.2} µs, {:.1} T operations/s", m.name, p50 * 1e6, rate / 1e12));
+            result["operations_per_second"] = json!(rate);
+            self.results.push(result);
+            return self.flush(false);
+        }
         let speed = m.bytes as f64 / p50;
         let percent = 100.0 * speed / ceiling.rate();
         let warm = if m.cold { "" } else { ", in part from L2" };
@@ -117,7 +127,6 @@ impl<'a> Report<'a> {
             size(m.bytes),
             rate(speed)
         ));
-        result["microseconds"] = json!({ "p10": p10 * 1e6, "p50": p50 * 1e6, "p90": p90 * 1e6 });
         result["bytes_per_second"] = json!(speed);
         result["percent_of_copy_ceiling"] = json!(percent);
         result["cold_l2"] = json!(m.cold);

@@ -176,6 +176,7 @@ fn run_case(
         name: case.name(),
         parameters: case.parameters(),
         bytes: case.bytes(),
+        operations: case.operations(),
         sets: rotation.sets,
         launches_a_replay: replay.launches,
         cold: rotation.cold,

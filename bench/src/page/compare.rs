@@ -13,8 +13,8 @@ pub struct Page {
     pub ops: Vec<OpPage>,
     /// Those without, and why.
     pub without: Vec<(String, String)>,
-    /// Rates that the op of ceilings measured.
-    pub ceilings: Vec<(String, f64)>,
+    /// Rates that the op of ceilings measured, with their units.
+    pub ceilings: Vec<(String, String)>,
     /// Times of peers at shapes of which there is no case, and peers that were skipped.
     pub strays: Vec<String>,
 }
@@ -71,8 +71,7 @@ impl Page {
         let mut met = vec![false; peers.len()];
         for file in ours {
             if file.op == CEILING {
-                let rates = file.results.iter().filter_map(|r| Some((r.name.clone(), r.bytes_per_second?)));
-                page.ceilings.extend(rates);
+                page.ceilings.extend(file.results.iter().filter_map(|r| Some((r.name.clone(), rate(r)?))));
                 continue;
             }
             let op = OpPage::of(file, read, &peers, &mut met);
@@ -91,6 +90,12 @@ impl Page {
         page.strays = peers.iter().zip(&met).filter_map(stray).collect();
         Ok(page)
     }
+}
+
+/// What a case of ceilings reached.
+fn rate(of: &CaseResult) -> Option<String> {
+    let operations = of.operations_per_second.map(|x| format!("{:.1} T operations/s", x / 1e12));
+    operations.or(of.bytes_per_second.map(|x| format!("{:.3} TB/s", x / 1e12)))
 }
 
 /// What reading reached: said of the file, else its fastest result named `read…`.

@@ -41,6 +41,8 @@ pub struct CaseResult {
     pub bytes: Option<u64>,
     pub microseconds: Option<Percentiles>,
     pub bytes_per_second: Option<f64>,
+    /// Of what multiplies and reads nothing.
+    pub operations_per_second: Option<f64>,
     /// Whether memory was read, rather than caches; absent where nothing was timed.
     pub cold_l2: Option<bool>,
     /// Why there is no time.

@@ -20,8 +20,8 @@ pub fn markdown(page: &Page) -> String {
         _ => _ = write!(s, "Nothing is drawn: there are no times of a GPU in what was read.\n\n{REPEAT}"),
     }
     if !page.ceilings.is_empty() {
-        s += "\n| ceiling | TB/s |\n|---|---|\n";
-        page.ceilings.iter().for_each(|(name, rate)| _ = writeln!(s, "| {name} | {:.3} |", rate / 1e12));
+        s += "\n| ceiling | |\n|---|---|\n";
+        page.ceilings.iter().for_each(|(name, rate)| _ = writeln!(s, "| {name} | {rate} |"));
     }
     page.ops.iter().for_each(|op| of_op(&mut s, op));
     list(&mut s, "Not drawn", page.without.iter().map(|(op, why)| format!("`{op}`: {why}")));
