@@ -93,9 +93,11 @@ fn a_read_ceiling_comes_before_that_of_copies() {
     let own = page(&[("merge.json", op("merge", both, case()))]).expect("a page").0;
     assert!(line(&own, "n2/rows8").starts_with("| `n2/rows8` | 1.00 | 3.00") && own.contains("read ceiling 4.000 TB/s"));
     let rate = |name: &str, rate: f64| json!({ "name": name, "bytes_per_second": rate });
-    let ceiling = op("ceiling", json!({}), json!([rate("copy", 1e12), rate("read/a", 1e12), rate("read/b", 2e12)]));
+    let products = json!({ "name": "mma/bf16", "bytes": 0, "operations_per_second": 5e14 });
+    let ceiling = op("ceiling", json!({}), json!([rate("copy", 1e12), rate("read/a", 1e12), rate("read/b", 2e12), products]));
     let shared = page(&[("ceiling.json", ceiling), ("merge.json", op("merge", copy(1e12), case()))]).expect("a page").0;
-    assert!(line(&shared, "n2/rows8").starts_with("| `n2/rows8` | 2.00 | 3.00") && shared.contains("| read/b | 2.000 |"));
+    assert!(line(&shared, "n2/rows8").starts_with("| `n2/rows8` | 2.00 | 3.00") && shared.contains("| read/b | 2.000 TB/s |"));
+    assert!(shared.contains("| mma/bf16 | 500.0 T operations/s |"));
 }
 
 #[test]
