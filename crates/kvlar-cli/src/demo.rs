@@ -26,7 +26,7 @@ impl Default for Arguments {
 }
 
 /// Windows of 1,024 tokens, and contexts of each recall task: enough to see a difference, and short.
-const WINDOWS: usize = 2;
+const WINDOWS: usize = 1;
 const CONTEXTS: usize = 4;
 const CALIBRATION_WINDOWS: usize = 16;
 
@@ -40,7 +40,7 @@ pub fn run(a: &Arguments) -> Result<()> {
     let model = Llama::load(assets.join("tiny-llama"))?;
     let path = assets.join("text.txt");
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    let mut work = Work { windows: windows(&model, &text, 1024, WINDOWS)?, tasks: Vec::new(), decode_tokens: 48 };
+    let mut work = Work { windows: windows(&model, &text, 1024, WINDOWS)?, tasks: Vec::new(), decode_tokens: 24 };
     for name in ["needle-500.jsonl", "needle-1000.jsonl", "recall-60.jsonl"] {
         work.tasks.push(read_tasks(&assets.join(name), CONTEXTS)?);
     }

@@ -1,15 +1,16 @@
 //! `kvlar eval`, and the measuring that the demonstration shares.
 
-use crate::backend::Backend;
+use crate::backend;
 use crate::methods::{self, Method, Room};
 use crate::table::{LayerRow, RecallResult, Row, Table, Unsupported};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use kvlar::Device;
+use kvlar::{Backend, Device};
 use kvlar_candle::EngineError;
 use kvlar_candle::llama::{
     AttentionError, LayerError, Llama, Logits, RecallTask, attention_error, longest_question, perplexity, recall,
 };
+use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -38,7 +39,7 @@ pub struct Arguments {
     method: Vec<String>,
     /// What runs the cache; the best there is by default.
     #[arg(long)]
-    backend: Option<Backend>,
+    backend: Option<backend::Backend>,
     /// Tokens of a perplexity window.
     #[arg(long, default_value_t = 1024)]
     window: usize,
@@ -97,9 +98,16 @@ pub fn progress(steps: usize) -> ProgressBar {
 /// Measures methods. One that the device has no kernel for is named with the reason, and left out of the rows.
 pub fn measure(model: &Llama, device: &Device, methods: &[&Method], work: &Work) -> Result<(Vec<Row>, Vec<Unsupported>)> {
     let bar = progress(methods.len() * work.steps());
+    let one = |method: &&Method| measure_one(model, device, method, work, &bar);
+    // Most of a method on the CPU is the model, a token at a time: methods side by side use more cores than one does.
+    let results: Vec<Result<Row>> = match device.backend() {
+        Backend::Reference => methods.par_iter().map(one).collect(),
+        _ => methods.iter().map(one).collect(),
+    };
     let (mut rows, mut unsupported) = (Vec::new(), Vec::new());
-    for (i, method) in methods.iter().enumerate() {
-        match measure_one(model, device, method, work, &bar) {
+    for (method, row) in methods.iter().zip(results) {
+        // Rates alone are of one method at a time.
+        match row.and_then(|row| Ok(Row { decode_rate: rate(model, device, method, work, &bar)?, ..row })) {
             Ok(row) => rows.push(row),
             Err(e) if e.downcast_ref().is_some_and(EngineError::is_unsupported) => {
                 let (method, about) = (method.name.clone(), method.about.clone());
@@ -107,16 +115,31 @@ pub fn measure(model: &Llama, device: &Device, methods: &[&Method], work: &Work)
             }
             Err(e) => return Err(e.context(method.name.clone())),
         }
-        bar.set_position(((i + 1) * work.steps()) as u64);
     }
     bar.finish_and_clear();
     Ok((rows, unsupported))
 }
 
+/// Tokens that a method's store must have room for.
+fn room(model: &Llama, work: &Work) -> usize {
+    model.config().max_positions.max(work.windows.iter().map(Vec::len).max().unwrap_or(0))
+}
+
+fn rate(model: &Llama, device: &Device, method: &Method, work: &Work, bar: &ProgressBar) -> Result<Option<f64>> {
+    if work.decode_tokens == 0 {
+        return Ok(None);
+    }
+    bar.set_message(format!("{}: decode rate", method.name));
+    let room = Room { tokens: room(model, work), rollback: 0 };
+    let rate = decode_rate(model, &mut *(method.store)(device, &model.kv_shape(), room)?, work)?;
+    bar.inc(1);
+    Ok(Some(rate))
+}
+
+/// All but the decode rate.
 fn measure_one(model: &Llama, device: &Device, method: &Method, work: &Work, bar: &ProgressBar) -> Result<Row> {
     let shape = model.kv_shape();
-    let longest = work.windows.iter().map(Vec::len).max().unwrap_or(0);
-    let tokens = model.config().max_positions.max(longest);
+    let tokens = room(model, work);
     let full = 2.0 * (shape.layers * shape.kv_heads * 2 * shape.head_dim) as f64;
     let store = |rollback: usize| (method.store)(device, &shape, Room { tokens, rollback });
     let mut bytes_per_token = 0.0;
@@ -152,14 +175,6 @@ fn measure_one(model: &Llama, device: &Device, method: &Method, work: &Work, bar
         errors.add(&error);
         bar.inc(1);
     }
-    let decode_rate = if work.decode_tokens > 0 {
-        bar.set_message(format!("{}: decode rate", method.name));
-        let rate = decode_rate(model, &mut *store(0)?, work)?;
-        bar.inc(1);
-        Some(rate)
-    } else {
-        None
-    };
     let windows = work.windows.len();
     Ok(Row {
         method: method.name.clone(),
@@ -172,7 +187,7 @@ fn measure_one(model: &Llama, device: &Device, method: &Method, work: &Work, bar
         attention_error: (windows > 0).then(|| (squares / windows as f64).sqrt()),
         logit_noise: errors.largest_noise(),
         layers: layers(&errors),
-        decode_rate,
+        decode_rate: None,
     })
 }
 
@@ -222,7 +237,7 @@ pub fn run(a: &Arguments) -> Result<()> {
     }
     let device = match a.backend {
         Some(b) => b.open()?,
-        None => Backend::best().1,
+        None => backend::Backend::best().1,
     };
     let model = Llama::load(&a.model)?;
     let mut work = Work { windows: Vec::new(), tasks: Vec::new(), decode_tokens: 0 };

@@ -20,7 +20,7 @@ pub struct Room {
     pub rollback: usize,
 }
 
-type MakeStore = dyn Fn(&Device, &KvShape, Room) -> kvlar_candle::Result<Box<dyn KvStore>>;
+type MakeStore = dyn Fn(&Device, &KvShape, Room) -> kvlar_candle::Result<Box<dyn KvStore>> + Send + Sync;
 
 /// A way to keep keys and values.
 pub struct Method {
