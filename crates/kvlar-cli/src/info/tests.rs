@@ -38,7 +38,8 @@ fn op_of(entry: &str, ops: &[Op]) -> Option<&'static str> {
 #[test]
 fn every_entry_point_is_of_an_op_that_is_listed() {
     let ops = ops(&Device::reference());
-    let of_ops = ENTRIES.iter().filter(|e| e.family != "conformance" && e.name != "kvlar_decode");
+    let no_ops = ["ceiling", "conformance"];
+    let of_ops = ENTRIES.iter().filter(|e| !no_ops.contains(&e.family) && e.name != "kvlar_decode");
     let found: Vec<_> = of_ops.map(|e| op_of(e.name, &ops).unwrap_or_else(|| panic!("{} is of no op", e.name))).collect();
     for op in &ops {
         // A scan that selects is a scan's entry point with more to do.
