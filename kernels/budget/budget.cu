@@ -11,8 +11,8 @@
 // On request `ks` [sets][layers][heads]: the same for each row of scores and `forced` more, as topk reads them.
 //
 // Shares are exact: products have up to 60 bits, since layers * heads * rows of a set are at most 2^30. A CTA takes a set, a thread
-// a layer: all of it is latency, that of the loads and of 8 B a pair of layers through shared memory; the scores themselves cost
-// what select/set.cu says, 4 B each three times a round.
+// a layer. Floor: none in bytes, 1 KB of counts for 32 layers of 8 heads: all of it is latency, that of the loads and of 8 B a pair
+// of layers through shared memory; the scores themselves cost what select/set.cu says, 4 B each three times a round.
 #include "abi.h"
 #include "device/scan.cuh"
 

@@ -182,14 +182,14 @@ pub fn gated(gates: &Arc<Gates>, latents: Option<Plan>) -> Vec<Method> {
 
 /// Gates of a file, for a model.
 pub fn read_gates(path: &Path, model: &Llama) -> Result<Arc<Gates>> {
-    let gates = Gates::read(path).with_context(|| path.display().to_string())?;
+    let gates = Gates::read(path)?;
     gates.check_model(&model.fingerprint()?, &crate::calibrate::shape(model)).with_context(|| path.display().to_string())?;
     Ok(Arc::new(gates))
 }
 
 /// The plan of a file, for a model of that fingerprint.
 pub fn from_file(path: &Path, fingerprint: &str) -> Result<Method> {
-    let plan = Plan::read(path).with_context(|| path.display().to_string())?;
+    let plan = Plan::read(path)?;
     plan.check_model(fingerprint).with_context(|| path.display().to_string())?;
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     Ok(planned(name, format!("plan file {}", path.display()), plan))
