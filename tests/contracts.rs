@@ -159,7 +159,7 @@ fn an_emulated_launch_that_goes_wrong_says_why() {
 }
 
 #[test]
-fn only_launches_can_be_captured() {
+fn what_waits_for_the_host_cannot_be_captured() {
     let lab = Lab::reference();
     let mut buffer = lab.device.alloc(16).unwrap();
     let e = lab.stream.capture(|s| s.upload(&mut buffer, 0, &[1; 16])).unwrap_err();

@@ -17,6 +17,7 @@ mod conformance;
 mod contracts;
 mod encode;
 mod graphs;
+mod host_memory;
 mod lowrank_contracts;
 mod merge;
 mod planted;

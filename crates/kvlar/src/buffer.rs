@@ -1,21 +1,23 @@
-//! Device memory.
+//! Memory that launches use.
 
+use crate::device::Home;
 use crate::{Device, Error, Result};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Memory of a [`Device`]: zeroed, 256-byte aligned, exactly as large as asked for.
+/// Memory of a [`Device`], or of its host ([`Device::alloc_host`]): zeroed, 256-byte aligned, exactly as large as asked for.
 #[derive(Debug)]
 pub struct Buffer {
     device: Device,
     address: u64,
     bytes: usize,
+    home: Home,
 }
 
 impl Buffer {
-    pub(crate) fn new(device: &Device, bytes: usize) -> Result<Self> {
-        let address = if bytes == 0 { 0 } else { device.driver().alloc(bytes)? };
-        Ok(Self { device: device.clone(), address, bytes })
+    pub(crate) fn new(device: &Device, bytes: usize, home: Home) -> Result<Self> {
+        let address = if bytes == 0 { 0 } else { device.driver().alloc(bytes, home)? };
+        Ok(Self { device: device.clone(), address, bytes, home })
     }
 
     /// Size in bytes.
@@ -31,6 +33,11 @@ impl Buffer {
     /// Where it is, on the device.
     pub fn address(&self) -> u64 {
         self.address
+    }
+
+    /// Whether it is memory of the host.
+    pub fn is_on_host(&self) -> bool {
+        self.home == Home::Host
     }
 
     /// The device it belongs to.
@@ -59,7 +66,7 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if self.bytes > 0 {
-            self.device.driver().free(self.address, self.bytes);
+            self.device.driver().free(self.address, self.bytes, self.home);
         }
     }
 }

@@ -1,12 +1,16 @@
 //! Streams and captured graphs.
 
-use crate::device::{Launch, RawStream};
+use crate::device::{Launch, RawStream, Transfer};
 use crate::{Buffer, Device, Error, Result};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Launches and their parameter structs.
-type Recording = Vec<(Launch, Vec<u8>)>;
+/// What a capture holds, where the backend has no graphs of its own.
+#[derive(Debug)]
+enum Recorded {
+    Launch(Launch, Vec<u8>),
+    Copy(Transfer),
+}
 
 /// An ordered queue of work on a [`Device`].
 ///
@@ -17,8 +21,7 @@ pub struct Stream {
     device: Device,
     raw: RawStream,
     owned: bool,
-    /// Launches of a capture, where the backend has no graphs of its own.
-    recording: RefCell<Option<Recording>>,
+    recording: RefCell<Option<Vec<Recorded>>>,
 }
 
 // SAFETY: a CUstream may be used from any thread; the recording is guarded by exclusive use of the stream.
@@ -48,10 +51,14 @@ impl Stream {
         if !buffer.device().is(&self.device) {
             return Err(Error::Mismatch { arg: "buffer", what: "device" });
         }
-        if self.recording.borrow().is_some() {
-            return Err(Error::Capture("only launches can be captured"));
-        }
         buffer.check(&range)
+    }
+
+    fn uncaptured(&self) -> Result<()> {
+        if self.recording.borrow().is_some() {
+            return Err(Error::Capture("only launches and copies between buffers can be captured"));
+        }
+        Ok(())
     }
 
     /// Waits until everything enqueued is done.
@@ -68,6 +75,7 @@ impl Stream {
     /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
     pub fn upload(&self, to: &mut Buffer, offset: usize, from: &[u8]) -> Result<()> {
         self.own(to, offset..offset.saturating_add(from.len()))?;
+        self.uncaptured()?;
         self.device.driver().upload(self.raw, to.address() + offset as u64, from)
     }
 
@@ -77,6 +85,7 @@ impl Stream {
     /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
     pub fn download(&self, from: &Buffer, offset: usize, to: &mut [u8]) -> Result<()> {
         self.own(from, offset..offset.saturating_add(to.len()))?;
+        self.uncaptured()?;
         self.device.driver().download(self.raw, from.address() + offset as u64, to)
     }
 
@@ -88,7 +97,27 @@ impl Stream {
         self.own(buffer, from.clone())?;
         self.own(buffer, to..to.saturating_add(from.len()))?;
         let base = buffer.address();
-        self.device.driver().copy(self.raw, base + from.start as u64, base + to as u64, from.len())
+        self.enqueue_copy(Transfer { from: base + from.start as u64, to: base + to as u64, bytes: from.len() })
+    }
+
+    /// Copies a range of `from` to `offset` of `to`. Memory of the host is moved by the copy engine, beside the launches of
+    /// other streams.
+    ///
+    /// # Errors
+    /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
+    pub fn copy(&self, from: &Buffer, range: Range<usize>, to: &mut Buffer, offset: usize) -> Result<()> {
+        self.own(from, range.clone())?;
+        self.own(to, offset..offset.saturating_add(range.len()))?;
+        let (first, to) = (from.address() + range.start as u64, to.address() + offset as u64);
+        self.enqueue_copy(Transfer { from: first, to, bytes: range.len() })
+    }
+
+    fn enqueue_copy(&self, transfer: Transfer) -> Result<()> {
+        if let Some(list) = self.recording.borrow_mut().as_mut() {
+            list.push(Recorded::Copy(transfer));
+            return Ok(());
+        }
+        self.device.driver().copy(self.raw, transfer)
     }
 
     /// Sets every byte of a range.
@@ -97,6 +126,7 @@ impl Stream {
     /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
     pub fn fill(&self, buffer: &mut Buffer, range: Range<usize>, byte: u8) -> Result<()> {
         self.own(buffer, range.clone())?;
+        self.uncaptured()?;
         self.device.driver().fill(self.raw, buffer.address() + range.start as u64, byte, range.len())
     }
 
@@ -118,14 +148,14 @@ impl Stream {
     pub(crate) unsafe fn enqueue<P: bytemuck::Pod>(&self, launch: Launch, params: &P) -> Result<()> {
         let bytes = bytemuck::bytes_of(params);
         if let Some(list) = self.recording.borrow_mut().as_mut() {
-            list.push((launch, bytes.to_vec()));
+            list.push(Recorded::Launch(launch, bytes.to_vec()));
             return Ok(());
         }
         // SAFETY: the caller's promise.
         unsafe { self.device.driver().launch(self.raw, launch, bytes) }
     }
 
-    /// Captures the launches that `enqueue` makes on this stream, without running them. An engine that captures by
+    /// Captures the launches and the copies between buffers that `enqueue` makes on this stream, without running them. An engine that captures by
     /// itself need not call this: launches are capturable.
     ///
     /// # Errors
@@ -160,10 +190,10 @@ impl Drop for Stream {
 #[derive(Debug)]
 enum GraphKind {
     Device(u64),
-    Recorded(Recording),
+    Recorded(Vec<Recorded>),
 }
 
-/// Captured launches, to be run again with the same addresses and whatever the memory then holds.
+/// Captured launches and copies, to be run again with the same addresses and whatever the memory then holds.
 #[derive(Debug)]
 pub struct Graph {
     device: Device,
@@ -171,13 +201,13 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// Enqueues all captured launches.
+    /// Enqueues all that was captured.
     ///
     /// # Errors
     /// [`Error::Mismatch`] for a stream of another device; [`Error::Cuda`].
     ///
     /// # Safety
-    /// All memory that the captured launches use is still allocated, and used by nothing else until they have run.
+    /// All memory that what was captured uses is still allocated, and used by nothing else until they have run.
     pub unsafe fn launch(&self, stream: &Stream) -> Result<()> {
         if !stream.device().is(&self.device) {
             return Err(Error::Mismatch { arg: "stream", what: "device" });
@@ -189,9 +219,14 @@ impl Graph {
                 None => Err(Error::Capture("this device has no graphs")),
             },
             GraphKind::Recorded(list) => {
-                for (launch, params) in list {
-                    // SAFETY: the caller's promise.
-                    unsafe { self.device.driver().launch(stream.raw(), *launch, params)? };
+                for recorded in list {
+                    match recorded {
+                        // SAFETY: the caller's promise.
+                        Recorded::Launch(launch, params) => unsafe {
+                            self.device.driver().launch(stream.raw(), *launch, params)?;
+                        },
+                        Recorded::Copy(transfer) => self.device.driver().copy(stream.raw(), *transfer)?,
+                    }
                 }
                 Ok(())
             }

@@ -1,7 +1,7 @@
 //! The GPU backend: cudarc's driver calls behind our probe.
 
 use super::probe::{Driver as Found, probe};
-use super::{DeviceGraphs, DeviceInfo, Driver, Launch, RawStream};
+use super::{DeviceGraphs, DeviceInfo, Driver, Home, Launch, RawStream, Transfer};
 use crate::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute};
@@ -119,6 +119,18 @@ impl Cuda {
         Ok(())
     }
 
+    /// Its address is the host's and the device's: all our GPUs have unified addresses.
+    fn alloc_host(&self, bytes: usize) -> Result<u64> {
+        // SAFETY: the context is current; freed by `free`.
+        let memory = match unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE) } {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => return Err(Error::OutOfMemory { bytes }),
+            other => check("cuMemHostAlloc", other)?,
+        };
+        // SAFETY: just allocated, and known to nobody else.
+        unsafe { std::ptr::write_bytes(memory.cast::<u8>(), 0, bytes) };
+        Ok(memory as u64)
+    }
+
     /// Makes the context current on this thread.
     fn bind(&self) -> Result<()> {
         // SAFETY: the context is retained.
@@ -138,8 +150,11 @@ fn stream(raw: RawStream) -> sys::CUstream {
 }
 
 impl Driver for Cuda {
-    fn alloc(&self, bytes: usize) -> Result<u64> {
+    fn alloc(&self, bytes: usize, home: Home) -> Result<u64> {
         self.bind()?;
+        if home == Home::Host {
+            return self.alloc_host(bytes);
+        }
         // SAFETY: the context is current; freed by `free`.
         let address = match unsafe { result::malloc_sync(bytes) } {
             Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => return Err(Error::OutOfMemory { bytes }),
@@ -151,16 +166,25 @@ impl Driver for Cuda {
             // SAFETY: the default stream always exists.
             .and_then(|()| check("cuStreamSynchronize", unsafe { result::stream::synchronize(result::stream::null()) }));
         if let Err(e) = zeroed {
-            self.free(address, bytes);
+            self.free(address, bytes, Home::Device);
             return Err(e);
         }
         Ok(address)
     }
 
-    fn free(&self, address: u64, _: usize) {
-        if self.bind().is_ok() {
+    fn free(&self, address: u64, _: usize, home: Home) {
+        if self.bind().is_err() {
+            return;
+        }
+        match home {
             // SAFETY: from `alloc`, freed once. cuMemFree waits for work that uses it.
-            let _ = unsafe { result::free_sync(address) };
+            Home::Device => _ = unsafe { result::free_sync(address) },
+            Home::Host => {
+                // cuMemFreeHost does not say that it waits.
+                let _ = result::ctx::synchronize();
+                // SAFETY: from `alloc`, freed once.
+                let _ = unsafe { result::free_host(address as *mut c_void) };
+            }
         }
     }
 
@@ -183,22 +207,23 @@ impl Driver for Cuda {
     }
 
     fn upload(&self, raw: RawStream, to: u64, from: &[u8]) -> Result<()> {
-        self.bind()?;
-        // SAFETY: the range was checked. The source is pageable: the call returns when it has been staged.
-        check("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(to, from, stream(raw)) })
+        // The source is pageable: the call returns when it has been staged.
+        self.copy(raw, Transfer { from: from.as_ptr() as u64, to, bytes: from.len() })
     }
 
     fn download(&self, raw: RawStream, from: u64, to: &mut [u8]) -> Result<()> {
-        self.bind()?;
-        // SAFETY: the range was checked; the wait below ends before `to` does.
-        check("cuMemcpyDtoHAsync", unsafe { result::memcpy_dtoh_async(to, from, stream(raw)) })?;
+        self.copy(raw, Transfer { from, to: to.as_mut_ptr() as u64, bytes: to.len() })?;
         self.synchronize(raw)
     }
 
-    fn copy(&self, raw: RawStream, from: u64, to: u64, bytes: usize) -> Result<()> {
+    fn copy(&self, raw: RawStream, Transfer { from, to, bytes }: Transfer) -> Result<()> {
+        if bytes == 0 {
+            return Ok(()); // an empty buffer has no address
+        }
         self.bind()?;
-        // SAFETY: the ranges were checked.
-        check("cuMemcpyDtoDAsync", unsafe { result::memcpy_dtod_async(to, from, bytes, stream(raw)) })
+        // SAFETY: the ranges were checked, and callers keep their own memory until the copy is done. Addresses tell the
+        // driver whose memory each is.
+        check("cuMemcpyAsync", unsafe { sys::cuMemcpyAsync(to, from, bytes, stream(raw)) }.result())
     }
 
     fn fill(&self, raw: RawStream, at: u64, byte: u8, bytes: usize) -> Result<()> {

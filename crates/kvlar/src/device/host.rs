@@ -1,6 +1,6 @@
 //! The CPU backends: memory is the process's own, launches run to their end at once.
 
-use super::{DeviceInfo, Driver, Emulation, Launch, RawStream, SimtOptions};
+use super::{DeviceInfo, Driver, Emulation, Home, Launch, RawStream, SimtOptions, Transfer};
 use crate::{Error, Result, reference};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 
@@ -23,13 +23,13 @@ fn layout(bytes: usize) -> Result<Layout> {
 }
 
 impl Driver for Host {
-    fn alloc(&self, bytes: usize) -> Result<u64> {
+    fn alloc(&self, bytes: usize, _: Home) -> Result<u64> {
         // SAFETY: the size is not 0 (Buffer::new).
         let p = unsafe { alloc_zeroed(layout(bytes)?) };
         if p.is_null() { Err(Error::OutOfMemory { bytes }) } else { Ok(p as u64) }
     }
 
-    fn free(&self, address: u64, bytes: usize) {
+    fn free(&self, address: u64, bytes: usize, _: Home) {
         if let Ok(layout) = layout(bytes) {
             // SAFETY: allocated above with the same layout; freed once, by Buffer::drop.
             unsafe { dealloc(address as *mut u8, layout) }
@@ -56,7 +56,7 @@ impl Driver for Host {
         Ok(())
     }
 
-    fn copy(&self, _: RawStream, from: u64, to: u64, bytes: usize) -> Result<()> {
+    fn copy(&self, _: RawStream, Transfer { from, to, bytes }: Transfer) -> Result<()> {
         // SAFETY: as for upload; the ranges may overlap.
         unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
         Ok(())

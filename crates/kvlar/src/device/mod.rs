@@ -70,18 +70,35 @@ pub(crate) struct Launch {
     pub shared_bytes: u32,
 }
 
+/// Bytes to be moved from one address of the device to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Transfer {
+    pub from: u64,
+    pub to: u64,
+    pub bytes: usize,
+}
+
+/// Whose memory an allocation is of. The device reaches both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Home {
+    Device,
+    /// Page-locked, at one address for host and device.
+    Host,
+}
+
 pub(crate) type RawStream = *mut std::ffi::c_void;
 
 /// What a backend does. Addresses are the backend's own.
 pub(crate) trait Driver: Send + Sync {
-    fn alloc(&self, bytes: usize) -> Result<u64>;
-    fn free(&self, address: u64, bytes: usize);
+    fn alloc(&self, bytes: usize, home: Home) -> Result<u64>;
+    fn free(&self, address: u64, bytes: usize, home: Home);
     fn create_stream(&self) -> Result<RawStream>;
     fn destroy_stream(&self, stream: RawStream);
     fn synchronize(&self, stream: RawStream) -> Result<()>;
     fn upload(&self, stream: RawStream, to: u64, from: &[u8]) -> Result<()>;
     fn download(&self, stream: RawStream, from: u64, to: &mut [u8]) -> Result<()>;
-    fn copy(&self, stream: RawStream, from: u64, to: u64, bytes: usize) -> Result<()>;
+    /// Between any two homes.
+    fn copy(&self, stream: RawStream, transfer: Transfer) -> Result<()>;
     fn fill(&self, stream: RawStream, at: u64, byte: u8, bytes: usize) -> Result<()>;
     /// # Safety
     /// `params` is the entry's struct and its addresses are valid for what the kernel touches.
@@ -194,7 +211,16 @@ impl Device {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
-        Buffer::new(self, bytes)
+        Buffer::new(self, bytes, Home::Device)
+    }
+
+    /// Zeroed, page-locked memory of the host, which launches read and write over the link to it, and copies to and from
+    /// which run beside launches of other streams. Allocate it up front: a driver takes long, and may synchronize.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn alloc_host(&self, bytes: usize) -> Result<Buffer> {
+        Buffer::new(self, bytes, Home::Host)
     }
 
     pub(crate) fn driver(&self) -> &dyn Driver {
