@@ -2,27 +2,17 @@
 
 use kvlar::abi::KvlarConformance;
 use kvlar_reference::testing::Rng;
+use kvlar_tests::conformance::launch;
 use kvlar_tests::{Lab, on_every_device};
 
-on_every_device!(loads_read_every_word, bulk_copies_read_every_word, products_are_added_up);
-
-fn launch(
-    lab: &Lab,
-    name: &'static str,
-    [grid, block]: [u32; 2],
-    input: &[u32],
-    out_words: usize,
-    [count, arg]: [u32; 2],
-) -> Option<Vec<u32>> {
-    if !lab.runs_kernels() {
-        return None;
-    }
-    let (from, out) = (lab.upload(input), lab.poisoned(4 * out_words));
-    let params = KvlarConformance { in_: from.address(), out: out.address(), count, arg };
-    // SAFETY: the kernels touch what their headers say, which is what the buffers hold.
-    unsafe { lab.stream.enqueue_entry(name, grid, block, &params) }.expect(name);
-    Some(lab.download(&out))
-}
+on_every_device!(
+    loads_read_every_word,
+    rows_are_loaded_once,
+    bulk_copies_read_every_word,
+    rows_are_copied_once,
+    memory_of_the_host_is_read,
+    products_are_added_up
+);
 
 fn sum(words: &[u32]) -> u32 {
     words.iter().copied().fold(0, u32::wrapping_add)
@@ -43,9 +33,62 @@ pub fn loads_read_every_word(lab: &Lab) {
     reads(lab, "kvlar_ceiling_loads", 512, &[(1, 1, 1), (2, 700, 3), (1, 8 * 512, 1), (2, 9 * 1024 + 77, 2)]);
 }
 
+/// Rows of some chunks each, in an order of the kernel's own.
+fn rows(lab: &Lab, name: &'static str, block: u32, cases: &[(u32, usize, u32)]) {
+    for &(ctas, count, chunks) in cases {
+        let mut rng = Rng::new(count as u64);
+        let input: Vec<u32> = (0..4 * count * chunks as usize).map(|_| rng.bits() as u32).collect();
+        let Some(sums) = launch(lab, name, [ctas, block], &input, ctas as usize, [count as u32, chunks]) else { return };
+        assert_eq!(sum(&sums), sum(&input), "{ctas} CTAs, {count} rows of {chunks} chunks");
+    }
+}
+
+pub fn rows_are_loaded_once(lab: &Lab) {
+    // One, fewer than threads, and all that may be in flight with some left over.
+    rows(lab, "kvlar_ceiling_row_loads", 512, &[(1, 1, 1), (3, 64, 4), (1, 512, 16), (3, 1024, 8), (3, 256, 128)]);
+}
+
+fn has_bulk_copies(lab: &Lab) -> bool {
+    let has = lab.device.info().compute_capability.is_none_or(|c| c.0 >= 9);
+    if !has {
+        eprintln!("skipped: bulk copies need sm_90");
+    }
+    has
+}
+
+pub fn rows_are_copied_once(lab: &Lab) {
+    if has_bulk_copies(lab) {
+        // A row a stage, many rows a stage, and more stages than a CTA holds.
+        rows(lab, "kvlar_ceiling_row_copies", 256, &[(1, 1, 512), (3, 256, 4), (2, 128, 64), (1, 512, 16)]);
+    }
+}
+
+/// Over the link, where there is one.
+fn memory_of_the_host_is_read(lab: &Lab) {
+    if !lab.runs_kernels() {
+        return;
+    }
+    let words: Vec<u32> = (0..4 * 512).map(|i| i * 0x9e37).collect();
+    let mut host = lab.device.alloc_host(4 * words.len()).expect("memory of the host");
+    assert!(host.is_on_host());
+    lab.stream.upload(&mut host, 0, bytemuck::cast_slice(&words)).expect("an upload");
+    let mut kernels = vec![("kvlar_ceiling_loads", 512, [512, 1]), ("kvlar_ceiling_row_loads", 512, [128, 4])];
+    if has_bulk_copies(lab) {
+        kernels.extend([("kvlar_ceiling_bulk_copies", 256, [512, 1]), ("kvlar_ceiling_row_copies", 256, [32, 16])]);
+    }
+    for (name, block, [count, arg]) in kernels {
+        let mut out = lab.device.alloc_host(4).expect("memory of the host");
+        lab.stream.fill(&mut out, 0..4, 0xff).expect("a fill");
+        let params = KvlarConformance { in_: host.address(), out: out.address(), count, arg };
+        // SAFETY: the buffers hold the chunks, and a sum.
+        unsafe { lab.stream.enqueue_entry(name, 1, block, &params) }.expect(name);
+        assert_eq!(lab.download::<u32>(&out), [sum(&words)], "{name}");
+    }
+}
+
 pub fn bulk_copies_read_every_word(lab: &Lab) {
-    if lab.device.info().compute_capability.is_some_and(|c| c.0 < 9) {
-        return eprintln!("skipped: bulk copies need sm_90");
+    if !has_bulk_copies(lab) {
+        return;
     }
     // A stage, more CTAs than stages, and more stages than a CTA holds.
     reads(lab, "kvlar_ceiling_bulk_copies", 256, &[(1, 512, 1), (3, 1024, 2), (2, 13 * 512, 3)]);

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use kvlar::Backend;
 use kvlar::abi::KvlarConformance;
 use kvlar_reference::testing::Rng;
+use kvlar_tests::conformance::launch;
 use kvlar_tests::{Lab, on_every_device};
 
 on_every_device!(
@@ -24,26 +25,6 @@ on_every_device!(
     named_barriers,
     the_last_cta_sees_what_all_wrote,
 );
-
-/// Launches `grid` CTAs of `block` threads with `count` and `arg`; gives `out` (poisoned before). `None` on the reference
-/// backend, which has no instructions.
-fn launch(
-    lab: &Lab,
-    name: &'static str,
-    [grid, block]: [u32; 2],
-    input: &[u32],
-    out_words: usize,
-    [count, arg]: [u32; 2],
-) -> Option<Vec<u32>> {
-    if !lab.runs_kernels() {
-        return None;
-    }
-    let (from, out) = (lab.upload(input), lab.poisoned(4 * out_words));
-    let params = KvlarConformance { in_: from.address(), out: out.address(), count, arg };
-    // SAFETY: the kernels touch what their headers say, which is what the buffers hold.
-    unsafe { lab.stream.enqueue_entry(name, grid, block, &params) }.expect(name);
-    Some(lab.download(&out))
-}
 
 fn words(rng: &mut Rng, n: usize) -> Vec<u32> {
     (0..n).map(|_| rng.bits() as u32).collect()

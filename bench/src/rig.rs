@@ -149,6 +149,17 @@ impl Rig {
         Ok(buffer)
     }
 
+    /// A copy of a buffer in memory of the host.
+    ///
+    /// # Errors
+    /// As for [`Rig::upload`].
+    pub fn on_host(&self, of: &Buffer) -> Result<Buffer> {
+        let mut host = self.device.alloc_host(of.len())?;
+        self.stream.copy(of, 0..of.len(), &mut host, 0)?;
+        self.stream.synchronize()?; // `of` may end before the copy does
+        Ok(host)
+    }
+
     /// Random normals of a type.
     ///
     /// # Errors

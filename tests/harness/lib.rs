@@ -16,6 +16,7 @@ pub mod attend_cut;
 pub mod budget;
 #[allow(missing_docs)]
 pub mod compact;
+pub mod conformance;
 pub mod emulation;
 #[allow(missing_docs)]
 pub mod encode;

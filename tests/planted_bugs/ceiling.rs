@@ -9,26 +9,46 @@ pub const SUITE: Suite = Suite { name: "ceiling", source: SOURCE, bugs: BUGS, ru
 const BUGS: &[Bug] = &[
     bug(
         "the last loads left out",
-        "ceiling/memory.cu",
-        "for (; i < count; i += step) sum",
-        "for (; i + step < count; i += step) sum",
+        "ceiling/loads.cu",
+        "for (; i < count; i += step) sum += words_of(__ldcg",
+        "for (; i + step < count; i += step) sum += words_of(__ldcg",
     ),
-    bug("one load less at a time", "ceiling/memory.cu", "j < kInFlight; ++j) sum", "j < kInFlight - 1; ++j) sum"),
-    bug("rounds left out", "ceiling/memory.cu", "round < p.arg; ++round", "round < 1; ++round"),
+    bug(
+        "the last rows left out",
+        "ceiling/loads.cu",
+        "for (; i < count; i += step) sum += words_of(load",
+        "for (; i + step < count; i += step) sum += words_of(load",
+    ),
+    bug(
+        "one load less at a time",
+        "ceiling/loads.cu",
+        "\n      for (int j = 0; j < kInFlight; ++j) sum",
+        "\n      for (int j = 1; j < kInFlight; ++j) sum",
+    ),
+    bug(
+        "one load of rows less at a time",
+        "ceiling/loads.cu",
+        "\n    for (int j = 0; j < kInFlight; ++j) sum",
+        "\n    for (int j = 1; j < kInFlight; ++j) sum",
+    ),
+    bug("rounds left out", "ceiling/loads.cu", "round < p.arg; ++round", "round < 1; ++round"),
+    bug("the first chunk of a row", "ceiling/loads.cu", "+ (i & (p.arg - 1))", "+ (i & (p.arg - 1) & 1)"),
+    bug("an order that comes back", "ceiling/sums.cuh", "i * 2654435761u", "i * 2654435762u"),
     bug(
         "the stages of the first CTA",
-        "ceiling/memory.cu",
-        "(blockIdx.x + turn % mine * gridDim.x)",
-        "(turn % mine * gridDim.x)",
+        "ceiling/bulk.cu",
+        "fill(blockIdx.x + uint32_t(turn % mine)",
+        "fill(uint32_t(turn % mine)",
     ),
-    bug("the first stage again", "ceiling/memory.cu", "issue(turn + kStages);", "issue(turn);"),
+    bug("the first stage again", "ceiling/bulk.cu", "begin(turn + kStages);", "begin(turn);"),
+    bug("the rows of the first stage", "ceiling/bulk.cu", "scattered(stage * stage_rows + i,", "scattered(i,"),
     bug(
         "a stage that is not waited for",
-        "ceiling/memory.cu",
+        "ceiling/bulk.cu",
         "uint32_t(turn / kStages) & 1u);",
         "~uint32_t(turn / kStages) & 1u);",
     ),
-    bug("a warp's sum left out", "ceiling/memory.cu", "i < warps; ++i) sum", "i < warps - 1; ++i) sum"),
+    bug("a warp's sum left out", "ceiling/sums.cuh", "i < warps; ++i) sum", "i < warps - 1; ++i) sum"),
     bug(
         "a sum left out",
         "ceiling/matrix.cu",
@@ -40,13 +60,16 @@ const BUGS: &[Bug] = &[
 ];
 
 const SOURCE: &str = r#"
-#include "ceiling/memory.cu"
+#include "ceiling/loads.cu"
+#include "ceiling/bulk.cu"
 #include "ceiling/matrix.cu"
 #include "conformance/matrix.cu"
 "#;
 
 fn short_suites(lab: &Lab) {
     ceiling::loads_read_every_word(lab);
+    ceiling::rows_are_loaded_once(lab);
     ceiling::bulk_copies_read_every_word(lab);
+    ceiling::rows_are_copied_once(lab);
     ceiling::products_are_added_up(lab);
 }
