@@ -1,8 +1,8 @@
 //! append.
 
-use super::attend::{Lab, reference_dtype};
 use super::case::{Case, Output, expect, finite};
 use super::formats::{Stored, group};
+use super::lab::{Lab, reference_dtype};
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{AppendArgs, AppendShape, Dtype, EncodeShape, Format, Pool, RopeLayout, Rows, Tables, Workspace};

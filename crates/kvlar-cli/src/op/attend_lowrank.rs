@@ -1,12 +1,13 @@
 //! attend_lowrank.
 
-use super::attend::{Common, Lab, reference_dtype};
+use super::attention::{Common, Queries};
 use super::case::{Case, Output, expect, finite};
+use super::lab::{Lab, reference_dtype};
 use super::{OpError, Result, input};
 use crate::backend::Backend;
 use kvlar::{
-    AttendArgs, AttendShape, Bases, Buffer, Codec, Dtype, HeadSets, Latents, LowrankArgs, LowrankShape, Pool, Rope, Rows,
-    Segment, SegmentShape, Workspace, padded_rank,
+    AttendShape, Bases, Buffer, Codec, Dtype, HeadSets, Latents, LowrankArgs, LowrankShape, Pool, Rope, Rows, Segment,
+    SegmentShape, Workspace, padded_rank,
 };
 use kvlar_reference::{Attended, Int8Basis, LowrankInput, LowrankValues, RopeLayout, RotaryPairs, encode_row};
 
@@ -298,24 +299,12 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     let mean = i.mean.as_ref().map(|m| lab.upload(m)).transpose()?;
     let value_basis_buffer = value_basis.as_ref().map(|u| lab.upload_as(u, i.common.dtype)).transpose()?;
     let inv_freq = lab.upload(&i.rope.inv_freq)?;
-    let q = lab.upload_as(&i.q, i.common.dtype)?;
-    let q_positions = i.common.q_positions.as_ref().map(|p| lab.upload(p)).transpose()?;
-    let sinks = i.common.sink_logits.as_ref().map(|x| lab.upload(x)).transpose()?;
-    let (mut out, mut lse) = (lab.device.alloc(4 * b * hq * s * dv)?, lab.device.alloc(4 * b * hq * s)?);
+    let mut queries = Queries::upload(&lab, &i.q, &i.common, b * hq * s, dv)?;
     let mut work = plan.work_list(&lab.device)?;
     let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
     let values_per_seq = value_basis.as_ref().is_some_and(|u| b > 1 && u.len() == b * hk * dv * shape_rank(&shape));
     let mut args = LowrankArgs {
-        attend: AttendArgs {
-            q: q.view(),
-            q_strides: None,
-            out: out.view_mut(),
-            out_strides: None,
-            lse: Some(lse.view_mut()),
-            segments: &segments,
-            q_positions: q_positions.as_ref().map(Buffer::view),
-            sink_logits: sinks.as_ref().map(Buffer::view),
-        },
+        attend: queries.args(&segments),
         bases: Bases {
             keys: key_basis.view(),
             keys_per_seq: b > 1 && i.uk.len() == b * hk * d * key_rank,
@@ -334,7 +323,7 @@ fn on_device(i: &Inputs, backend: Backend) -> Result<Attended> {
     };
     plan.schedule(&lab.stream, &args, &mut work, &mut workspace)?;
     plan.launch(&lab.stream, &mut args, &work, &mut workspace)?;
-    Ok(Attended { out: lab.download(&out)?, lse: lab.download(&lse)? })
+    queries.attended(&lab)
 }
 
 fn shape_rank(shape: &LowrankShape) -> usize {

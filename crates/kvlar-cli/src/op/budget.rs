@@ -1,8 +1,8 @@
 //! budget_layers, budget_heads.
 
-use super::attend::Lab;
 use super::case::{Case, Output};
 use super::formats::required;
+use super::lab::Lab;
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{BudgetHeadsArgs, BudgetHeadsShape, BudgetLayersArgs, BudgetLayersShape, Buffer, Dtype, Workspace};

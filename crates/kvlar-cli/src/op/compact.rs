@@ -1,7 +1,7 @@
 //! compact.
 
-use super::attend::{Lab, reference_dtype};
 use super::case::{Case, Output, expect};
+use super::lab::{Lab, reference_dtype};
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{

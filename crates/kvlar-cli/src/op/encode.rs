@@ -1,8 +1,8 @@
 //! encode and decode: two names of one op.
 
-use super::attend::{Lab, reference_dtype};
 use super::case::{Case, Output};
 use super::formats::{Stored, group};
+use super::lab::{Lab, reference_dtype};
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{Buffer, Dtype, EncodeShape, Pool, Rows};

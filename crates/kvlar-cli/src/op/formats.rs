@@ -1,7 +1,7 @@
 //! Reading formats of rows: the codec, its group, and the tensors that go with it.
 
-use super::attend::Lab;
 use super::case::{Case, expect};
+use super::lab::Lab;
 use super::{OpError, Result, input};
 use kvlar_reference::{Codebooks, Codec, Format, Storage};
 

@@ -1,7 +1,7 @@
 //! merge.
 
-use super::attend::Lab;
 use super::case::{Case, Output, expect};
+use super::lab::Lab;
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{Dtype, MergeShape};

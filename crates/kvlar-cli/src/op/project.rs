@@ -1,7 +1,7 @@
 //! project.
 
-use super::attend::{Lab, reference_dtype};
 use super::case::{Case, Output, expect};
+use super::lab::{Lab, reference_dtype};
 use super::{OpError, Result, input};
 use crate::backend::Backend;
 use kvlar::{Dtype, HeadGroups, ProjectShape, Projection};

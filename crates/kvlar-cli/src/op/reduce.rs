@@ -1,8 +1,8 @@
 //! reduce.
 
-use super::attend::Lab;
 use super::case::{Case, Output, expect};
 use super::formats::required;
+use super::lab::Lab;
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{Dtype, ReduceArgs, ReduceShape, Workspace};

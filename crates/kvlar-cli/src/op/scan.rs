@@ -1,9 +1,9 @@
 //! scan.
 
-use super::attend::{Lab, reference_dtype};
 use super::attend_quantized::Side;
 use super::case::{Case, Output, expect, finite};
 use super::formats::{Stored, group};
+use super::lab::{Lab, reference_dtype};
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{Buffer, Codec, Dtype, EncodeShape, Rows, ScanArgs, ScanShape, Workspace};

@@ -1,8 +1,8 @@
 //! topk, topp, threshold.
 
-use super::attend::Lab;
 use super::case::{Case, Floats, Output};
 use super::formats::required;
+use super::lab::Lab;
 use super::{Result, input};
 use crate::backend::Backend;
 use kvlar::{Dtype, TopkArgs, TopkShape, ToppArgs, ToppShape, Workspace};

@@ -1,13 +1,14 @@
 //! On a device: fused where a kernel takes the pair of formats, else decoded first and attended densely.
 
 use super::super::Result;
-use super::super::attend::Lab;
-use super::{Dims, Inputs, Outputs};
+use super::super::attention::{self, Dims};
+use super::super::lab::Lab;
+use super::{Inputs, Outputs};
 use crate::backend::Backend;
 use kvlar::{
-    AttendArgs, AttendPlan, AttendShape, Buffer, Codec, Dtype, EncodeShape, Format, Pool, Rows, Segment, SegmentShape, Tables,
-    View, Workspace,
+    AttendPlan, AttendShape, Buffer, Codec, Dtype, EncodeShape, Format, Pool, Rows, Segment, SegmentShape, Tables, View,
 };
+use kvlar_reference::Attended;
 
 /// Rows of each (sequence, head) that are stored one way: `len` of them from row `first` on.
 struct Part {
@@ -18,8 +19,8 @@ struct Part {
 
 impl Inputs {
     fn length(&self, head: usize) -> usize {
-        let Dims { b, hk, t, .. } = self.dims;
-        match &self.common.lengths {
+        let Dims { b, hk, t, .. } = self.attention.dims;
+        match &self.attention.common.lengths {
             None => t,
             Some(l) => l[if l.len() == b && hk != 1 { head / hk } else { head }] as usize,
         }
@@ -27,7 +28,7 @@ impl Inputs {
 
     /// Rows of each (sequence, head), from what `of` its length says.
     fn part(&self, of: impl Fn(usize) -> (usize, usize)) -> Part {
-        let all: Vec<_> = (0..self.dims.b * self.dims.hk).map(|h| of(self.length(h))).collect();
+        let all: Vec<_> = (0..self.attention.dims.b * self.attention.dims.hk).map(|h| of(self.length(h))).collect();
         Part { first: all.iter().map(|x| x.0).collect(), len: all.iter().map(|x| (x.1 - x.0) as i32).collect() }
     }
 
@@ -45,7 +46,7 @@ impl Inputs {
     fn gathered(&self, part: &Part, x: &[f32], (rows, dim): (usize, usize)) -> Vec<f32> {
         let mut all = vec![0f32; part.len.len() * rows * dim];
         for (head, (&first, &len)) in part.first.iter().zip(&part.len).enumerate() {
-            let from = &x[(head * self.dims.t + first) * dim..][..len as usize * dim];
+            let from = &x[(head * self.attention.dims.t + first) * dim..][..len as usize * dim];
             all[head * rows * dim..][..from.len()].copy_from_slice(from);
         }
         all
@@ -55,14 +56,14 @@ impl Inputs {
     fn scatter(&self, part: &Part, decoded: &[f32], (rows, dim): (usize, usize), to: &mut [f32]) {
         for (head, (&first, &len)) in part.first.iter().zip(&part.len).enumerate() {
             let from = &decoded[head * rows * dim..][..len as usize * dim];
-            to[(head * self.dims.t + first) * dim..][..from.len()].copy_from_slice(from);
+            to[(head * self.attention.dims.t + first) * dim..][..from.len()].copy_from_slice(from);
         }
     }
 
     /// Positions of a part's rows, `[B, Hk, T]`; `None` where rows are at their index.
     fn positions(&self, part: &Part) -> Option<Vec<i32>> {
-        let Dims { b, hk, t, .. } = self.dims;
-        let given = self.common.positions.as_ref()?;
+        let Dims { b, hk, t, .. } = self.attention.dims;
+        let given = self.attention.common.positions.as_ref()?;
         let at = |seq: usize, row: usize| given[if given.len() == t && b != 1 { row } else { seq * t + row }];
         let mut all = vec![0; b * hk * t.max(1)];
         for (head, (&first, &len)) in part.first.iter().zip(&part.len).enumerate() {
@@ -123,7 +124,7 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn rows<'b>(&self, lengths: View<'b>, positions: Option<View<'b>>) -> Rows<'b> {
-        let Dims { hk, t, .. } = self.i.dims;
+        let Dims { hk, t, .. } = self.i.attention.dims;
         Rows {
             length_seq_stride: hk,
             length_head_stride: 1,
@@ -137,7 +138,7 @@ impl Session<'_> {
     /// Encodes a part's rows of `x [B, Hk, T, dim]` at the start of each head; gives them, and puts what they decode to at
     /// their places in `decoded`.
     fn encode(&self, part: &Part, x: &[f32], side: &Side<'_>, decoded: &mut [f32]) -> Result<Buffer> {
-        let (Dims { b, hk, t, .. }, lab) = (self.i.dims, self.lab);
+        let (Dims { b, hk, t, .. }, lab) = (self.i.attention.dims, self.lab);
         let (shape, scales) = ((side.capacity(t), side.dim), side.tables.map(Buffer::view));
         let encode = EncodeShape { format: side.format, dtype: Dtype::F32, seqs: b, heads: hk, rows: shape.0, dim: side.dim };
         let plan = encode.plan(&lab.device)?;
@@ -165,7 +166,7 @@ impl Session<'_> {
     }
 
     fn plan(&self, parts: &[[Format; 2]], int8_queries: bool) -> kvlar::Result<AttendPlan> {
-        let (Dims { b, hq, hk, s, t, d, dv }, c) = (self.i.dims, &self.i.common);
+        let (Dims { b, hq, hk, s, t, d, dv }, c) = (self.i.attention.dims, &self.i.attention.common);
         let segment = |[keys, values]: [Format; 2]| SegmentShape { keys, values, max_rows: t.max(1) };
         let mut segments = [None; kvlar::MAX_SEGMENTS];
         for (to, part) in segments.iter_mut().zip(parts) {
@@ -185,8 +186,8 @@ impl Session<'_> {
     }
 
     /// Attends over the segments.
-    fn attend(&self, plan: &AttendPlan, parts: &[Uploaded<'_>]) -> Result<(Vec<f32>, Vec<f32>)> {
-        let (Dims { b, hq, hk, s, t, dv, .. }, c, lab) = (self.i.dims, &self.i.common, self.lab);
+    fn attend(&self, plan: &AttendPlan, parts: &[Uploaded<'_>]) -> Result<Attended> {
+        let Dims { hk, t, .. } = self.i.attention.dims;
         let segments: Vec<Segment<'_>> = parts
             .iter()
             .map(|p| Segment {
@@ -196,34 +197,16 @@ impl Session<'_> {
                 tables: Tables { keys: p.sides[0].tables.map(Buffer::view), values: p.sides[1].tables.map(Buffer::view) },
             })
             .collect();
-        let q = lab.upload_as(&self.i.q, c.dtype)?;
-        let q_positions = c.q_positions.as_ref().map(|p| lab.upload(p)).transpose()?;
-        let sinks = c.sink_logits.as_ref().map(|x| lab.upload(x)).transpose()?;
-        let (mut out, mut lse) = (lab.device.alloc(4 * b * hq * s * dv)?, lab.device.alloc(4 * b * hq * s)?);
-        let mut work = plan.work_list(&lab.device)?;
-        let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
-        let mut args = AttendArgs {
-            q: q.view(),
-            q_strides: None,
-            out: out.view_mut(),
-            out_strides: None,
-            lse: Some(lse.view_mut()),
-            segments: &segments,
-            q_positions: q_positions.as_ref().map(Buffer::view),
-            sink_logits: sinks.as_ref().map(Buffer::view),
-        };
-        plan.schedule(&lab.stream, &args, &mut work, &mut workspace)?;
-        plan.launch(&lab.stream, &mut args, &work, &mut workspace)?;
-        Ok((lab.download(&out)?, lab.download(&lse)?))
+        attention::attend(self.lab, plan, &self.i.attention, &segments)
     }
 }
 
 /// Encodes what is not exact, decodes it for the report, and attends.
 pub fn run(i: &Inputs, backend: Backend) -> Result<Outputs> {
-    let Dims { b, hq, s, t, d, dv, .. } = i.dims;
+    let (a, Dims { b, hq, s, t, d, dv, .. }) = (&i.attention, i.attention.dims);
     let formats = [i.keys.launched()?, i.values.launched()?];
-    let lab = &Lab::open(backend, i.common.dtype)?;
-    let native = Format::from(if i.common.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 });
+    let lab = &Lab::open(backend, a.common.dtype)?;
+    let native = Format::from(if a.common.dtype == Dtype::F16 { Codec::F16 } else { Codec::Bf16 });
     let scales = [i.keys.upload_tables(lab)?, i.values.upload_tables(lab)?];
     let side = |format, dim, scales| Side { format, dim, tables: scales };
     let sides = [side(formats[0], d, scales[0].as_ref()), side(formats[1], dv, scales[1].as_ref())];
@@ -233,7 +216,7 @@ pub fn run(i: &Inputs, backend: Backend) -> Result<Outputs> {
     let exact = i.sink_rows + i.recent_rows > 0 || formats.iter().any(|f| f.codec.is_channel_wise());
     let kinds: &[[Format; 2]] = if exact { &[[native; 2], formats, [native; 2]] } else { &[formats] };
     let fused = session.plan(kinds, i.int8_query);
-    let (mut k_decoded, mut v_decoded) = (i.k.clone(), i.v.clone());
+    let (mut k_decoded, mut v_decoded) = (a.k.clone(), a.v.clone());
     for (x, dim) in [(&mut k_decoded, d), (&mut v_decoded, dv)] {
         for (head, rows) in x.chunks_mut((t * dim).max(1)).enumerate() {
             rows[i.length(head) * dim..].fill(0.0);
@@ -243,8 +226,8 @@ pub fn run(i: &Inputs, backend: Backend) -> Result<Outputs> {
         return Ok(Outputs { out: Vec::new(), lse: Vec::new(), k_decoded, v_decoded });
     }
     let [k, v] = sides.each_ref().map(|side| i.part(|n| i.encoded(side, n)));
-    let stored = [session.encode(&k, &i.k, &sides[0], &mut k_decoded)?, session.encode(&v, &i.v, &sides[1], &mut v_decoded)?];
-    let (out, lse) = match fused {
+    let stored = [session.encode(&k, &a.k, &sides[0], &mut k_decoded)?, session.encode(&v, &a.v, &sides[1], &mut v_decoded)?];
+    let Attended { out, lse } = match fused {
         Ok(plan) => {
             let end = |n: usize| i.encoded(&sides[0], n).1.min(i.encoded(&sides[1], n).1);
             let mut segments = vec![session.segment(&i.part(|n| (i.encoded(&sides[0], n).0, end(n))), sides, stored)?];

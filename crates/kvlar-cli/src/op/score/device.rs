@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::op::Result;
-use crate::op::attend::Lab;
+use crate::op::lab::Lab;
 use kvlar::{Buffer, Pool, Rows, ScoreArgs, ScoreShape, Workspace};
 
 /// What scores are made of, rounded to the type of the shape.

@@ -2,8 +2,8 @@
 
 use super::sizes;
 use crate::backend::Backend;
-use crate::op::attend::{Lab, reference_dtype};
 use crate::op::case::{Case, Output, expect};
+use crate::op::lab::{Lab, reference_dtype};
 use crate::op::{OpError, Result, input};
 use kvlar::{Dtype, GateWeights, ScoreGateArgs, Workspace};
 use kvlar_reference::{Gate, score_gate};

@@ -2,8 +2,8 @@
 
 use super::sizes;
 use crate::backend::Backend;
-use crate::op::attend::{Lab, reference_dtype};
 use crate::op::case::{Case, Output, expect};
+use crate::op::lab::{Lab, reference_dtype};
 use crate::op::{Result, input};
 use kvlar::{Dtype, KeySums, Pool, Rows, ScoreKeysArgs, ScoreKeysShape, Workspace};
 use kvlar_reference::{KeyMethod, KeysInput, score_keys};

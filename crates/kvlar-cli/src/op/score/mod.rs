@@ -13,8 +13,8 @@ pub use keys::run as keys;
 pub use repeat::run as repeat;
 pub use window::run as window;
 
-use super::attend::reference_dtype;
 use super::case::{Case, finite};
+use super::lab::reference_dtype;
 use super::{Result, input};
 use kvlar::Dtype;
 

@@ -2,9 +2,9 @@
 
 use super::{device, divides, scale, sizes};
 use crate::backend::Backend;
-use crate::op::attend::reference_dtype;
 use crate::op::case::{Case, Output};
 use crate::op::formats::required;
+use crate::op::lab::reference_dtype;
 use crate::op::{Result, input};
 use kvlar::ScoreShape;
 use kvlar_reference::{RepeatInput, score_repeat};
