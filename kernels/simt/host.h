@@ -45,8 +45,15 @@ struct Block {
   unsigned char* dyn;
   unsigned dyn_bytes;
 };
-extern __thread Lane* cur;
-extern __thread Block blk;
+// Read at every turn. In a library that is an otherwise hidden call, which the sanitizers hook: half of their time. (Others may be
+// loaded late, when there is no room for the shared memory of theirs.)
+#if defined(KVLAR_SIMT_ASAN) || defined(KVLAR_SIMT_TSAN)
+#define SIMT_TLS __attribute__((tls_model("initial-exec")))
+#else
+#define SIMT_TLS
+#endif
+extern __thread Lane* cur SIMT_TLS;
+extern __thread Block blk SIMT_TLS;
 
 typedef void (*Completion)(Lane* const lanes[32], unsigned mask, int arg);
 // Blocks until every lane of `mask` has called with the same operation; the last one runs `fn` for all.

@@ -45,8 +45,8 @@ kvlar_simt_switch:
 )");
 
 namespace simt {
-__thread Lane* cur;
-__thread Block blk;
+__thread Lane* cur SIMT_TLS;
+__thread Block blk SIMT_TLS;
 #ifdef KVLAR_SIMT_TSAN
 char fence_obj;
 static char done_obj;
@@ -113,7 +113,7 @@ struct Worker {  // all that one OS thread needs to run blocks
   }
   ~Worker() { drop_stacks(); }
 };
-__thread Worker* w;
+__thread Worker* w SIMT_TLS;
 
 uint64_t mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15ull;
