@@ -116,7 +116,8 @@ fn run(args: &Args) -> Result<bool, String> {
     let committed = fs::read_to_string(&file).ok().map(|t| serde_json::from_str::<Ledger>(&t));
     let count = actual.entries.len();
     if args.write {
-        write(&file, actual, committed.and_then(Result::ok), &archs)?;
+        let others: Vec<&String> = build.archs.iter().filter(|a| !archs.contains(a)).collect();
+        write(&file, actual, committed.and_then(Result::ok), &others)?;
     } else {
         match committed {
             None => found.errors.push("kernels/ledger/static.json is missing: write it with --write".into()),
@@ -175,11 +176,11 @@ fn measure(unit: &Unit, arch: &str, report: &Report) -> Vec<Result<Facts, String
     unit.entries.iter().map(one).collect()
 }
 
-/// Writes what was measured. Lines of other architectures stay, unless another compiler made them.
-fn write(file: &Path, actual: Ledger, committed: Option<Ledger>, archs: &[String]) -> Result<(), String> {
+/// Writes what was measured. Lines of a release's other architectures stay, unless another compiler made them.
+fn write(file: &Path, actual: Ledger, committed: Option<Ledger>, others: &[&String]) -> Result<(), String> {
     let Ledger { compiler, mut entries } = actual;
     let kept = committed.into_iter().flat_map(|l| l.entries.into_iter().map(move |f| (l.compiler.clone(), f)));
-    for (made_by, facts) in kept.filter(|(_, f)| !archs.contains(&f.arch)) {
+    for (made_by, facts) in kept.filter(|(_, f)| others.contains(&&f.arch)) {
         if made_by != compiler {
             return Err(format!(
                 "{} holds figures of {made_by} for sm_{}: write all architectures at once",
