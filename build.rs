@@ -12,7 +12,7 @@
 //! (`address` or `thread`), `KVLAR_SIMT_DEFINES` (extra macros), `KVLAR_DENY_WARNINGS` (of the host compiler; nvcc's always are).
 
 use sha2::{Digest, Sha256};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -66,8 +66,7 @@ struct Unit {
     /// The folder: `attend`.
     family: String,
     entries: Vec<String>,
-    /// Digest of the source and of every header it includes.
-    hash: String,
+    sources: Sources,
     /// Whether these ask which GPU architecture they are compiled for.
     per_arch: bool,
 }
@@ -89,12 +88,12 @@ impl Tree {
                     .filter_map(|l| l.trim().strip_prefix("GPU_EXPORT(")?.strip_suffix(')'))
                     .map(String::from)
                     .collect();
-                let (hash, per_arch) = digest_with_headers(root, &path);
+                let sources = Sources::of(root, &path);
                 units.push(Unit {
                     name: path.trim_end_matches(".cu").replace('/', "_"),
                     family: path.split('/').next().unwrap_or_default().into(),
-                    hash,
-                    per_arch,
+                    per_arch: sources.ask_for_the_architecture(),
+                    sources,
                     path,
                     entries,
                 });
@@ -131,25 +130,46 @@ fn sorted(dir: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// Of `path` and of the headers that it includes with quotes, transitively; and whether one of them asks for the
-/// architecture.
-fn digest_with_headers(root: &Path, path: &str) -> (String, bool) {
-    let (mut seen, mut open, mut per_arch) = (BTreeSet::new(), vec![path.to_string()], false);
-    while let Some(p) = open.pop() {
-        let Ok(text) = fs::read_to_string(root.join(&p)) else { continue };
-        if !seen.insert(p) {
-            continue;
+/// A file below `kernels/` and the headers that it includes with quotes, transitively: paths and texts.
+struct Sources(BTreeMap<String, String>);
+
+impl Sources {
+    fn of(root: &Path, path: &str) -> Self {
+        let (mut seen, mut open) = (BTreeMap::new(), vec![path.to_string()]);
+        while let Some(p) = open.pop() {
+            let Ok(text) = fs::read_to_string(root.join(&p)) else { continue };
+            if seen.contains_key(&p) {
+                continue;
+            }
+            let quoted = text.lines().filter_map(|l| l.trim().strip_prefix("#include \"")?.strip_suffix('"'));
+            open.extend(quoted.map(String::from));
+            seen.insert(p, text);
         }
-        per_arch |= text.lines().any(|l| l.contains("__CUDA_ARCH__") && !l.trim_start().starts_with("//"));
-        let quoted = text.lines().filter_map(|l| l.trim().strip_prefix("#include \"")?.strip_suffix('"'));
-        open.extend(quoted.map(String::from));
+        Self(seen)
     }
-    let mut hash = Sha256::new();
-    for p in &seen {
-        hash.update(p);
-        hash.update(fs::read(root.join(p)).expect("readable source"));
+
+    fn ask_for_the_architecture(&self) -> bool {
+        self.0.values().flat_map(|text| text.lines()).any(|l| l.contains("__CUDA_ARCH__") && !l.trim_start().starts_with("//"))
     }
-    (hex(&hash.finalize()), per_arch)
+
+    /// Of what the host compiler reads.
+    fn host_digest(&self) -> String {
+        Self::digest(self.0.iter())
+    }
+
+    /// Of what nvcc reads: without the emulation.
+    fn device_digest(&self) -> String {
+        Self::digest(self.0.iter().filter(|(path, _)| !path.starts_with("simt/")))
+    }
+
+    fn digest<'a>(of: impl Iterator<Item = (&'a String, &'a String)>) -> String {
+        let mut hash = Sha256::new();
+        for (path, text) in of {
+            hash.update(path);
+            hash.update(text);
+        }
+        hex(&hash.finalize())
+    }
 }
 
 fn hex(bytes: &[u8]) -> String {

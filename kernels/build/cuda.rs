@@ -63,7 +63,7 @@ fn flags(u: &Unit, archs: &[String]) -> Vec<String> {
 
 /// What a unit is compiled from and how, but for the compiler.
 fn recipe(u: &Unit, archs: &[String]) -> String {
-    format!("{} {:?}", u.hash, flags(u, archs))
+    format!("{} {:?}", u.sources.device_digest(), flags(u, archs))
 }
 
 /// Likewise, for the architectures that the ledger of GPU runs speaks of.

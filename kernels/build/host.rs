@@ -88,10 +88,10 @@ pub fn build(tree: &Tree, out: &Path) {
         jobs.push((command, object));
     };
     for path in RUNTIME {
-        add(path, &digest_with_headers(&tree.root, path).0, &["-O3"]);
+        add(path, &Sources::of(&tree.root, path).host_digest(), &["-O3"]);
     }
     for u in &tree.units {
-        add(&u.path, &u.hash, instrument);
+        add(&u.path, &u.sources.host_digest(), instrument);
     }
     if let Err(text) = run_all(jobs) {
         panic!("a kernel does not compile for the CPU:\n{text}");
@@ -109,8 +109,8 @@ pub fn build(tree: &Tree, out: &Path) {
 const KEY: &str = "kvlar_simt.key";
 
 fn key(tree: &Tree, sanitizer: &str) -> String {
-    let runtime = RUNTIME.map(|path| digest_with_headers(&tree.root, path).0);
-    let units: Vec<_> = tree.units.iter().map(|u| &u.hash).collect();
+    let runtime = RUNTIME.map(|path| Sources::of(&tree.root, path).host_digest());
+    let units: Vec<_> = tree.units.iter().map(|u| u.sources.host_digest()).collect();
     short_digest(&format!("{runtime:?} {units:?} {sanitizer}"))
 }
 

@@ -1,6 +1,6 @@
 //! Memory that launches use.
 
-use crate::device::Home;
+use crate::device::{Home, Place};
 use crate::{Device, Error, Result};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -53,6 +53,11 @@ impl Buffer {
     /// All of it, to write.
     pub fn view_mut(&mut self) -> ViewMut<'_> {
         ViewMut { address: self.address, bytes: self.bytes, owner: PhantomData }
+    }
+
+    /// Of the byte at `offset`.
+    pub(crate) fn place(&self, offset: usize) -> Place {
+        Place { address: self.address + offset as u64, home: self.home }
     }
 
     pub(crate) fn check(&self, range: &Range<usize>) -> Result<()> {

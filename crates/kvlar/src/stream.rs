@@ -69,14 +69,15 @@ impl Stream {
         self.device.driver().synchronize(self.raw)
     }
 
-    /// Copies `from` to `offset` of `to`. `from` may be reused at once.
+    /// Copies `from` to `offset` of `to`. `from` may be reused at once. Memory of the host is written when all that is enqueued
+    /// is done, which this waits for.
     ///
     /// # Errors
     /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
     pub fn upload(&self, to: &mut Buffer, offset: usize, from: &[u8]) -> Result<()> {
         self.own(to, offset..offset.saturating_add(from.len()))?;
         self.uncaptured()?;
-        self.device.driver().upload(self.raw, to.address() + offset as u64, from)
+        self.device.driver().upload(self.raw, to.place(offset), from)
     }
 
     /// Copies `to.len()` bytes from `offset` of `from`, and waits for them.
@@ -86,7 +87,7 @@ impl Stream {
     pub fn download(&self, from: &Buffer, offset: usize, to: &mut [u8]) -> Result<()> {
         self.own(from, offset..offset.saturating_add(to.len()))?;
         self.uncaptured()?;
-        self.device.driver().download(self.raw, from.address() + offset as u64, to)
+        self.device.driver().download(self.raw, from.place(offset), to)
     }
 
     /// Copies within a buffer; the ranges must not overlap on a GPU.
@@ -120,14 +121,14 @@ impl Stream {
         self.device.driver().copy(self.raw, transfer)
     }
 
-    /// Sets every byte of a range.
+    /// Sets every byte of a range; of memory of the host, as [`Stream::upload`] does.
     ///
     /// # Errors
     /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
     pub fn fill(&self, buffer: &mut Buffer, range: Range<usize>, byte: u8) -> Result<()> {
         self.own(buffer, range.clone())?;
         self.uncaptured()?;
-        self.device.driver().fill(self.raw, buffer.address() + range.start as u64, byte, range.len())
+        self.device.driver().fill(self.raw, buffer.place(range.start), byte, range.len())
     }
 
     /// Enqueues any entry point: for tests of single instructions.

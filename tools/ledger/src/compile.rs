@@ -1,7 +1,7 @@
 //! Compiles the kernels as the build does, but one cubin an architecture, and keeps what the tools say of each.
 
 use crate::model::{Attend, Rebuild};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hasher};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -131,12 +131,14 @@ pub fn units(kernels: &Path) -> Result<Vec<Unit>, String> {
                 text.lines().filter_map(|l| Some(l.trim().strip_prefix("GPU_EXPORT(")?.strip_suffix(')')?.into())).collect();
             if !entries.is_empty() {
                 let path = source.strip_prefix(kernels).unwrap_or(&source).to_string_lossy().replace('\\', "/");
-                let (digest, per_arch) = digest_with_headers(kernels, &path);
+                // As the build decides it.
+                let asks = |l: &str| l.contains("__CUDA_ARCH__") && !l.trim_start().starts_with("//");
+                let per_arch = with_headers(kernels, &[&path]).values().any(|text| text.lines().any(asks));
                 all.push(Unit {
                     name: path.trim_end_matches(".cu").replace('/', "_"),
                     source,
                     entries,
-                    digest,
+                    digest: digest(kernels, &[&path], ""),
                     per_arch,
                     ptx: Mutex::default(),
                 });
@@ -157,35 +159,24 @@ fn read(path: &Path) -> Result<String, String> {
     fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// Of `path`, and of the headers that it includes with quotes, transitively; and whether one of them asks for the
-/// architecture, as the build decides it.
-fn digest_with_headers(root: &Path, path: &str) -> (String, bool) {
-    let (mut seen, mut open, mut hash) = (BTreeSet::new(), vec![path.to_string()], DefaultHasher::new());
-    let mut per_arch = false;
+/// Sources below `root` and the headers that they include with quotes, transitively, as nvcc reads them: without the emulation.
+fn with_headers(root: &Path, sources: &[&str]) -> BTreeMap<String, String> {
+    let (mut seen, mut open) = (BTreeMap::new(), sources.iter().map(|s| s.to_string()).collect::<Vec<_>>());
     while let Some(p) = open.pop() {
-        let Ok(text) = fs::read_to_string(root.join(&p)) else { continue };
-        if !seen.insert(p.clone()) {
+        if p.starts_with("simt/") || seen.contains_key(&p) {
             continue;
         }
-        hash.write(p.as_bytes());
-        hash.write(text.as_bytes());
-        per_arch |= text.lines().any(|l| l.contains("__CUDA_ARCH__") && !l.trim_start().starts_with("//"));
+        let Ok(text) = fs::read_to_string(root.join(&p)) else { continue };
         open.extend(text.lines().filter_map(|l| Some(l.trim().strip_prefix("#include \"")?.strip_suffix('"')?.into())));
+        seen.insert(p, text);
     }
-    (format!("{:016x}", hash.finish()), per_arch)
+    seen
 }
 
 /// Of sources below `root`, of all that they include, and of `more`: the same wherever and with whatever it is made (FNV-1a).
 pub fn digest(root: &Path, sources: &[&str], more: &str) -> String {
-    let (mut seen, mut open) = (BTreeSet::new(), sources.iter().map(|s| s.to_string()).collect::<Vec<_>>());
-    while let Some(p) = open.pop() {
-        let Ok(text) = fs::read_to_string(root.join(&p)) else { continue };
-        if !seen.contains(&(p.clone(), text.clone())) {
-            open.extend(text.lines().filter_map(|l| Some(l.trim().strip_prefix("#include \"")?.strip_suffix('"')?.into())));
-            seen.insert((p, text));
-        }
-    }
-    let bytes = seen.iter().flat_map(|(path, text)| path.bytes().chain(text.bytes())).chain(more.bytes());
+    let all = with_headers(root, sources);
+    let bytes = all.iter().flat_map(|(path, text)| path.bytes().chain(text.bytes())).chain(more.bytes());
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     format!("{hash:016x}")
 }

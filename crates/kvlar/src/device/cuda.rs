@@ -1,7 +1,7 @@
 //! The GPU backend: cudarc's driver calls behind our probe.
 
 use super::probe::{Driver as Found, probe};
-use super::{DeviceGraphs, DeviceInfo, Driver, Home, Launch, RawStream, Transfer};
+use super::{DeviceGraphs, DeviceInfo, Driver, Home, Launch, Place, RawStream, Transfer};
 use crate::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute};
@@ -206,13 +206,25 @@ impl Driver for Cuda {
         check("cuStreamSynchronize", unsafe { result::stream::synchronize(stream(raw)) })
     }
 
-    fn upload(&self, raw: RawStream, to: u64, from: &[u8]) -> Result<()> {
+    fn upload(&self, raw: RawStream, to: Place, from: &[u8]) -> Result<()> {
+        if to.home == Home::Host {
+            self.synchronize(raw)?;
+            // SAFETY: the range was checked, and the stream's work on it has ended.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.address as *mut u8, from.len()) };
+            return Ok(());
+        }
         // The source is pageable: the call returns when it has been staged.
-        self.copy(raw, Transfer { from: from.as_ptr() as u64, to, bytes: from.len() })
+        self.copy(raw, Transfer { from: from.as_ptr() as u64, to: to.address, bytes: from.len() })
     }
 
-    fn download(&self, raw: RawStream, from: u64, to: &mut [u8]) -> Result<()> {
-        self.copy(raw, Transfer { from, to: to.as_mut_ptr() as u64, bytes: to.len() })?;
+    fn download(&self, raw: RawStream, from: Place, to: &mut [u8]) -> Result<()> {
+        if from.home == Home::Host {
+            self.synchronize(raw)?;
+            // SAFETY: as for uploads.
+            unsafe { std::ptr::copy_nonoverlapping(from.address as *const u8, to.as_mut_ptr(), to.len()) };
+            return Ok(());
+        }
+        self.copy(raw, Transfer { from: from.address, to: to.as_mut_ptr() as u64, bytes: to.len() })?;
         self.synchronize(raw)
     }
 
@@ -226,10 +238,16 @@ impl Driver for Cuda {
         check("cuMemcpyAsync", unsafe { sys::cuMemcpyAsync(to, from, bytes, stream(raw)) }.result())
     }
 
-    fn fill(&self, raw: RawStream, at: u64, byte: u8, bytes: usize) -> Result<()> {
+    fn fill(&self, raw: RawStream, at: Place, byte: u8, bytes: usize) -> Result<()> {
+        if at.home == Home::Host {
+            self.synchronize(raw)?;
+            // SAFETY: as for uploads.
+            unsafe { std::ptr::write_bytes(at.address as *mut u8, byte, bytes) };
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: the range was checked.
-        check("cuMemsetD8Async", unsafe { result::memset_d8_async(at, byte, bytes, stream(raw)) })
+        check("cuMemsetD8Async", unsafe { result::memset_d8_async(at.address, byte, bytes, stream(raw)) })
     }
 
     unsafe fn launch(&self, raw: RawStream, launch: Launch, params: &[u8]) -> Result<()> {

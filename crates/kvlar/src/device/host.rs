@@ -1,6 +1,6 @@
 //! The CPU backends: memory is the process's own, launches run to their end at once.
 
-use super::{DeviceInfo, Driver, Emulation, Home, Launch, RawStream, SimtOptions, Transfer};
+use super::{DeviceInfo, Driver, Emulation, Home, Launch, Place, RawStream, SimtOptions, Transfer};
 use crate::{Error, Result, reference};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 
@@ -44,15 +44,15 @@ impl Driver for Host {
         Ok(())
     }
 
-    fn upload(&self, _: RawStream, to: u64, from: &[u8]) -> Result<()> {
+    fn upload(&self, _: RawStream, to: Place, from: &[u8]) -> Result<()> {
         // SAFETY: Stream checked the range against its buffer, which nobody else can be using: launches have ended.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.address as *mut u8, from.len()) };
         Ok(())
     }
 
-    fn download(&self, _: RawStream, from: u64, to: &mut [u8]) -> Result<()> {
+    fn download(&self, _: RawStream, from: Place, to: &mut [u8]) -> Result<()> {
         // SAFETY: as for upload.
-        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(from.address as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
@@ -62,9 +62,9 @@ impl Driver for Host {
         Ok(())
     }
 
-    fn fill(&self, _: RawStream, at: u64, byte: u8, bytes: usize) -> Result<()> {
+    fn fill(&self, _: RawStream, at: Place, byte: u8, bytes: usize) -> Result<()> {
         // SAFETY: as for upload.
-        unsafe { std::ptr::write_bytes(at as *mut u8, byte, bytes) };
+        unsafe { std::ptr::write_bytes(at.address as *mut u8, byte, bytes) };
         Ok(())
     }
 

@@ -86,6 +86,13 @@ pub(crate) enum Home {
     Host,
 }
 
+/// An address, and whose memory it is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub address: u64,
+    pub home: Home,
+}
+
 pub(crate) type RawStream = *mut std::ffi::c_void;
 
 /// What a backend does. Addresses are the backend's own.
@@ -95,11 +102,11 @@ pub(crate) trait Driver: Send + Sync {
     fn create_stream(&self) -> Result<RawStream>;
     fn destroy_stream(&self, stream: RawStream);
     fn synchronize(&self, stream: RawStream) -> Result<()>;
-    fn upload(&self, stream: RawStream, to: u64, from: &[u8]) -> Result<()>;
-    fn download(&self, stream: RawStream, from: u64, to: &mut [u8]) -> Result<()>;
+    fn upload(&self, stream: RawStream, to: Place, from: &[u8]) -> Result<()>;
+    fn download(&self, stream: RawStream, from: Place, to: &mut [u8]) -> Result<()>;
     /// Between any two homes.
     fn copy(&self, stream: RawStream, transfer: Transfer) -> Result<()>;
-    fn fill(&self, stream: RawStream, at: u64, byte: u8, bytes: usize) -> Result<()>;
+    fn fill(&self, stream: RawStream, at: Place, byte: u8, bytes: usize) -> Result<()>;
     /// # Safety
     /// `params` is the entry's struct and its addresses are valid for what the kernel touches.
     unsafe fn launch(&self, stream: RawStream, launch: Launch, params: &[u8]) -> Result<()>;
