@@ -225,8 +225,8 @@ fn cases(rig: &Rig) -> Vec<Box<dyn Case>> {
     let int4 = || Scan::new(Codec::Int4, lengths(1, 128));
     all.push(Scan { method: Reduction::MaxProb, ..int4() });
     all.push(Scan { histogram: true, ..int4() });
-    all.push(Scan { select: Some(if tiny { 20 } else { 2048 }), ..Scan::new(Codec::Int4, lengths(1, 32)) });
-    all.push(Scan { select: Some(if tiny { 20 } else { 2048 }), ..int4() });
+    let (k, selected): (usize, &[usize]) = if tiny { (20, &[0]) } else { (2048, &[32, 128]) };
+    all.extend(selected.iter().map(|&t| Scan { select: Some(k), ..Scan::new(Codec::Int4, lengths(1, t)) }));
     if tiny {
         all.iter_mut().for_each(|case| case.heads = (8, 2));
     }

@@ -5,6 +5,7 @@ use crate::{Case, Launches, Op, Rig};
 use criterion::{Criterion, SamplingMode, Throughput};
 use kvlar::Graph;
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 /// The buffer sets of a case take at least this many times the L2 together.
@@ -114,6 +115,8 @@ fn run_op(rig: &Rig, criterion: &mut Criterion, op: &Op, timed: bool, limit: Opt
     let start = Instant::now();
     let mut report = Report::new(op.name, rig, timed);
     let cases = (op.cases)(rig);
+    let mut names = HashSet::new();
+    assert!(cases.iter().all(|case| names.insert(case.name())), "{}: two cases have one name", op.name);
     let cases: Vec<_> = cases.into_iter().filter(|case| !report.has(&case.name())).collect();
     let pace = limit.filter(|_| timed).map(|limit| Pace::within(limit, cases.len()));
     let (mut left, mut filtered) = (0, 0);
