@@ -156,8 +156,8 @@ impl Stream {
         unsafe { self.device.driver().launch(self.raw, launch, bytes) }
     }
 
-    /// Captures the launches and the copies between buffers that `enqueue` makes on this stream, without running them. An engine that captures by
-    /// itself need not call this: launches are capturable.
+    /// Captures the launches and the copies between buffers that `enqueue` makes on this stream, without running them. An
+    /// engine that captures by itself need not call this: launches are capturable.
     ///
     /// # Errors
     /// Those of `enqueue`; [`Error::Capture`] if the stream is being captured already; [`Error::Cuda`].
