@@ -125,8 +125,11 @@ impl ReducePlan {
         unsafe { self.launch_raw(stream, &params) }
     }
 
-    /// The parameter struct with everything that follows from the shape, and counters at `zeroed`.
+    /// The parameter struct with everything that follows from the shape, and counters at `zeroed` where it has a use for them.
     pub(crate) fn with_scratch(&self, zeroed: u64) -> abi::KvlarReduce {
+        if !self.shape.histogram {
+            return self.bare_params();
+        }
         let heads = self.shape.seqs * self.shape.kv_heads;
         abi::KvlarReduce { counters: zeroed, counts: zeroed + 4 * heads as u64, ..self.bare_params() }
     }

@@ -194,12 +194,15 @@ impl ScoreKeysPlan {
         let [score_seq, score_head] = score_strides(&args.scores, args.score_strides, [s.seqs, s.kv_heads, rows.max_rows])?;
         let scratch = workspace.scratch(self.workspace())?;
         let sum_bytes = 4 * s.seqs * s.kv_heads * s.head_dim;
+        let has_sums = s.method == KeyMethod::KeyDiff;
         let sums = match &args.sums {
-            KeySums::Own => scratch.scratch,
-            _ if s.method != KeyMethod::KeyDiff => return invalid("sums", "they are of keydiff alone"),
+            KeySums::Own if has_sums => scratch.scratch,
+            KeySums::Own => 0,
+            _ if !has_sums => return invalid("sums", "they are of keydiff alone"),
             KeySums::Write(sums) => within("sums", sums, sum_bytes, 16).map(|()| sums.address())?,
             KeySums::Read(sums) => within("sums", sums, sum_bytes, 16).map(|()| sums.address())?,
         };
+        let adds_up = has_sums && !matches!(args.sums, KeySums::Read(_));
         let bare = self.bare_params();
         let params = abi::KvlarScoreKeys {
             rows: rows.abi(),
@@ -209,10 +212,10 @@ impl ScoreKeysPlan {
             score_seq_stride: score_seq as i64,
             score_head_stride: score_head as i64,
             sums,
-            partials: scratch.scratch + sum_bytes as u64,
+            partials: if adds_up { scratch.scratch + sum_bytes as u64 } else { 0 },
             counters: scratch.zeroed,
             status: scratch.status,
-            sum_blocks: if matches!(args.sums, KeySums::Read(_)) { 0 } else { bare.sum_blocks },
+            sum_blocks: if adds_up { bare.sum_blocks } else { 0 },
             ..bare
         };
         // SAFETY: every address was checked against the shape.
