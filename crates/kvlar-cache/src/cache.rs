@@ -85,10 +85,11 @@ impl Cache {
         Ok(Self::of(device, config, exact, layers))
     }
 
-    /// Allocates a pool for rows as a plan says, and uploads its matrices and codebooks. `config.keys`, `config.values` and
-    /// their exact rows are not used: dense layers keep the type of the model, layers of codes each their own formats. Sink
-    /// and recent rows of the plan stay exact beside latents and codes, for `config.max_seqs` sequences
-    /// ([`Cache::exact_rows`]). Whether the plan was fitted to the model is for [`Plan::check_model`] to say.
+    /// Allocates a pool for rows as a plan says, and uploads its matrices and codebooks, which it waits for: any stream may
+    /// use the cache. `config.keys`, `config.values` and their exact rows are not used: dense layers keep the type of the
+    /// model, layers of codes each their own formats. Sink and recent rows of the plan stay exact beside latents and codes,
+    /// for `config.max_seqs` sequences ([`Cache::exact_rows`]). Whether the plan was fitted to the model is for
+    /// [`Plan::check_model`] to say.
     ///
     /// # Errors
     /// [`CacheError::Invalid`] also for a plan of another number of layers, kv heads or dimensions, whatever its layers keep;
@@ -103,6 +104,7 @@ impl Cache {
         let exact = exact_shape(&config, asked(&config, plan.sink_rows, plan.recent_rows), &formats, all)?;
         let planned = |l| Layer::planned(device, stream, &config, &exact, l, plan);
         let layers = (0..config.layers).map(planned).collect::<Result<Vec<_>>>()?;
+        stream.synchronize()?;
         let lowrank = layers.iter().any(|l| l.lowrank.is_some());
         Ok(Self::of(device, config, if lowrank || exact.encodes() { exact } else { ExactShape::default() }, layers))
     }

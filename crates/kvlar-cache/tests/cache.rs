@@ -1,7 +1,8 @@
 //! Histories of a cache against a model of it, and what it refuses.
 
+use crate::devices::{on_kernels, tolerance_of_latents};
 use crate::lab::{DIM, HEADS, LAYERS, Lab, PAGE, Q_HEADS, config, exact_plan, plan};
-use kvlar::{Codec, Device, Format, SimtOptions};
+use kvlar::{Codec, Device, Format};
 use kvlar_cache::{Batch, BatchShape, Cache, CacheConfig, CacheError, Queries, SeqId};
 use kvlar_calibrate::{Factors, KeyBasis, Latent, LayerPlan, Plan, RecalkvConfig, Side};
 use kvlar_reference::compare;
@@ -119,6 +120,8 @@ fn play(mut lab: Lab, ops: &[Op]) {
     assert!(lab.cache.is_empty());
 }
 
+on_kernels!(planned_layers, int8_bases_of_a_plan);
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
     #[test]
@@ -165,13 +168,11 @@ proptest! {
 }
 
 /// The same on the emulated kernels, with one history: forks, copies on write, truncation, up to 8 tokens a step.
-#[test]
-fn planned_layers_run_on_kernels() {
-    let Ok(device) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() }) else { return };
-    let tolerance = Tolerance::attend_lowrank(kvlar_reference::Dtype::F16, 100, 4.0, 1.0);
-    run_on_kernels(Lab::planned(&device, 12, tolerance));
+fn planned_layers(device: &Device) {
+    let tolerance = tolerance_of_latents(device);
+    run_on_kernels(Lab::planned(device, 12, tolerance));
     for exact in [(0, 7, 0), (5, 0, 9), (5, 7, 3), (16, 16, 20)] {
-        run_on_kernels(Lab::exact(&device, 12, tolerance, exact));
+        run_on_kernels(Lab::exact(device, 12, tolerance, exact));
     }
 }
 
@@ -207,9 +208,7 @@ fn run_on_kernels(mut lab: Lab) {
 
 /// A plan with int8 latents and an int8 basis: kernels agree with the reference, and both with a 16-bit basis but for
 /// what 8 bits lose.
-#[test]
-fn int8_bases_of_a_plan() {
-    let Ok(simt) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() }) else { return };
+fn int8_bases_of_a_plan(device: &Device) {
     let outputs = |device: &Device, key_basis| {
         let mut p = plan();
         p.config = RecalkvConfig { key_basis, ..RecalkvConfig::default() }.into();
@@ -232,10 +231,10 @@ fn int8_bases_of_a_plan() {
         (lab.cache.fixed_bytes(), lab.outputs.concat())
     };
     let (bytes, reference) = outputs(&Device::reference(), KeyBasis::Int8);
-    let (_, kernels) = outputs(&simt, KeyBasis::Int8);
-    let tolerance = Tolerance::attend_lowrank(kvlar_reference::Dtype::F16, 100, 4.0, 1.0);
+    let (_, kernels) = outputs(device, KeyBasis::Int8);
+    let tolerance = tolerance_of_latents(device);
     compare::compare(&kernels, &reference, tolerance).unwrap();
-    let (more_bytes, wide) = outputs(&simt, KeyBasis::Model);
+    let (more_bytes, wide) = outputs(device, KeyBasis::Model);
     assert!(bytes < more_bytes);
     compare::compare(&wide, &reference, Tolerance { absolute: 0.1, relative: 0.0, cosine: 1e-3 }).unwrap();
     assert!(compare::compare(&wide, &reference, tolerance).is_err(), "nothing was lost: was the basis in 8 bits?");

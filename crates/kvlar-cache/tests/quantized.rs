@@ -1,16 +1,20 @@
 //! Plans whose layers keep codes, each in its own format; and keys that are read back.
 
+use crate::devices::on_every_device;
 use crate::lab::{DIM, HEADS, LAYERS, Lab, Q_HEADS, config, exact_plan, latents, plan, row};
-use kvlar::{Codec, Device, Format, SimtOptions};
+use kvlar::{Codec, Device, Format};
 use kvlar_cache::{BatchShape, Cache, CacheConfig, CacheError};
 use kvlar_calibrate::{FitConfig, LayerPlan, Plan, Quantized, QuantizedCodec, QuantizedFormat, Side};
 use kvlar_reference::tolerance::Tolerance;
 use kvlar_reference::{Rope, RopeLayout, RopeScaling};
 
-fn devices() -> Vec<Device> {
-    let simt = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() });
-    std::iter::once(Device::reference()).chain(simt.ok()).collect()
-}
+on_every_device!(
+    layers_of_a_plan_are_those_of_a_cache_of_their_formats,
+    batches_are_used_again,
+    keys_in_codebooks_are_their_centroids,
+    keys_are_read_back_as_they_are_stored,
+    keys_of_latents_are_rebuilt_where_they_are_not_exact,
+);
 
 fn anything() -> Tolerance {
     Tolerance { absolute: f64::MAX, relative: 0.0, cosine: 2.0 }
@@ -52,33 +56,30 @@ fn outputs(device: &Device, cache: Cache) -> Vec<Vec<f32>> {
 }
 
 /// A plan's layers are what a cache made with their formats keeps, bit for bit, whatever the other layer is.
-#[test]
-fn layers_of_a_plan_are_those_of_a_cache_of_their_formats() {
-    for device in devices() {
-        let stream = device.stream().unwrap();
-        let of_formats = |[keys, values]: [Format; 2]| {
-            let cache = Cache::new(&device, CacheConfig { keys, values, ..config(Codec::F16, 12) }).unwrap();
-            (cache.bytes_per_token() / LAYERS, outputs(&device, cache))
-        };
-        let all: Vec<_> = pairs().iter().map(|[k, v]| of_formats([k.1, v.1])).collect();
-        let dense = of_formats([Codec::F16.into(), Codec::F16.into()]);
-        for (first, second) in [(0, 0), (1, 0), (2, 3), (3, 1)] {
-            let layer = |i: usize| (side(pairs()[i][0].0), side(pairs()[i][1].0));
-            let p = quantized([layer(first), layer(second)]);
-            let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
-            assert_eq!(cache.bytes_per_token(), all[first].0 + all[second].0);
-            assert_eq!(cache.bytes_per_token() as f64, p.bytes_per_token());
-            assert_eq!((cache.fixed_bytes(), p.fixed_bytes(), cache.rollback_rows()), (0, 0, usize::MAX));
-            let got = outputs(&device, cache);
-            assert_eq!(got[0], all[first].1[0], "layer 0 of {first}, {second}");
-            assert_eq!(got[1], all[second].1[1], "layer 1 of {first}, {second}");
-            assert_ne!(got[0], dense.1[0]);
-        }
-        // A dense layer beside one of codes stays as it was.
-        let p = quantized([(Side::Dense, Side::Dense), (side(pairs()[0][0].0), side(pairs()[0][1].0))]);
-        let got = outputs(&device, Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap());
-        assert_eq!((&got[0], &got[1]), (&dense.1[0], &all[0].1[1]));
+fn layers_of_a_plan_are_those_of_a_cache_of_their_formats(device: &Device) {
+    let stream = device.stream().unwrap();
+    let of_formats = |[keys, values]: [Format; 2]| {
+        let cache = Cache::new(device, CacheConfig { keys, values, ..config(Codec::F16, 12) }).unwrap();
+        (cache.bytes_per_token() / LAYERS, outputs(device, cache))
+    };
+    let all: Vec<_> = pairs().iter().map(|[k, v]| of_formats([k.1, v.1])).collect();
+    let dense = of_formats([Codec::F16.into(), Codec::F16.into()]);
+    for (first, second) in [(0, 0), (1, 0), (2, 3), (3, 1)] {
+        let layer = |i: usize| (side(pairs()[i][0].0), side(pairs()[i][1].0));
+        let p = quantized([layer(first), layer(second)]);
+        let cache = Cache::planned(device, &stream, config(Codec::F16, 12), &p).unwrap();
+        assert_eq!(cache.bytes_per_token(), all[first].0 + all[second].0);
+        assert_eq!(cache.bytes_per_token() as f64, p.bytes_per_token());
+        assert_eq!((cache.fixed_bytes(), p.fixed_bytes(), cache.rollback_rows()), (0, 0, usize::MAX));
+        let got = outputs(device, cache);
+        assert_eq!(got[0], all[first].1[0], "layer 0 of {first}, {second}");
+        assert_eq!(got[1], all[second].1[1], "layer 1 of {first}, {second}");
+        assert_ne!(got[0], dense.1[0]);
     }
+    // A dense layer beside one of codes stays as it was.
+    let p = quantized([(Side::Dense, Side::Dense), (side(pairs()[0][0].0), side(pairs()[0][1].0))]);
+    let got = outputs(device, Cache::planned(device, &stream, config(Codec::F16, 12), &p).unwrap());
+    assert_eq!((&got[0], &got[1]), (&dense.1[0], &all[0].1[1]));
 }
 
 /// Layers of one pair of formats share plans and a work list.
@@ -99,31 +100,28 @@ fn a_batch_holds_one_work_list_a_pair_of_formats() {
 
 /// A step's work list is made anew: one batch for all steps gives what a new one for each does, once a
 /// sequence has more rows than a tile.
-#[test]
-fn batches_are_used_again() {
-    for device in devices() {
-        let stream = device.stream().unwrap();
-        let p = quantized([
-            (side(QuantizedCodec::Int8), side(QuantizedCodec::Int8)),
-            (side(QuantizedCodec::Int4), side(QuantizedCodec::Int4)),
-        ]);
-        let run = |again: bool| {
-            let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
-            let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
-            let (a, b) = (lab.create(), lab.create());
-            let mut batch = lab.cache.batch(BatchShape::new(2, 24, Q_HEADS)).unwrap();
-            let mut all = Vec::new();
-            for new in [[(a, 24), (b, 3)], [(b, 12), (a, 24)], [(a, 24), (b, 1)], [(b, 9), (a, 24)]] {
-                if !again {
-                    batch = lab.cache.batch(BatchShape::new(2, 24, Q_HEADS)).unwrap();
-                }
-                lab.extend_in(&mut batch, &new).unwrap();
-                all.extend(lab.outputs.concat());
+fn batches_are_used_again(device: &Device) {
+    let stream = device.stream().unwrap();
+    let p = quantized([
+        (side(QuantizedCodec::Int8), side(QuantizedCodec::Int8)),
+        (side(QuantizedCodec::Int4), side(QuantizedCodec::Int4)),
+    ]);
+    let run = |again: bool| {
+        let cache = Cache::planned(device, &stream, config(Codec::F16, 12), &p).unwrap();
+        let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
+        let (a, b) = (lab.create(), lab.create());
+        let mut batch = lab.cache.batch(BatchShape::new(2, 24, Q_HEADS)).unwrap();
+        let mut all = Vec::new();
+        for new in [[(a, 24), (b, 3)], [(b, 12), (a, 24)], [(a, 24), (b, 1)], [(b, 9), (a, 24)]] {
+            if !again {
+                batch = lab.cache.batch(BatchShape::new(2, 24, Q_HEADS)).unwrap();
             }
-            all
-        };
-        assert_eq!(run(true), run(false));
-    }
+            lab.extend_in(&mut batch, &new).unwrap();
+            all.extend(lab.outputs.concat());
+        }
+        all
+    };
+    assert_eq!(run(true), run(false));
 }
 
 #[test]
@@ -159,10 +157,13 @@ fn stored(tokens: &[u64], layer: usize, format: &Format) -> Vec<f32> {
     keys.flat_map(|k| storage.row(&k).unwrap()).collect()
 }
 
+mod on_kernels {
+    use super::formats_without_attention_are_decoded_first;
+    crate::devices::on_kernels!(formats_without_attention_are_decoded_first);
+}
+
 /// Formats that no kernel attends over are decoded first: kernels agree with the reference, which needs no decoding.
-#[test]
-fn formats_without_attention_are_decoded_first() {
-    let Ok(simt) = Device::simt(SimtOptions { seed: 1, workers: 1, sm_count: 3, ..SimtOptions::default() }) else { return };
+fn formats_without_attention_are_decoded_first(device: &Device) {
     let grouped = |codec: Codec| Format { group: Some(8), ..codec.into() };
     let rotated = Format { hadamard: true, ..Codec::Int8.into() };
     for [keys, values] in
@@ -173,7 +174,7 @@ fn formats_without_attention_are_decoded_first() {
             let batch = cache.batch(BatchShape::new(2, 1, Q_HEADS)).unwrap();
             (batch.bytes(), outputs(device, cache))
         };
-        let ((_, expected), (bytes, actual)) = (of(&Device::reference()), of(&simt));
+        let ((_, expected), (bytes, actual)) = (of(&Device::reference()), of(device));
         assert!(bytes >= 2 * HEADS * 100 * 2 * DIM * 2, "room for decoded rows");
         let tolerance = Tolerance::attend(kvlar_reference::Dtype::F16, kvlar_reference::Codec::F16, 40, 8.0);
         for (layer, (a, e)) in actual.iter().zip(&expected).enumerate() {
@@ -181,7 +182,7 @@ fn formats_without_attention_are_decoded_first() {
                 .unwrap_or_else(|e| panic!("{keys:?} {values:?} layer {layer}: {e}"));
         }
         // Beside exact rows, against the model.
-        let mut lab = Lab::encoded(&simt, 12, tolerance, (3, 5, 0), [keys, values], (16, 1));
+        let mut lab = Lab::encoded(device, 12, tolerance, (3, 5, 0), [keys, values], (16, 1));
         let (a, b) = (lab.create(), lab.create());
         for new in [[(a, 30), (b, 3)], [(a, 1), (b, 1)], [(a, 4), (b, 40)]] {
             lab.extend(&new).unwrap();
@@ -190,14 +191,7 @@ fn formats_without_attention_are_decoded_first() {
 }
 
 /// Keys in codebooks: attention sees the nearest centroids.
-#[test]
-fn keys_in_codebooks_are_their_centroids() {
-    for device in devices() {
-        codebooks_on(&device);
-    }
-}
-
-fn codebooks_on(device: &Device) {
+fn keys_in_codebooks_are_their_centroids(device: &Device) {
     let stream = device.stream().unwrap();
     let codebooks = kvlar_reference::testing::Rng::new(3).normals(HEADS * 4 * DIM, 1.0);
     let format = QuantizedCodec::Pq { subvectors: 8, centroids: 4 }.into();
@@ -220,63 +214,56 @@ fn codebooks_on(device: &Device) {
     }
 }
 
-#[test]
-fn keys_are_read_back_as_they_are_stored() {
-    for device in devices() {
-        let stream = device.stream().unwrap();
-        for [keys, values] in pairs() {
-            let p = quantized([(side(keys.0), side(values.0)), (Side::Dense, Side::Dense)]);
-            let cache = Cache::planned(&device, &stream, config(Codec::F16, 12), &p).unwrap();
-            let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
-            // Two sequences, so that pages are not in order; pages shared and copied.
-            let (a, b) = (lab.create(), lab.create());
-            for new in [[(a, 20), (b, 17)], [(a, 19), (b, 1)]] {
-                lab.extend(&new).unwrap();
-            }
-            lab.cache.truncate(a, 35).unwrap();
-            lab.truncated(a, 35);
-            let c = lab.cache.fork(a).unwrap();
-            lab.forked(a, c);
-            lab.extend(&[(c, 2)]).unwrap();
-            for seq in [a, b, c] {
-                for (layer, format) in [(0, keys.1), (1, Codec::F16.into())] {
-                    let read = lab.cache.decoded_keys(&lab.stream, seq, layer, &Rope::none()).unwrap();
-                    assert_eq!(read, stored(&lab.model[&seq], layer, &format), "{seq}, layer {layer}, {:?}", keys.0);
-                }
-            }
-            let e = lab.cache.decoded_keys(&lab.stream, a, 2, &Rope::none()).unwrap_err();
-            assert!(e.to_string().contains("layer: 2 of 2"), "{e}");
-            lab.cache.remove(a).unwrap();
-            assert_eq!(lab.cache.decoded_keys(&lab.stream, a, 0, &Rope::none()), Err(CacheError::UnknownSequence(a)));
-            let empty = lab.cache.create();
-            assert_eq!(lab.cache.decoded_keys(&lab.stream, empty, 0, &Rope::none()), Ok(Vec::new()));
+fn keys_are_read_back_as_they_are_stored(device: &Device) {
+    let stream = device.stream().unwrap();
+    for [keys, values] in pairs() {
+        let p = quantized([(side(keys.0), side(values.0)), (Side::Dense, Side::Dense)]);
+        let cache = Cache::planned(device, &stream, config(Codec::F16, 12), &p).unwrap();
+        let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16, anything());
+        // Two sequences, so that pages are not in order; pages shared and copied.
+        let (a, b) = (lab.create(), lab.create());
+        for new in [[(a, 20), (b, 17)], [(a, 19), (b, 1)]] {
+            lab.extend(&new).unwrap();
         }
+        lab.cache.truncate(a, 35).unwrap();
+        lab.truncated(a, 35);
+        let c = lab.cache.fork(a).unwrap();
+        lab.forked(a, c);
+        lab.extend(&[(c, 2)]).unwrap();
+        for seq in [a, b, c] {
+            for (layer, format) in [(0, keys.1), (1, Codec::F16.into())] {
+                let read = lab.cache.decoded_keys(&lab.stream, seq, layer, &Rope::none()).unwrap();
+                assert_eq!(read, stored(&lab.model[&seq], layer, &format), "{seq}, layer {layer}, {:?}", keys.0);
+            }
+        }
+        let e = lab.cache.decoded_keys(&lab.stream, a, 2, &Rope::none()).unwrap_err();
+        assert!(e.to_string().contains("layer: 2 of 2"), "{e}");
+        lab.cache.remove(a).unwrap();
+        assert_eq!(lab.cache.decoded_keys(&lab.stream, a, 0, &Rope::none()), Err(CacheError::UnknownSequence(a)));
+        let empty = lab.cache.create();
+        assert_eq!(lab.cache.decoded_keys(&lab.stream, empty, 0, &Rope::none()), Ok(Vec::new()));
     }
 }
 
 /// Low-rank keys are rebuilt and rotated; sinks and recent rows of them come as they were given.
-#[test]
-fn keys_of_latents_are_rebuilt_where_they_are_not_exact() {
+fn keys_of_latents_are_rebuilt_where_they_are_not_exact(device: &Device) {
     let rope = Rope::new(100.0, DIM, RopeLayout::Half, RopeScaling::None);
-    for device in devices() {
-        for (sinks, recent) in [(0, 0), (3, 0), (0, 5), (5, 7), (40, 0)] {
-            let mut lab = Lab::exact(&device, 12, anything(), (sinks, recent, 0));
-            let a = lab.create();
-            for n in [8, 8, 8, 6, 1, 1, 6] {
-                lab.extend(&[(a, n)]).unwrap();
-                let (until, from) = lab.cache.exact_rows(a).unwrap();
-                for layer in 0..LAYERS {
-                    let read = lab.cache.decoded_keys(&lab.stream, a, layer, &rope).unwrap();
-                    let tokens = &lab.model[&a];
-                    let rows =
-                        tokens.iter().enumerate().flat_map(|(i, &t)| (0..HEADS).map(move |h| (i, row(t, layer, h, false))));
-                    // The lab's latents halve what they hold, which f16 does exactly; it appends without RoPE.
-                    let expected = rows.flat_map(|(i, k)| match i < until || i >= from {
-                        true => k,
-                        false => rope.rotate(&k.iter().map(|x| 0.5 * x).collect::<Vec<_>>(), i as i64),
-                    });
-                    assert_eq!(read, expected.collect::<Vec<f32>>(), "{sinks}, {recent}, {} tokens", tokens.len());
-                }
+    for (sinks, recent) in [(0, 0), (3, 0), (0, 5), (5, 7), (40, 0)] {
+        let mut lab = Lab::exact(device, 12, anything(), (sinks, recent, 0));
+        let a = lab.create();
+        for n in [8, 8, 8, 6, 1, 1, 6] {
+            lab.extend(&[(a, n)]).unwrap();
+            let (until, from) = lab.cache.exact_rows(a).unwrap();
+            for layer in 0..LAYERS {
+                let read = lab.cache.decoded_keys(&lab.stream, a, layer, &rope).unwrap();
+                let tokens = &lab.model[&a];
+                let rows = tokens.iter().enumerate().flat_map(|(i, &t)| (0..HEADS).map(move |h| (i, row(t, layer, h, false))));
+                // The lab's latents halve what they hold, which f16 does exactly; it appends without RoPE.
+                let expected = rows.flat_map(|(i, k)| match i < until || i >= from {
+                    true => k,
+                    false => rope.rotate(&k.iter().map(|x| 0.5 * x).collect::<Vec<_>>(), i as i64),
+                });
+                assert_eq!(read, expected.collect::<Vec<f32>>(), "{sinks}, {recent}, {} tokens", tokens.len());
             }
         }
     }

@@ -1,10 +1,13 @@
 //! Exact rows beside latents: which they are, what taking tokens back does to them, what they cost.
 
+use crate::devices::{on_kernels, tolerance_of_latents};
 use crate::lab::{DIM, Exact, HEADS, Lab, Q_HEADS, config, exact_plan};
-use kvlar::{Codec, Device, SimtOptions};
+use kvlar::{Codec, Device};
 use kvlar_cache::{BatchShape, Cache, CacheConfig};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
+
+on_kernels!(tokens_taken_back_leave_no_trace_there);
 
 /// Adds tokens (above 0) and takes some back (below), then attends from one more token, always the same: the outputs of
 /// that.
@@ -69,11 +72,9 @@ fn tokens_taken_back_leave_no_trace() {
     check(&Device::reference(), Tolerance::merge(), &cases, 60);
 }
 
-#[test]
-fn tokens_taken_back_leave_no_trace_on_kernels() {
-    let Ok(device) = Device::simt(SimtOptions { seed: 1, ..SimtOptions::default() }) else { return };
+fn tokens_taken_back_leave_no_trace_there(device: &Device) {
     let cases = [((3, 12, 20), 40, 20), ((0, 5, 16), 23, 16), ((17, 1, 9), 50, 7)];
-    check(&device, Tolerance::attend_lowrank(kvlar_reference::Dtype::F16, 100, 4.0, 1.0), &cases, 8);
+    check(device, tolerance_of_latents(device), &cases, 8);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod capture;
 mod checkpoint;
+mod devices;
 mod errors;
 mod fisher;
 mod forward;

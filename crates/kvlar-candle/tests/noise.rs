@@ -1,8 +1,9 @@
 //! Logit noise: of stores whose keys are off by what is known.
 
 use crate::checkpoint::{Checkpoint, Variant};
+use crate::devices;
 use candle_core::Tensor;
-use kvlar::{Codec, Device, Format, SimtOptions};
+use kvlar::{Codec, Device, Format};
 use kvlar_candle::llama::{AttentionError, Llama, attention_error};
 use kvlar_candle::{KvShape, KvStore, PagedStore, Result, StoreConfig};
 
@@ -83,8 +84,7 @@ fn noises(e: &AttentionError) -> Vec<Option<f64>> {
 #[test]
 fn exact_keys_have_no_noise_and_codes_have_some() {
     let (_c, model) = model(0);
-    let simt = Device::simt(SimtOptions { seed: 1, ..SimtOptions::default() }).ok();
-    for device in std::iter::once(Device::reference()).chain(simt) {
+    for device in devices::all() {
         let measure = |config: StoreConfig| {
             let store = |config| PagedStore::new(&device, &model.kv_shape(), config).unwrap();
             attention_error(&model, &mut store(StoreConfig::bf16(64)), &mut store(config), &tokens(50)).unwrap()

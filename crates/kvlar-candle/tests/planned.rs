@@ -1,8 +1,9 @@
 //! Plans in an engine: what attention sees of sinks, latents and recent rows, and what taking tokens back leaves of it.
 
 use crate::checkpoint::{Checkpoint, Variant};
+use crate::devices;
 use candle_core::Tensor;
-use kvlar::{Backend, Codec, Device, SimtOptions};
+use kvlar::{Backend, Codec, Device};
 use kvlar_calibrate::{
     Budget, Factors, Latent, LayerShape, ModelShape, Moments, PairLayout, Plan, RecalkvConfig, RopePairs, Weighting, Weights,
 };
@@ -41,14 +42,6 @@ fn plan(model: &Llama, (sink_rows, recent_rows): (usize, usize), latent: Latent)
         ..RecalkvConfig::default()
     };
     fitted(model, LayerShape { q_heads: 4, kv_heads: 2, head_dim: 32, value_dim: 32 }, &config)
-}
-
-fn simt() -> Option<Device> {
-    Device::simt(SimtOptions { seed: 1, ..SimtOptions::default() }).ok()
-}
-
-fn devices() -> Vec<Device> {
-    std::iter::once(Device::reference()).chain(simt()).collect()
 }
 
 fn store(device: &Device, model: &Llama, plan: &Plan, rollback_rows: usize) -> PagedStore {
@@ -188,7 +181,7 @@ impl KvStore for Checked<'_> {
 fn engines_attend_over_what_a_plan_keeps() {
     let (_c, model) = model();
     let tokens = tokens(60);
-    for device in devices() {
+    for device in devices::all() {
         for exact in [(0, 0), (3, 0), (3, 5), (5, 20)] {
             let plan = plan(&model, exact, Latent::Model);
             let rows = vec![[Vec::new(), Vec::new()]; plan.layers.len()];
@@ -213,7 +206,7 @@ fn errors_of_attention_are_measured_on_every_backend() {
     // Without recent rows the size of steps makes no difference.
     let plan = plan(&model, (3, 0), Latent::Model);
     let mut errors = Vec::new();
-    for device in devices() {
+    for device in devices::all() {
         let mut exact = PagedStore::new(&device, &model.kv_shape(), StoreConfig::bf16(64)).unwrap();
         let mut planned = store(&device, &model, &plan, 0);
         errors.push(attention_error(&model, &mut exact, &mut planned, &tokens).unwrap().relative());
@@ -240,7 +233,7 @@ fn every_question_starts_from_the_same_context() {
     let (_c, model) = model();
     let (context, long, short) = (tokens(60), tokens(37), [5, 9, 2]);
     let plan = plan(&model, (3, 12), Latent::Model);
-    for device in devices() {
+    for device in devices::all() {
         let run =
             |rollback, questions: &[&[u32]]| logits(&model, &mut store(&device, &model, &plan, rollback), &context, questions);
         let alone = run(37, &[&short[..]]);
@@ -374,7 +367,7 @@ fn plans_of_odd_heads_run() {
         let plan = fitted(&model, layer, &config);
         assert!(plan.layers.iter().all(|l| l.keys.factors().is_none() == dense_keys && l.values.factors().is_some()));
         let mut errors = Vec::new();
-        for device in devices() {
+        for device in devices::all() {
             let mut exact = PagedStore::new(&device, &model.kv_shape(), StoreConfig::bf16(64)).unwrap();
             let mut planned = store(&device, &model, &plan, 0);
             assert_eq!(planned.cache().fixed_bytes(), plan.fixed_bytes());
@@ -390,9 +383,10 @@ fn plans_of_odd_heads_run() {
 fn what_has_no_kernel_is_told_from_other_errors() {
     let (_c, model) = model();
     let plan = plan(&model, (0, 0), Latent::Int4);
-    let Some(device) = simt() else { return };
     let prefill = |device: &Device, tokens: &[u32]| model.prefill(&mut store(device, &model, &plan, 0), tokens, Logits::Last);
-    assert!(prefill(&device, &tokens(5)).unwrap_err().is_unsupported());
-    assert!(!prefill(&device, &[99]).unwrap_err().is_unsupported());
+    for device in devices::with_kernels() {
+        assert!(prefill(&device, &tokens(5)).unwrap_err().is_unsupported());
+        assert!(!prefill(&device, &[99]).unwrap_err().is_unsupported());
+    }
     prefill(&Device::reference(), &tokens(5)).unwrap();
 }

@@ -1,15 +1,11 @@
 //! `kvlar eval` from outside, on a tiny checkpoint: plans beside the other methods, on every backend.
 
+use crate::case::backends;
 use crate::checkpoint::{Checkpoint, Variant};
 use kvlar_calibrate::{FitConfig, LayerPlan, Plan, QuantizedFormat, Side};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-
-/// Backends of this build.
-fn backends() -> Vec<&'static str> {
-    if kvlar_kernels::simt::available() { vec!["reference", "simt"] } else { vec!["reference"] }
-}
 
 /// A folder with a text, recall tasks and plans of a checkpoint.
 struct Lab {

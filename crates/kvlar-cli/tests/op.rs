@@ -1,6 +1,6 @@
 //! `kvlar op` from outside: files in, files out, exit status.
 
-use crate::case::{Case, backends, run, values};
+use crate::case::{Case, backends, kernels, run, values};
 use kvlar_reference::compare::compare;
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
@@ -92,8 +92,8 @@ fn attend_defaults_and_empty_caches() {
     }
     let f32 = attend_case().key("dtype", "f32");
     run("attend", "reference", &f32, &[]).tensor("out");
-    if kvlar_kernels::simt::available() {
-        run("attend", "simt", &f32, &[]).fails(3, "unsupported");
+    if let Some(kernels) = kernels() {
+        run("attend", kernels, &f32, &[]).fails(3, "unsupported");
     }
 }
 

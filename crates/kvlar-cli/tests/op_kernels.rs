@@ -1,6 +1,6 @@
-//! Quantized ops on the emulated kernels, from outside: attention fused and decoded first, scans, codebooks.
+//! Quantized ops by kernels, from outside: attention fused and decoded first, scans, codebooks.
 
-use crate::case::{Case, Run, backends, run};
+use crate::case::{Case, Run, kernels, run};
 use kvlar_reference::testing::Rng;
 
 fn reference(op: &str, case: &Case) -> Run {
@@ -30,10 +30,8 @@ fn attend_case() -> Case {
 
 /// Fused pairs, pairs that are decoded first, exact rows, ragged heads, positions, 8-bit queries.
 #[test]
-fn emulated_kernels_agree_with_the_reference() {
-    if !backends().contains(&"simt") {
-        return;
-    }
+fn kernels_agree_with_the_reference() {
+    let Some(kernels) = kernels() else { return };
     let [b, _, hk, t, ..] = DIMS;
     let bare = attend_case();
     let ragged: Vec<i32> = (0..b * hk).map(|i| (t as i32) - 7 * i as i32).collect();
@@ -56,16 +54,16 @@ fn emulated_kernels_agree_with_the_reference() {
         with(&pair("int4-channel", "int8"), &[("group", "8"), ("sink_rows", "1")]),
         with(&pair("int4-channel", "int2-channel"), &[("group", "16"), ("recent_rows", "5")]),
     ] {
-        let (on_cpu, emulated) = (reference("attend_quantized", &case), run("attend_quantized", "simt", &case, &[]));
+        let (on_cpu, by_kernels) = (reference("attend_quantized", &case), run("attend_quantized", kernels, &case, &[]));
         for name in ["k_decoded", "v_decoded"] {
-            close(&emulated.tensor(name).1, &on_cpu.tensor(name).1, 1e-6);
+            close(&by_kernels.tensor(name).1, &on_cpu.tensor(name).1, 1e-6);
         }
-        close(&emulated.tensor("out").1, &on_cpu.tensor("out").1, 3e-2);
-        close(&emulated.tensor("lse").1, &on_cpu.tensor("lse").1, 1e-2);
+        close(&by_kernels.tensor("out").1, &on_cpu.tensor("out").1, 3e-2);
+        close(&by_kernels.tensor("lse").1, &on_cpu.tensor("lse").1, 1e-2);
     }
     // Queries that are rounded go with rows that are not stored as they are.
     let both = with(&pair("int8", "int8"), &[("query", "int8"), ("recent_rows", "4")]);
-    run("attend_quantized", "simt", &both, &[]).fails(3, "unsupported");
+    run("attend_quantized", kernels, &both, &[]).fails(3, "unsupported");
 }
 
 /// Random codebooks `[heads.., m, c, d/m]`.
@@ -76,10 +74,8 @@ fn with_codebooks(case: &Case, heads: &[usize], [m, c, width]: [usize; 3]) -> Ca
 
 /// By fragments, by tables, decoded; ragged, empty, more heads than a tile has.
 #[test]
-fn emulated_scans_agree_with_the_reference() {
-    if !backends().contains(&"simt") {
-        return;
-    }
+fn scans_by_kernels_agree_with_the_reference() {
+    let Some(kernels) = kernels() else { return };
     let (b, hk, d) = (2, 2, 16);
     let bare = |hq: usize, t: usize, codec: &str| {
         let mut rng = Rng::new(3);
@@ -100,36 +96,34 @@ fn emulated_scans_agree_with_the_reference() {
         pq(2, [2, 256, 8]).ints("lengths", &[b, hk], &[40, 1, 33, 7]),
         with_codebooks(&bare(4, 40, "pq+hadamard"), &[hk], [16, 5, 1]),
     ] {
-        let (on_cpu, emulated) = (run("scan", "reference", &case, &[]), run("scan", "simt", &case, &[]));
+        let (on_cpu, by_kernels) = (run("scan", "reference", &case, &[]), run("scan", kernels, &case, &[]));
         for (name, tolerance) in [("k_decoded", 1e-6), ("logits", 2e-3), ("lse", 2e-3)] {
-            assert_eq!(emulated.tensor(name).0, on_cpu.tensor(name).0, "{name}");
-            close(&emulated.tensor(name).1, &on_cpu.tensor(name).1, tolerance);
+            assert_eq!(by_kernels.tensor(name).0, on_cpu.tensor(name).0, "{name}");
+            close(&by_kernels.tensor(name).1, &on_cpu.tensor(name).1, tolerance);
         }
     }
 }
 
 #[test]
-fn emulated_codebooks_and_reductions_agree_with_the_reference() {
-    if !backends().contains(&"simt") {
-        return;
-    }
+fn codebooks_and_reductions_by_kernels_agree_with_the_reference() {
+    let Some(kernels) = kernels() else { return };
     let x = Case::default().floats("x", &[37, 24], &Rng::new(5).normals(37 * 24, 1.0)).key("codec", "pq");
     let encoded = with_codebooks(&x, &[], [3, 200, 8]);
     let decoded = |backend| run("encode", backend, &encoded, &[]).tensor("decoded");
-    assert_eq!(decoded("simt"), decoded("reference"));
+    assert_eq!(decoded(kernels), decoded("reference"));
     let mut logits = Rng::new(6).normals(2 * 6 * 50, 3.0);
     (logits[3], logits[60], logits[70]) = (f32::NAN, f32::NEG_INFINITY, f32::INFINITY);
     let case = Case::default().floats("logits", &[2, 6, 50], &logits).floats("lse", &[2, 6], &[1.5; 12]).key("kv_heads", "2");
     for method in ["max_prob", "max_logit", "mean_logit"] {
         let scores = |backend| run("reduce", backend, &case, &["--set", &format!("method={method}")]).tensor("scores").1;
-        for (a, e) in scores("simt").iter().zip(scores("reference")) {
+        for (a, e) in scores(kernels).iter().zip(scores("reference")) {
             assert!(a.is_nan() && e.is_nan() || *a == e || (a - e).abs() < 1e-5, "{method}: {a} instead of {e}");
         }
     }
     // Keys in codebooks are decoded, then attended.
     let keys = attend_case().key("key_codec", "pq").key("value_codec", "int8").key("recent_rows", "5");
     let case = with_codebooks(&keys, &[2], [4, 60, 4]);
-    let (on_cpu, emulated) = (reference("attend_quantized", &case), run("attend_quantized", "simt", &case, &[]));
-    close(&emulated.tensor("k_decoded").1, &on_cpu.tensor("k_decoded").1, 1e-6);
-    close(&emulated.tensor("out").1, &on_cpu.tensor("out").1, 3e-2);
+    let (on_cpu, by_kernels) = (reference("attend_quantized", &case), run("attend_quantized", kernels, &case, &[]));
+    close(&by_kernels.tensor("k_decoded").1, &on_cpu.tensor("k_decoded").1, 1e-6);
+    close(&by_kernels.tensor("out").1, &on_cpu.tensor("out").1, 3e-2);
 }

@@ -1,6 +1,6 @@
 //! `kvlar op project` from outside.
 
-use crate::case::{Case, backends, run, values};
+use crate::case::{Case, backends, kernels, run, values};
 use kvlar_reference::compare::compare;
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
@@ -152,16 +152,14 @@ fn bad_input_is_named() {
 
 #[test]
 fn what_no_kernel_does_is_unsupported() {
-    if !backends().contains(&"simt") {
-        return;
-    }
-    run("project", "simt", &good_case(), &["--set", "dtype=f32"]).fails(3, "unsupported");
+    let Some(kernels) = kernels() else { return };
+    run("project", kernels, &good_case(), &["--set", "dtype=f32"]).fails(3, "unsupported");
     let case = Case::default().floats("k", &[1, 1, 2, 12], &[0.5; 24]).floats("encoder", &[1, 3, 12], &[0.25; 36]).ints(
         "groups",
         &[1, 1],
         &[0],
     );
-    run("project", "simt", &case, &[]).fails(3, "unsupported");
+    run("project", kernels, &case, &[]).fails(3, "unsupported");
     let (_, latents) = run("project", "reference", &case, &[]).tensor("latents");
     assert_eq!(latents, [1.5; 6]);
 }

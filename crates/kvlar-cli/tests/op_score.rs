@@ -1,6 +1,6 @@
 //! The ops that score rows from outside: score_window, score_column, score_gate, score_keys, score_repeat.
 
-use crate::case::{Case, Run, backends, run, values};
+use crate::case::{Case, Run, kernels, run, values};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::{
     ColumnInput, Dtype as Type, Gate, HeadReduction, KeyMethod, KeysInput, Pool, RepeatInput, RowReduction, WindowColumns,
@@ -52,11 +52,9 @@ const WITH_KERNELS: [&str; 4] = ["score_window", "score_column", "score_repeat",
 /// The emulated kernels' scores are those of the reference.
 #[track_caller]
 fn agrees(op: &str, case: &Case) {
-    if !backends().contains(&"simt") {
-        return;
-    }
+    let Some(kernels) = kernels() else { return };
     let ((shape, expected), (found, actual)) =
-        (reference(op, case).tensor("scores"), run(op, "simt", case, &[]).tensor("scores"));
+        (reference(op, case).tensor("scores"), run(op, kernels, case, &[]).tensor("scores"));
     assert_eq!(shape, found);
     for (i, (a, e)) in actual.iter().zip(&expected).enumerate() {
         assert!(a.is_nan() && e.is_nan() || (a - e).abs() <= 1e-5 * (1.0 + e.abs()), "{op}: {i}: {a} instead of {e}");
@@ -92,12 +90,12 @@ fn emulated_kernels_agree_with_the_reference() {
     agrees("score_window", &Case::default().floats("q", &[1, HQ, W, D], &q).floats("k", &[1, HK, W, D], &k));
     agrees("score_window", &Case::default().floats("q", &[0, HQ, W, D], &[]).floats("k", &[0, HK, T, D], &[]));
     agrees("score_column", &Case::default().floats("q", &[1, HQ, 0, D], &[]).floats("k", &[1, HK, 0, D], &[]));
-    if backends().contains(&"simt") {
+    if let Some(kernels) = kernels() {
         // f32, and rows that are no multiple of 8, run on the reference.
-        run("score_window", "simt", &with(&window, &[("dtype", "f32")]), &[]).fails(3, "unsupported");
+        run("score_window", kernels, &with(&window, &[("dtype", "f32")]), &[]).fails(3, "unsupported");
         let thin = Case::default().floats("q", &[2, 2, 1], &[0.5; 4]).floats("k", &[2, 5, 1], &[0.5; 10]);
         let thin = with(&thin, &[("sink", "1"), ("start", "1"), ("len", "2")]);
-        run("score_repeat", "simt", &thin, &[]).fails(3, "unsupported");
+        run("score_repeat", kernels, &thin, &[]).fails(3, "unsupported");
     }
 }
 
@@ -353,12 +351,10 @@ fn wrong_score_keys_input_is_named() {
 
 #[test]
 fn emulated_scores_are_those_of_the_reference() {
-    if !backends().contains(&"simt") {
-        return;
-    }
+    let Some(kernels) = kernels() else { return };
     let close = |op: &str, case: &Case, near: f32| {
         let ((shape, expected), (emulated, scores)) =
-            (reference(op, case).tensor("scores"), run(op, "simt", case, &[]).tensor("scores"));
+            (reference(op, case).tensor("scores"), run(op, kernels, case, &[]).tensor("scores"));
         assert_eq!(shape, emulated);
         assert!(scores.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= near), "{op}: {scores:?}, not {expected:?}");
     };
@@ -379,10 +375,10 @@ fn emulated_scores_are_those_of_the_reference() {
         close("score_gate", &case.clone().key("dtype", dtype), 2e-3);
     }
     close("score_gate", &case.clone().without("hidden").floats("hidden", &[0, d], &[]), 0.0);
-    run("score_gate", "simt", &case.clone().key("dtype", "f32"), &[]).fails(3, "unsupported");
+    run("score_gate", kernels, &case.clone().key("dtype", "f32"), &[]).fails(3, "unsupported");
     // Rows of 6 values have no kernel; lagkv has ranks, in which neighbours may change places.
     let keys = keys_case();
-    run("score_keys", "simt", &keys.clone().key("method", "lagkv"), &[]).fails(3, "unsupported");
+    run("score_keys", kernels, &keys.clone().key("method", "lagkv"), &[]).fails(3, "unsupported");
     let (k, v) = (Rng::new(3).normals(2 * HK * 300 * 8, 1.0), Rng::new(4).normals(2 * HK * 300 * 16, 1.0));
     let keys = Case::default().floats("k", &[2, HK, 300, 8], &k).floats("v", &[2, HK, 300, 16], &v);
     for (method, near) in [("l2norm", 1e-5), ("keydiff", 1e-5), ("value_key_ratio", 1e-3), ("lagkv", 2.0 / 128.0)] {

@@ -1,6 +1,6 @@
 //! The ops that choose and move rows from outside: topk, topp, threshold, budget_layers, budget_heads, compact.
 
-use crate::case::{Case, Run, backends, run};
+use crate::case::{Case, Run, kernels, run};
 use kvlar_reference::Dtype as Type;
 use kvlar_reference::testing::Rng;
 
@@ -69,15 +69,13 @@ fn topk_keeps_forced_rows_and_the_best() {
 /// What was given and how much of it is kept, on the emulated kernels as on the reference: rows, sets, both rules.
 #[test]
 fn emulated_selections_are_those_of_the_reference() {
-    if !backends().contains(&"simt") {
-        return;
-    }
+    let Some(kernels) = kernels() else { return };
     let x: Vec<f32> = Rng::new(5).normals(3 * 700, 1.0).iter().map(|x| (8.0 * x).round()).collect();
     let rows = Case::default().floats("scores", &[3, 700], &x).key("k", "90");
     let forced = rows.clone().key("sink_rows", "4").key("recent_rows", "30").ints("lengths", &[3], &[700, 20, 333]);
     let (no_scores, no_rows) = (with(&rows, "scores", &[2, 0], &[]), with(&rows, "scores", &[0, 5], &[]));
     for (batch, case) in [(3, rows.clone()), (3, forced), (2, no_scores), (0, no_rows)] {
-        let (on_cpu, emulated) = (reference("topk", &case), run("topk", "simt", &case, &[]));
+        let (on_cpu, emulated) = (reference("topk", &case), run("topk", kernels, &case, &[]));
         assert_eq!(emulated.ints("rows", &[batch, 90]), on_cpu.ints("rows", &[batch, 90]));
         assert_eq!(emulated.ints("counts", &[batch]), on_cpu.ints("counts", &[batch]));
     }
@@ -94,20 +92,18 @@ fn emulated_selections_are_those_of_the_reference() {
         ("2100", "exact", "100"),
     ] {
         let case = all.clone().key("keep", keep).key("rule", rule).key("floor", floor);
-        let (on_cpu, emulated) = (reference("threshold", &case), run("threshold", "simt", &case, &[]));
+        let (on_cpu, emulated) = (reference("threshold", &case), run("threshold", kernels, &case, &[]));
         assert_eq!(emulated.bytes("mask", &[3, 7, 100]), on_cpu.bytes("mask", &[3, 7, 100]), "{keep} {rule} {floor}");
         assert_eq!(emulated.ints("lengths", &[3, 7]), on_cpu.ints("lengths", &[3, 7]));
     }
-    run("topk", "simt", &rows.key("sink_rows", "91"), &[]).fails(2, "k: 90 is less than the 91");
+    run("topk", kernels, &rows.key("sink_rows", "91"), &[]).fails(2, "k: 90 is less than the 91");
 }
 
 /// As above, of masses and budgets.
 #[test]
 fn emulated_masses_and_budgets_are_those_of_the_reference() {
-    if !backends().contains(&"simt") {
-        return;
-    }
-    let emulated = |op, case: &Case| run(op, "simt", case, &[]);
+    let Some(kernels) = kernels() else { return };
+    let emulated = |op, case: &Case| run(op, kernels, case, &[]);
     let x: Vec<f32> = Rng::new(6).normals(3 * 300, 2.0).iter().map(|x| (8.0 * x).round() / 8.0).collect();
     let rows = Case::default().floats("logits", &[3, 300], &x);
     let forced = rows.clone().key("sink_rows", "4").key("recent_rows", "30").ints("lengths", &[3], &[300, 20, 133]);
@@ -233,10 +229,8 @@ fn budget_heads_rounds_half_to_even() {
 }
 
 #[test]
-fn emulated_compaction_is_that_of_the_reference() {
-    if !backends().contains(&"simt") {
-        return eprintln!("skipped: no emulation");
-    }
+fn compaction_by_kernels_is_that_of_the_reference() {
+    let Some(kernels) = kernels() else { return };
     let (h, t) = (3, 70);
     let mut rng = Rng::new(2);
     for (d, dv) in [(64, 64), (24, 3), (5, 128)] {
@@ -247,7 +241,7 @@ fn emulated_compaction_is_that_of_the_reference() {
         let case = tensors.bytes("keep", &[h, t], &keep).ints("positions", &[t], &positions);
         for (order, dtype) in [("keep", "bf16"), ("any", "f16")] {
             let case = case.clone().key("order", order).key("dtype", dtype);
-            let (on_cpu, emulated) = (reference("compact", &case), run("compact", "simt", &case, &[]));
+            let (on_cpu, emulated) = (reference("compact", &case), run("compact", kernels, &case, &[]));
             for name in ["k", "v"] {
                 assert_eq!(on_cpu.tensor(name), emulated.tensor(name), "{name}, {order}");
             }

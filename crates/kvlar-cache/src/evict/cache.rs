@@ -66,8 +66,8 @@ impl EvictingCache {
         Self::of(device, config, policy, (0..config.layers).map(layer).collect())
     }
 
-    /// Likewise, for rows as a plan of `kvlar-calibrate` says; `config.keys` and `config.values` are not used. Layers of
-    /// latents are evicted as a whole: their heads share rows.
+    /// Likewise, for rows as a plan of `kvlar-calibrate` says, whose matrices it uploads and waits for; `config.keys` and
+    /// `config.values` are not used. Layers of latents are evicted as a whole: their heads share rows.
     ///
     /// # Errors
     /// [`CacheError::Invalid`] also for a plan of other layers, heads or dimensions, or one that keeps sinks or recent rows
@@ -99,6 +99,7 @@ impl EvictingCache {
                 layers.push((LayerRows { formats, owners: 1 }, Some(lowrank), None));
             }
         }
+        stream.synchronize()?;
         Self::of(device, config, policy, layers)
     }
 
@@ -384,5 +385,8 @@ fn gate_weights(device: &Device, policy: &Policy, config: &EvictingConfig) -> Re
         Some(gate) => Ok(GateWeights::new(device, &stream, &gate.view(), config.dtype)?),
         None => invalid("gates", format!("layer {layer} has none")),
     };
-    (0..config.layers).map(weights).collect()
+    let all = (0..config.layers).map(weights).collect();
+    // They are read on other streams.
+    stream.synchronize()?;
+    all
 }

@@ -1,5 +1,6 @@
 //! An evicting cache, and a model of it: which tokens each head of each layer holds, and what attention should see of them.
 
+use crate::devices::tolerance;
 pub use crate::lab::{DIM, HEADS, LAYERS, PAGE, Q_HEADS};
 use crate::lab::{f16_bytes, row};
 use kvlar::{Buffer, Codec, Device, Dtype, Stream};
@@ -76,7 +77,7 @@ impl Lab {
     }
 
     pub fn of(stream: Stream, cache: EvictingCache, codec: Codec) -> Self {
-        let (model, tolerance, evictor) = (BTreeMap::new(), Tolerance::merge(), cache.evictor().unwrap());
+        let (model, tolerance, evictor) = (BTreeMap::new(), tolerance(stream.device(), codec), cache.evictor().unwrap());
         let queries = vec![Vec::new(); LAYERS];
         Self { stream, cache, model, next_token: 1, codec, tolerance, by_layer: false, queries, prompt: true, evictor }
     }

@@ -3,14 +3,27 @@
 use super::choice::Scores;
 use super::lab::{DIM, HEADS, LAYERS, Lab, Q_HEADS, config, keep_all};
 use super::policies::{CODECS, gates};
-use kvlar::{Codec, Device};
+use crate::devices::{on_every_device, tolerance_of_latents};
+use kvlar::{Backend, Codec, Device};
 use kvlar_cache::{CacheError, EvictingCache, EvictingConfig, Moment, Policy, SeqId, Size};
 use kvlar_reference::testing::Rng;
+use kvlar_reference::tolerance::Tolerance;
 use kvlar_reference::{HeadReduction, Pool, RowReduction, WindowColumns, WindowInput, score_window};
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
-fn lab(policy: Policy) -> Lab {
-    Lab::new(&Device::reference(), Codec::F16, 200, policy)
+on_every_device!(
+    forks_live_on_when_one_evicts,
+    what_is_not_committed_stays_and_comes_back,
+    an_eviction_without_room_for_copies_changes_nothing,
+    heavy_hitters_and_the_last_stay,
+    the_last_query_decides_for_a_layer,
+    layers_of_latents_are_evicted_as_a_whole,
+    scores_that_are_no_numbers_are_the_least,
+);
+
+fn lab(device: &Device, policy: Policy) -> Lab {
+    Lab::new(device, Codec::F16, 200, policy)
 }
 
 /// Scores of an engine, and what `share` of the tokens leaves of them beside 4 sinks.
@@ -28,9 +41,8 @@ fn give(lab: &mut Lab, seq: SeqId, seed: u64, share: f64) -> Vec<Vec<Vec<usize>>
     lab.best_of_all(seq, &scores, |p| !forced(p), k * LAYERS * HEADS)
 }
 
-#[test]
-fn forks_live_on_when_one_evicts() {
-    let mut lab = lab(Policy::kvzip(Size::Share(0.4)));
+fn forks_live_on_when_one_evicts(device: &Device) {
+    let mut lab = lab(device, Policy::kvzip(Size::Share(0.4)));
     let a = lab.create().unwrap();
     lab.extend(&[(a, 40)]).unwrap();
     let before = lab.fork(a).unwrap();
@@ -51,9 +63,8 @@ fn forks_live_on_when_one_evicts() {
     lab.check();
 }
 
-#[test]
-fn what_is_not_committed_stays_and_comes_back() {
-    let mut lab = lab(Policy::kvzip(Size::Share(0.3)));
+fn what_is_not_committed_stays_and_comes_back(device: &Device) {
+    let mut lab = lab(device, Policy::kvzip(Size::Share(0.3)));
     let a = lab.create().unwrap();
     lab.extend(&[(a, 50)]).unwrap();
     lab.commit(a, 37).unwrap();
@@ -72,10 +83,9 @@ fn what_is_not_committed_stays_and_comes_back() {
     lab.evict(b, Moment::Prompt, None).unwrap();
 }
 
-#[test]
-fn an_eviction_without_room_for_copies_changes_nothing() {
+fn an_eviction_without_room_for_copies_changes_nothing(device: &Device) {
     let policy = Policy::kvzip(Size::Share(0.5));
-    let mut lab = Lab::new(&Device::reference(), Codec::F16, 3 * LAYERS * HEADS, policy);
+    let mut lab = Lab::new(device, Codec::F16, 3 * LAYERS * HEADS, policy);
     let a = lab.create().unwrap();
     lab.extend(&[(a, 30)]).unwrap();
     lab.commit(a, 30).unwrap();
@@ -128,12 +138,11 @@ fn attention(lab: &Lab, seq: SeqId, sums: &mut Scores, last_only: bool) {
     }
 }
 
-#[test]
-fn heavy_hitters_and_the_last_stay() {
+fn heavy_hitters_and_the_last_stay(device: &Device) {
     let mut policy = Policy::h2o(20);
     policy.decode = Some(5);
     for codec in CODECS {
-        let mut lab = Lab::new(&Device::reference(), codec, 200, policy.clone());
+        let mut lab = Lab::new(device, codec, 200, policy.clone());
         let seq = lab.create().unwrap();
         let mut sums = vec![vec![Vec::new(); HEADS]; LAYERS];
         for step in 0..12 {
@@ -156,10 +165,9 @@ fn heavy_hitters_and_the_last_stay() {
     }
 }
 
-#[test]
-fn the_last_query_decides_for_a_layer() {
+fn the_last_query_decides_for_a_layer(device: &Device) {
     for codec in CODECS {
-        let mut lab = Lab::new(&Device::reference(), codec, 200, Policy::tova(12));
+        let mut lab = Lab::new(device, codec, 200, Policy::tova(12));
         lab.by_layer = true;
         let seq = lab.create().unwrap();
         for step in 0..10 {
@@ -179,18 +187,22 @@ fn the_last_query_decides_for_a_layer() {
     }
 }
 
-#[test]
-fn layers_of_latents_are_evicted_as_a_whole() {
-    let (device, gates) = (Device::reference(), gates());
+fn layers_of_latents_are_evicted_as_a_whole(device: &Device) {
+    let gates = gates();
     let stream = device.stream().unwrap();
     let policy = Policy::fast_kvzip(gates.clone(), 0.4, 4);
-    let cache = EvictingCache::planned(&device, &stream, config(Codec::F16, 100), policy, &crate::lab::plan()).unwrap();
+    let cache = EvictingCache::planned(device, &stream, config(Codec::F16, 100), policy, &crate::lab::plan()).unwrap();
     let mut lab = Lab::of(stream, cache, Codec::F16);
     lab.by_layer = true;
-    lab.tolerance =
-        kvlar_reference::tolerance::Tolerance::attend(kvlar_reference::Dtype::F16, kvlar_reference::Codec::F16, 200, 4.0);
+    lab.tolerance = match device.backend() {
+        Backend::Reference => Tolerance::attend(kvlar_reference::Dtype::F16, kvlar_reference::Codec::F16, 200, 4.0),
+        _ => tolerance_of_latents(device),
+    };
     let seq = lab.create().unwrap();
-    lab.extend(&[(seq, 60)]).unwrap();
+    // Kernels attend over latents from 8 tokens at a time.
+    for n in [8, 8, 8, 8, 8, 8, 8, 4] {
+        lab.extend(&[(seq, n)]).unwrap();
+    }
     lab.commit(seq, 60).unwrap();
     // The largest of the heads' scores; 2 % of 60 tokens are 1.
     let mut scores = lab.gate_scores(seq, &gates);
@@ -210,18 +222,17 @@ fn layers_of_latents_are_evicted_as_a_whole() {
     lab.check();
     // Attention reads latents, scores do not.
     let snapkv = Policy::snapkv(Size::Share(0.5));
-    let error = EvictingCache::planned(&device, &lab.stream, config(Codec::F16, 100), snapkv, &crate::lab::plan()).unwrap_err();
+    let error = EvictingCache::planned(device, &lab.stream, config(Codec::F16, 100), snapkv, &crate::lab::plan()).unwrap_err();
     assert!(matches!(error, CacheError::Device(kvlar::Error::Unsupported { .. })));
     // Rows that stay exact beside latents have another format.
     let plan = crate::lab::exact_plan(1.0, (4, 16));
     let keep = keep_all();
-    let error = EvictingCache::planned(&device, &lab.stream, config(Codec::F16, 100), keep, &plan).unwrap_err();
+    let error = EvictingCache::planned(device, &lab.stream, config(Codec::F16, 100), keep, &plan).unwrap_err();
     assert!(matches!(error, CacheError::Invalid { arg: "plan", .. }));
 }
 
-#[test]
-fn scores_that_are_no_numbers_are_the_least() {
-    let mut lab = lab(Policy::kvzip(Size::Tokens(10)));
+fn scores_that_are_no_numbers_are_the_least(device: &Device) {
+    let mut lab = lab(device, Policy::kvzip(Size::Tokens(10)));
     let seq = lab.create().unwrap();
     lab.extend(&[(seq, 20)]).unwrap();
     lab.commit(seq, 20).unwrap();
@@ -263,50 +274,80 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+/// A history, how many pages there are, and whether rows go by their age.
+fn histories() -> impl Strategy<Value = (Vec<Event>, usize, bool)> {
+    (proptest::collection::vec(event(), 1..30), 20usize..90, any::<bool>())
+}
 
-    /// Whatever happens, in any order: heads hold what the model says, attention sees it, and no page is lost or shared wrongly.
-    #[test]
-    fn caches_do_as_their_model(events in proptest::collection::vec(event(), 1..30), pages in 20usize..90, by_age in any::<bool>()) {
-        let policy = if by_age { Policy::streaming_llm(9) } else { Policy::kvzip(Size::Share(0.5)) };
-        let config = EvictingConfig { pages, ..config(Codec::F16, pages) };
-        let device = Device::reference();
-        let cache = EvictingCache::new(&device, config, policy).unwrap();
-        let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16);
-        lab.create().unwrap();
-        for event in events {
-            let names: Vec<SeqId> = lab.model.keys().copied().collect();
-            let Some(&first) = names.first() else {
-                lab.create().unwrap();
-                continue;
-            };
-            let of = |i: usize| names[i % names.len()];
-            let before = lab.cache.usage();
-            let result = match event {
-                Event::Extend(i, n) => lab.extend(&[(of(i), n)]),
-                Event::Both(i, n) if of(i) != first => lab.extend(&[(of(i), n), (first, 1)]),
-                Event::Both(i, n) => lab.extend(&[(of(i), n)]),
-                Event::Fork(i) => lab.fork(of(i)).map(|_| ()),
-                Event::Truncate(i, n) => lab.truncate(of(i), n),
-                Event::Commit(i, n) => lab.commit(of(i), n),
-                Event::Remove(i) => lab.remove(of(i)),
-                Event::Evict(i, seed) => evict(&mut lab, of(i), by_age, seed),
-            };
-            if let Err(e) = result {
-                let expected = matches!(e, CacheError::OutOfPages { .. } | CacheError::TooLong { .. } | CacheError::Committed { .. }
-                    | CacheError::Invalid { arg: "tokens", .. });
-                prop_assert!(expected, "{e}");
-                prop_assert_eq!(lab.cache.usage(), before);
-            }
-            lab.check();
-        }
+/// Whatever happens, in any order: heads hold what the model says, attention sees it, and no page is lost or shared wrongly.
+fn play(device: &Device, (events, pages, by_age): (Vec<Event>, usize, bool)) -> Result<(), TestCaseError> {
+    let policy = if by_age { Policy::streaming_llm(9) } else { Policy::kvzip(Size::Share(0.5)) };
+    let config = EvictingConfig { pages, ..config(Codec::F16, pages) };
+    let cache = EvictingCache::new(device, config, policy).unwrap();
+    let mut lab = Lab::of(device.stream().unwrap(), cache, Codec::F16);
+    lab.create().unwrap();
+    for event in events {
         let names: Vec<SeqId> = lab.model.keys().copied().collect();
-        for seq in names {
-            lab.remove(seq).unwrap();
+        let Some(&first) = names.first() else {
+            lab.create().unwrap();
+            continue;
+        };
+        let of = |i: usize| names[i % names.len()];
+        let before = lab.cache.usage();
+        let result = match event {
+            Event::Extend(i, n) => lab.extend(&[(of(i), n)]),
+            Event::Both(i, n) if of(i) != first => lab.extend(&[(of(i), n), (first, 1)]),
+            Event::Both(i, n) => lab.extend(&[(of(i), n)]),
+            Event::Fork(i) => lab.fork(of(i)).map(|_| ()),
+            Event::Truncate(i, n) => lab.truncate(of(i), n),
+            Event::Commit(i, n) => lab.commit(of(i), n),
+            Event::Remove(i) => lab.remove(of(i)),
+            Event::Evict(i, seed) => evict(&mut lab, of(i), by_age, seed),
+        };
+        if let Err(e) = result {
+            let expected = matches!(
+                e,
+                CacheError::OutOfPages { .. }
+                    | CacheError::TooLong { .. }
+                    | CacheError::Committed { .. }
+                    | CacheError::Invalid { arg: "tokens", .. }
+            );
+            prop_assert!(expected, "{e}");
+            prop_assert_eq!(lab.cache.usage(), before);
         }
-        prop_assert_eq!(lab.cache.usage().free, lab.cache.usage().pages);
+        lab.check();
     }
+    let names: Vec<SeqId> = lab.model.keys().copied().collect();
+    for seq in names {
+        lab.remove(seq).unwrap();
+    }
+    prop_assert_eq!(lab.cache.usage().free, lab.cache.usage().pages);
+    Ok(())
+}
+
+fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+proptest! {
+    #![proptest_config(cases(48))]
+    #[test]
+    fn caches_do_as_their_model(history in histories()) {
+        play(&Device::reference(), history)?;
+    }
+}
+
+/// The same few each time.
+fn a_few_histories(device: &Device) {
+    let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    TestRunner::new_with_rng(cases(6), rng).run(&histories(), |history| play(device, history)).unwrap();
+}
+
+mod histories_on_kernels {
+    use crate::devices::on_kernels;
+
+    use super::a_few_histories;
+    on_kernels!(a_few_histories);
 }
 
 /// What the policy does at the end of a prompt, by scores of its own.

@@ -1,6 +1,7 @@
 //! Each policy keeps what it should, in bits: what attention sees afterwards is what the model holds.
 
 use super::lab::{HEADS, HIDDEN, LAYERS, Lab, Q_HEADS, config};
+use crate::devices::on_every_device;
 use kvlar::{Codec, Device};
 use kvlar_cache::{CacheError, EvictingCache, EvictingConfig, Moment, Policy, Sharing, Size};
 use kvlar_calibrate::gate::{Gate, GateShape, Gates};
@@ -8,8 +9,18 @@ use kvlar_reference::testing::Rng;
 use kvlar_reference::{Dtype, HeadsInput, KeyMethod, LayerBudget, LayersInput, Pool, RowReduction, budget_heads, budget_layers};
 use std::sync::Arc;
 
-fn lab(codec: Codec, policy: Policy) -> Lab {
-    Lab::new(&Device::reference(), codec, 200, policy)
+on_every_device!(
+    keys_that_score_best_stay,
+    lagkv_goes_lag_by_lag,
+    streams_keep_their_ends,
+    attention_of_the_last_tokens_decides,
+    kvzip_keeps_the_best_of_all,
+    gates_judge_a_prompt_chunk_by_chunk,
+    gates_judge_again_while_decoding,
+);
+
+fn lab(device: &Device, codec: Codec, policy: Policy) -> Lab {
+    Lab::new(device, codec, 200, policy)
 }
 
 /// Rows as they are, and codes, which are scored as what they decode to.
@@ -36,12 +47,11 @@ pub fn gates() -> Arc<Gates> {
     Arc::new(Gates::new("a model", Dtype::F16, (0..LAYERS).map(layer).collect()).unwrap())
 }
 
-#[test]
-fn keys_that_score_best_stay() {
+fn keys_that_score_best_stay(device: &Device) {
     let policies =
         [(Policy::l2_norm(Size::Share(0.5)), KeyMethod::L2Norm), (Policy::keydiff(Size::Tokens(21)), KeyMethod::KeyDiff)];
     for ((policy, method), codec) in policies.into_iter().flat_map(|p| CODECS.map(|c| (p.clone(), c))) {
-        let mut lab = lab(codec, policy);
+        let mut lab = lab(device, codec, policy);
         let seq = prompt(&mut lab, 50);
         let k = if method == KeyMethod::L2Norm { 25 } else { 21 };
         let expected = lab.best_of_each(seq, &lab.key_scores(seq, method), (0, 0), |_, _| k);
@@ -53,10 +63,9 @@ fn keys_that_score_best_stay() {
     }
 }
 
-#[test]
-fn lagkv_goes_lag_by_lag() {
+fn lagkv_goes_lag_by_lag(device: &Device) {
     for codec in CODECS {
-        let mut lab = lab(codec, Policy::lagkv(Size::Tokens(40)));
+        let mut lab = lab(device, codec, Policy::lagkv(Size::Tokens(40)));
         let seq = prompt(&mut lab, 60);
         // Shorter than two lags: all score alike, ties go to the first, beside the sinks.
         let expected = lab.best_of_each(seq, &lab.key_scores(seq, KeyMethod::LagKv), (4, 0), |_, _| 40);
@@ -66,9 +75,8 @@ fn lagkv_goes_lag_by_lag() {
     }
 }
 
-#[test]
-fn streams_keep_their_ends() {
-    let mut lab = lab(Codec::F16, Policy::streaming_llm(20));
+fn streams_keep_their_ends(device: &Device) {
+    let mut lab = lab(device, Codec::F16, Policy::streaming_llm(20));
     let seq = prompt(&mut lab, 50);
     let expected = lab.filter(seq, |_, _, i| !(4..34).contains(&i));
     lab.evict(seq, Moment::Prompt, Some(expected)).unwrap();
@@ -84,8 +92,7 @@ fn streams_keep_their_ends() {
     assert!(lab.model[&seq].rows[0][0].len() < 30);
 }
 
-#[test]
-fn attention_of_the_last_tokens_decides() {
+fn attention_of_the_last_tokens_decides(device: &Device) {
     let base = 12;
     for (policy, window, over_rows, pool) in [
         (Policy::snapkv(Size::Tokens(32 + base)), 32, RowReduction::Mean, Pool::Max(7)),
@@ -95,7 +102,7 @@ fn attention_of_the_last_tokens_decides() {
     ] {
         let sharing = policy.sharing;
         for codec in CODECS {
-            let mut lab = lab(codec, policy.clone());
+            let mut lab = lab(device, codec, policy.clone());
             let seq = prompt(&mut lab, 90);
             let scores = lab.window_scores(seq, window, over_rows, pool);
             let rows = 90 - window;
@@ -141,11 +148,10 @@ fn attention_of_the_last_tokens_decides() {
     }
 }
 
-#[test]
-fn kvzip_keeps_the_best_of_all() {
+fn kvzip_keeps_the_best_of_all(device: &Device) {
     for floor in [0, 3] {
         let policy = Policy::kvzip(Size::Share(0.3));
-        let mut lab = lab(Codec::F16, Policy { sharing: Sharing::All { floor, strict: false }, ..policy });
+        let mut lab = lab(device, Codec::F16, Policy { sharing: Sharing::All { floor, strict: false }, ..policy });
         let seq = prompt(&mut lab, 50);
         let score = |l: usize, h: usize, p: usize| ((l * 31 + h * 17 + p * 7) % 23) as f32 + if l == 0 { 20.0 } else { 0.0 };
         let scores = lab.scores(seq, score);
@@ -172,13 +178,12 @@ fn kvzip_keeps_the_best_of_all() {
     }
 }
 
-#[test]
-fn gates_judge_a_prompt_chunk_by_chunk() {
+fn gates_judge_a_prompt_chunk_by_chunk(device: &Device) {
     for codec in [Codec::F16, Codec::Int4] {
         let gates = gates();
         // 2 % of 100 tokens are 2.
         let policy = Policy::fast_kvzip(gates.clone(), 0.3, 10);
-        let mut lab = Lab::new(&Device::reference(), codec, 200, policy);
+        let mut lab = Lab::new(device, codec, 200, policy);
         let seq = lab.create().unwrap();
         let (rate, mut judged) = ((30.0 - 2.0) / 98.0, 0);
         for chunk in [40, 33, 27] {
@@ -200,12 +205,11 @@ fn gates_judge_a_prompt_chunk_by_chunk() {
     }
 }
 
-#[test]
-fn gates_judge_again_while_decoding() {
+fn gates_judge_again_while_decoding(device: &Device) {
     let gates = gates();
     let mut policy = Policy::fast_kvzip_decode(gates.clone(), 24);
     (policy.recent, policy.decode) = (10, Some(12));
-    let mut lab = lab(Codec::F16, policy);
+    let mut lab = lab(device, Codec::F16, policy);
     let seq = lab.create().unwrap();
     for step in 1..=100 {
         lab.extend(&[(seq, 1)]).unwrap();
@@ -249,7 +253,7 @@ fn policies_that_contradict_themselves_are_refused() {
     assert!(matches!(new(wider, Policy::fast_kvzip(gates(), 0.5, 4)), Err(CacheError::Invalid { arg: "gates", .. })));
     let unstaged = EvictingConfig { staged: 0, ..f16 };
     assert!(matches!(new(unstaged, Policy::fast_kvzip(gates(), 0.5, 4)), Err(CacheError::Invalid { arg: "staged", .. })));
-    let mut lab = lab(Codec::F16, Policy::fast_kvzip(gates(), 0.5, 4));
+    let mut lab = lab(&device, Codec::F16, Policy::fast_kvzip(gates(), 0.5, 4));
     let seq = lab.create().unwrap();
     // More tokens than scores of can wait.
     assert!(matches!(lab.extend(&[(seq, 121)]), Err(CacheError::Invalid { arg: "new tokens", .. })));

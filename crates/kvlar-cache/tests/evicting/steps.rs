@@ -1,17 +1,25 @@
 //! Steps, forks and rollback, where nothing is evicted.
 
 use super::lab::{HEADS, LAYERS, Lab, PAGE, Q_HEADS, keep_all};
+use crate::devices::on_every_device;
 use kvlar::{Codec, Device};
 use kvlar_cache::{BatchShape, CacheError};
 
-fn lab(codec: Codec, pages: usize) -> Lab {
-    Lab::new(&Device::reference(), codec, pages, keep_all())
+on_every_device!(
+    sequences_of_different_lengths_share_a_batch,
+    forks_share_pages_until_they_differ,
+    a_step_that_is_taken_back_leaves_no_trace,
+    a_full_pool_is_an_error_that_changes_nothing,
+    committed_tokens_stay,
+);
+
+fn lab(device: &Device, codec: Codec, pages: usize) -> Lab {
+    Lab::new(device, codec, pages, keep_all())
 }
 
-#[test]
-fn sequences_of_different_lengths_share_a_batch() {
+fn sequences_of_different_lengths_share_a_batch(device: &Device) {
     for codec in [Codec::F16, Codec::Int8, Codec::Int4] {
-        let mut lab = lab(codec, 200);
+        let mut lab = lab(device, codec, 200);
         let (a, b, c) = (lab.create().unwrap(), lab.create().unwrap(), lab.create().unwrap());
         lab.extend(&[(a, 33)]).unwrap();
         lab.extend(&[(b, 5), (c, 16), (a, 1)]).unwrap();
@@ -27,9 +35,8 @@ fn sequences_of_different_lengths_share_a_batch() {
     }
 }
 
-#[test]
-fn forks_share_pages_until_they_differ() {
-    let mut lab = lab(Codec::F16, 60);
+fn forks_share_pages_until_they_differ(device: &Device) {
+    let mut lab = lab(device, Codec::F16, 60);
     let a = lab.create().unwrap();
     lab.extend(&[(a, PAGE + 3)]).unwrap();
     let b = lab.fork(a).unwrap();
@@ -50,9 +57,8 @@ fn forks_share_pages_until_they_differ() {
     assert_eq!(lab.cache.usage().free, lab.cache.usage().pages);
 }
 
-#[test]
-fn a_step_that_is_taken_back_leaves_no_trace() {
-    let mut lab = lab(Codec::F16, 60);
+fn a_step_that_is_taken_back_leaves_no_trace(device: &Device) {
+    let mut lab = lab(device, Codec::F16, 60);
     let a = lab.create().unwrap();
     lab.extend(&[(a, 30)]).unwrap();
     let before = lab.cache.usage();
@@ -65,9 +71,8 @@ fn a_step_that_is_taken_back_leaves_no_trace() {
     lab.check();
 }
 
-#[test]
-fn a_full_pool_is_an_error_that_changes_nothing() {
-    let mut lab = lab(Codec::F16, 3 * LAYERS * HEADS);
+fn a_full_pool_is_an_error_that_changes_nothing(device: &Device) {
+    let mut lab = lab(device, Codec::F16, 3 * LAYERS * HEADS);
     let a = lab.create().unwrap();
     lab.extend(&[(a, 2 * PAGE)]).unwrap();
     let b = lab.fork(a).unwrap();
@@ -91,9 +96,8 @@ fn a_full_pool_is_an_error_that_changes_nothing() {
     lab.check();
 }
 
-#[test]
-fn committed_tokens_stay() {
-    let mut lab = lab(Codec::F16, 60);
+fn committed_tokens_stay(device: &Device) {
+    let mut lab = lab(device, Codec::F16, 60);
     let a = lab.create().unwrap();
     lab.extend(&[(a, 40)]).unwrap();
     lab.commit(a, 20).unwrap();

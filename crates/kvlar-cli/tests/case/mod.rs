@@ -7,6 +7,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 /// A case being written.
 #[derive(Clone, Default)]
@@ -100,9 +101,23 @@ impl Run {
     }
 }
 
-/// Backends of this build.
+/// The backends that there are here.
 pub fn backends() -> Vec<&'static str> {
-    if kvlar_kernels::simt::available() { vec!["reference", "simt"] } else { vec!["reference"] }
+    let simt = kvlar_kernels::simt::available().then_some("simt");
+    ["reference"].into_iter().chain(simt).chain(gpu()).collect()
+}
+
+/// The one to compare with the reference: the GPU where there is one, else the emulation.
+pub fn kernels() -> Option<&'static str> {
+    backends().pop().filter(|b| *b != "reference")
+}
+
+/// `cuda` where it works; a failure where it does not, and `KVLAR_REQUIRE_GPU` is set.
+fn gpu() -> Option<&'static str> {
+    static GPU: OnceLock<kvlar::Result<()>> = OnceLock::new();
+    let gpu = GPU.get_or_init(|| kvlar::Device::cuda(0).map(drop));
+    assert!(gpu.is_ok() || std::env::var_os("KVLAR_REQUIRE_GPU").is_none(), "KVLAR_REQUIRE_GPU is set: {gpu:?}");
+    gpu.is_ok().then_some("cuda")
 }
 
 /// A tensor of a case, rounded.
