@@ -5,6 +5,9 @@ pub const fn available() -> bool {
     cfg!(kvlar_simt)
 }
 
+/// What a driver calls its device that has none (`tools/emulated-driver`): what runs there is emulated, whatever the backend.
+pub const DRIVER_DEVICE: &str = "no GPU: an emulated driver";
+
 /// Runs one launch to its end. `seed` chooses the schedule (0 = lane order), `workers` the OS threads (0 = all cores).
 ///
 /// # Errors
@@ -26,13 +29,21 @@ pub unsafe fn launch(
     unsafe { imp::launch(entry, grid, block, shared_bytes, params, seed, workers) }
 }
 
+/// The size of an entry's parameter struct, bytes; `None` for an unknown entry, or in a build without the emulation.
+pub fn parameter_bytes(entry: &str) -> Option<usize> {
+    imp::parameter_bytes(entry)
+}
+
 #[cfg(kvlar_simt)]
 mod imp {
     use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
+    /// `KernelDesc` of `simt/host.h`.
     #[repr(C)]
     pub struct Descriptor {
-        opaque: [usize; 3],
+        name: *const c_char,
+        entry: *const c_void,
+        parameter_bytes: c_uint,
     }
 
     unsafe extern "C" {
@@ -50,6 +61,12 @@ mod imp {
     }
 
     include!(concat!(env!("OUT_DIR"), "/simt_table.rs"));
+
+    /// See [`super::parameter_bytes`].
+    pub fn parameter_bytes(entry: &str) -> Option<usize> {
+        // SAFETY: a static of the linked library, which nothing writes.
+        descriptor(entry).map(|kernel| unsafe { (*kernel).parameter_bytes } as usize)
+    }
 
     /// See [`super::launch`].
     ///
@@ -92,6 +109,11 @@ mod imp {
 
 #[cfg(not(kvlar_simt))]
 mod imp {
+    /// See [`super::parameter_bytes`].
+    pub fn parameter_bytes(_: &str) -> Option<usize> {
+        None
+    }
+
     /// See [`super::launch`].
     ///
     /// # Safety

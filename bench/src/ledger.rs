@@ -1,6 +1,7 @@
 //! Results files, and what of them enters the ledger of GPU runs.
 
 use crate::{read_json, write_json};
+use kvlar_kernels::simt::DRIVER_DEVICE;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
@@ -58,6 +59,9 @@ fn check(run: &Value) -> Result<(), String> {
     if let Some(missing) = needed.into_iter().find(|&key| !text(key)) {
         return Err(format!("a run without {missing}"));
     }
+    if run["gpu"] == DRIVER_DEVICE {
+        return Err("a run without a GPU: its driver was emulated".into());
+    }
     if run["modules"].as_object().is_none_or(Map::is_empty) {
         return Err("a run without modules".into());
     }
@@ -85,6 +89,9 @@ mod tests {
     #[test]
     fn only_runs_in_which_all_passed_are_recorded() {
         assert_eq!(check(&run(3, 0)), Ok(()));
+        let mut emulated = run(3, 0);
+        emulated["gpu"] = json!(DRIVER_DEVICE);
+        assert!(check(&emulated).expect_err("no GPU").contains("emulated"));
         assert!(check(&run(0, 0)).is_err() && check(&run(3, 1)).is_err() && check(&json!({})).is_err());
         let folder = tempfile::tempdir().expect("a folder");
         let [results, ledger] = ["results.json", "ledger.json"].map(|name| folder.path().join(name));

@@ -2,6 +2,7 @@
 
 use crate::gpu;
 use kvlar::{Backend, Buffer, Device, Dtype, Result, Stream};
+use kvlar_kernels::simt::DRIVER_DEVICE;
 use kvlar_reference::testing::Rng;
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
@@ -12,6 +13,10 @@ const L2_BYTES: usize = 60 << 20;
 const EMULATED_BYTES: usize = 1 << 30;
 
 const SEED: u64 = 1;
+
+fn is_emulated(device: &Device) -> bool {
+    device.backend() != Backend::Cuda || device.info().name == DRIVER_DEVICE
+}
 
 /// A device, a stream on it, and a clock.
 pub struct Rig {
@@ -46,7 +51,7 @@ impl Rig {
             }
         };
         let stream = device.stream().expect("a stream");
-        if device.backend() != Backend::Cuda {
+        if is_emulated(&device) {
             eprintln!("shapes run in emulation: the times below are emulated, not a speed");
         }
         Some(Self {
@@ -65,7 +70,7 @@ impl Rig {
 
     /// Whether times say nothing.
     pub fn is_emulated(&self) -> bool {
-        self.device.backend() != Backend::Cuda
+        is_emulated(&self.device)
     }
 
     /// Whether cases should be tiny: emulated ones are, unless `KVLAR_BENCH_SHAPES=full` asks for those of a GPU.
