@@ -8,6 +8,8 @@ use kvlar_tests::{Lab, on_every_device};
 on_every_device!(
     it_begins_zeroed_and_keeps_what_it_is_given,
     copies_move_their_range_alone,
+    the_host_waits_for_what_reads_there,
+    memory_that_is_dropped_has_been_read,
     captured_copies_move_what_is_there_at_a_replay,
     an_op_reads_and_writes_there
 );
@@ -53,6 +55,27 @@ fn copies_move_their_range_alone(lab: &Lab) {
         expected[101..234].copy_from_slice(&from[17..150]);
         assert_eq!(bytes(lab, &target), expected, "from the host: {from_host}, to the host: {to_host}");
         assert_eq!(bytes(lab, &source), from);
+    }
+}
+
+/// What is enqueued reads what was there then.
+fn the_host_waits_for_what_reads_there(lab: &Lab) {
+    let (mut source, mut target) = (on_host(lab, &[1; 64]), lab.upload(&[0u8; 64]));
+    lab.stream.copy(&source, 0..64, &mut target, 0).expect("a copy");
+    lab.stream.upload(&mut source, 0, &[2; 64]).expect("an upload");
+    assert_eq!(bytes(lab, &target), [1; 64]);
+    lab.stream.copy(&source, 0..64, &mut target, 0).expect("a copy");
+    lab.stream.fill(&mut source, 0..64, 3).expect("a fill");
+    assert_eq!(bytes(lab, &target), [2; 64]);
+}
+
+fn memory_that_is_dropped_has_been_read(lab: &Lab) {
+    for host in [true, false] {
+        let mut target = lab.upload(&[0u8; 64]);
+        let source = if host { on_host(lab, &[5; 64]) } else { lab.upload(&[5u8; 64]) };
+        lab.stream.copy(&source, 0..64, &mut target, 0).expect("a copy");
+        drop(source);
+        assert_eq!(bytes(lab, &target), [5; 64], "of the host: {host}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! Work that waits, and what is captured of it.
 
 use crate::functions::Launch;
-use crate::memory::Memory;
+use crate::memory::{Memory, Owner};
 use cudarc::driver::sys::CUresult;
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -37,7 +37,10 @@ pub enum Work {
 impl Work {
     /// Does it, as the device.
     pub fn run(&self, memory: &Memory, seed: u64) -> Result<(), CUresult> {
-        let still_there = |address, bytes| memory.owner(address, bytes).map_err(|_| CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+        let still_there = |address, bytes| match memory.owner(address, bytes) {
+            Ok(Owner::Device | Owner::PageLocked) => Ok(()),
+            _ => Err(failed("a copy", "memory that was freed before its turn", CUresult::CUDA_ERROR_ILLEGAL_ADDRESS)),
+        };
         match self {
             Self::Launch(launch) => {
                 if let Some(why) = memory.unreachable(&launch.parameters) {

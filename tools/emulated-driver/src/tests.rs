@@ -270,6 +270,14 @@ fn memory_that_was_freed_is_found() {
 }
 
 #[test]
+fn page_locked_memory_may_go_before_a_copy_of_it() {
+    let _context = Context::new();
+    let (s, device, host) = (stream(), memory(8), page_locked(8));
+    ok!(cuMemcpyAsync(device, address(host), 8, s); cuMemFreeHost(address(host) as usize));
+    fails!(cuStreamSynchronize(s), CUDA_ERROR_ILLEGAL_ADDRESS);
+}
+
+#[test]
 fn a_thread_has_no_context_until_it_takes_it() {
     let _context = Context::new();
     let (s, mut event) = (stream(), 0);
