@@ -10,6 +10,7 @@ on_every_device!(
     copies_move_their_range_alone,
     the_host_waits_for_what_reads_there,
     memory_that_is_dropped_has_been_read,
+    nothing_is_no_error,
     captured_copies_move_what_is_there_at_a_replay,
     an_op_reads_and_writes_there
 );
@@ -67,6 +68,17 @@ fn the_host_waits_for_what_reads_there(lab: &Lab) {
     lab.stream.copy(&source, 0..64, &mut target, 0).expect("a copy");
     lab.stream.fill(&mut source, 0..64, 3).expect("a fill");
     assert_eq!(bytes(lab, &target), [2; 64]);
+}
+
+fn nothing_is_no_error(lab: &Lab) {
+    let memory = [lab.device.alloc(0), lab.device.alloc_host(0), lab.device.alloc(8)];
+    for mut buffer in memory.map(|m| m.expect("memory")) {
+        let end = buffer.len();
+        lab.stream.fill(&mut buffer, end..end, 1).expect("a fill of nothing");
+        lab.stream.upload(&mut buffer, end, &[]).expect("an upload of nothing");
+        lab.stream.download(&buffer, end, &mut []).expect("a download of nothing");
+        lab.stream.copy_within(&mut buffer, 0..0, end).expect("a copy of nothing");
+    }
 }
 
 fn memory_that_is_dropped_has_been_read(lab: &Lab) {

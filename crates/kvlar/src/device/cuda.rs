@@ -239,6 +239,9 @@ impl Driver for Cuda {
     }
 
     fn fill(&self, raw: RawStream, at: Place, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(()); // an empty buffer has no address
+        }
         if at.home == Home::Host {
             self.synchronize(raw)?;
             // SAFETY: as for uploads.
