@@ -9,7 +9,8 @@ on_every_device!(
     a_replay_follows_the_lengths,
     a_replayed_lowrank_step_appends_and_follows_the_lengths,
     capture_runs_nothing,
-    nested_capture_is_an_error
+    nested_capture_is_an_error,
+    what_cannot_be_captured_is_refused
 );
 
 /// Two lengths of one case: data of the longer, expectations of both.
@@ -97,4 +98,25 @@ fn nested_capture_is_an_error(lab: &Lab) {
     assert!(matches!(result, Err(Error::Capture(_) | Error::Cuda { .. })), "{result:?}");
     // The stream works again.
     lab.stream.capture(|_| Ok(())).expect("an empty graph");
+}
+
+/// Whatever is refused, the capture goes on, and holds the rest.
+fn what_cannot_be_captured_is_refused(lab: &Lab) {
+    let (mut a, mut b, mut there) = (lab.upload(&[1u8; 8]), lab.upload(&[2u8; 8]), [0u8; 8]);
+    let graph = lab.stream.capture(|stream| {
+        let refused = [
+            stream.upload(&mut a, 0, &[3; 8]),
+            stream.download(&a, 0, &mut there),
+            stream.fill(&mut a, 0..8, 4),
+            stream.synchronize(),
+            stream.capture(|_| Ok(())).map(|_| ()),
+        ];
+        assert!(refused.iter().all(|r| matches!(r, Err(Error::Capture(_)))), "{refused:?}");
+        stream.copy(&a, 0..8, &mut b, 0)
+    });
+    let graph = graph.expect("a graph");
+    assert_eq!((lab.download::<u8>(&a), lab.download::<u8>(&b)), (vec![1; 8], vec![2; 8]));
+    // SAFETY: the buffers live here.
+    unsafe { graph.launch(&lab.stream) }.expect("a replay");
+    assert_eq!(lab.download::<u8>(&b), [1; 8]);
 }

@@ -9,6 +9,7 @@ on_every_device!(
     it_begins_zeroed_and_keeps_what_it_is_given,
     copies_move_their_range_alone,
     the_host_waits_for_what_reads_there,
+    what_is_uploaded_may_be_page_locked,
     memory_that_is_dropped_has_been_read,
     nothing_is_no_error,
     captured_copies_move_what_is_there_at_a_replay,
@@ -57,6 +58,18 @@ fn copies_move_their_range_alone(lab: &Lab) {
         assert_eq!(bytes(lab, &target), expected, "from the host: {from_host}, to the host: {to_host}");
         assert_eq!(bytes(lab, &source), from);
     }
+}
+
+/// As an engine's own may be: it may be changed at once all the same.
+fn what_is_uploaded_may_be_page_locked(lab: &Lab) {
+    let (source, mut target) = (on_host(lab, &[1; 64]), lab.upload(&[0u8; 64]));
+    // SAFETY: memory of the host, which nothing else uses until the end of this function.
+    let slice = unsafe { std::slice::from_raw_parts_mut(source.address() as *mut u8, 64) };
+    lab.stream.upload(&mut target, 0, slice).expect("an upload");
+    slice.fill(2);
+    assert_eq!(bytes(lab, &target), [1; 64]);
+    lab.stream.download(&target, 0, slice).expect("a download");
+    assert_eq!(slice, [1; 64]);
 }
 
 /// What is enqueued reads what was there then.

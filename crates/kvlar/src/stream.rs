@@ -1,6 +1,6 @@
 //! Streams and captured graphs.
 
-use crate::device::{Launch, RawStream, Transfer};
+use crate::device::{CAPTURED_ALREADY, Launch, RawStream, Transfer, UNCAPTURABLE};
 use crate::{Buffer, Device, Error, Result};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -56,7 +56,7 @@ impl Stream {
 
     fn uncaptured(&self) -> Result<()> {
         if self.recording.borrow().is_some() {
-            return Err(Error::Capture("only launches and copies between buffers can be captured"));
+            return Err(Error::Capture(UNCAPTURABLE));
         }
         Ok(())
     }
@@ -64,8 +64,10 @@ impl Stream {
     /// Waits until everything enqueued is done.
     ///
     /// # Errors
-    /// What a launch did wrong: [`Error::Cuda`], [`Error::ContextLost`].
+    /// What a launch did wrong: [`Error::Cuda`], [`Error::ContextLost`]; [`Error::Capture`] while the stream is captured, which
+    /// goes on.
     pub fn synchronize(&self) -> Result<()> {
+        self.uncaptured()?;
         self.device.driver().synchronize(self.raw)
     }
 
@@ -73,7 +75,7 @@ impl Stream {
     /// is done, which this waits for.
     ///
     /// # Errors
-    /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
+    /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Capture`], [`Error::Cuda`].
     pub fn upload(&self, to: &mut Buffer, offset: usize, from: &[u8]) -> Result<()> {
         self.own(to, offset..offset.saturating_add(from.len()))?;
         self.uncaptured()?;
@@ -83,7 +85,7 @@ impl Stream {
     /// Copies `to.len()` bytes from `offset` of `from`, and waits for them.
     ///
     /// # Errors
-    /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
+    /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Capture`], [`Error::Cuda`].
     pub fn download(&self, from: &Buffer, offset: usize, to: &mut [u8]) -> Result<()> {
         self.own(from, offset..offset.saturating_add(to.len()))?;
         self.uncaptured()?;
@@ -124,7 +126,7 @@ impl Stream {
     /// Sets every byte of a range; of memory of the host, as [`Stream::upload`] does.
     ///
     /// # Errors
-    /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Cuda`].
+    /// [`Error::Bounds`], [`Error::Mismatch`], [`Error::Capture`], [`Error::Cuda`].
     pub fn fill(&self, buffer: &mut Buffer, range: Range<usize>, byte: u8) -> Result<()> {
         self.own(buffer, range.clone())?;
         self.uncaptured()?;
@@ -157,7 +159,8 @@ impl Stream {
     }
 
     /// Captures the launches and the copies between buffers that `enqueue` makes on this stream, without running them. An
-    /// engine that captures by itself need not call this: launches are capturable.
+    /// engine that captures by itself need not call this: launches are capturable. Memory that this thread allocates or frees
+    /// meanwhile ends a capture of the driver's.
     ///
     /// # Errors
     /// Those of `enqueue`; [`Error::Capture`] if the stream is being captured already; [`Error::Cuda`].
@@ -170,7 +173,7 @@ impl Stream {
             return Ok(Graph { device: self.device.clone(), kind: GraphKind::Device(graph?) });
         }
         if self.recording.borrow().is_some() {
-            return Err(Error::Capture("the stream is being captured already"));
+            return Err(Error::Capture(CAPTURED_ALREADY));
         }
         *self.recording.borrow_mut() = Some(Vec::new());
         let result = enqueue(self);

@@ -2,8 +2,12 @@
 
 use crate::device::{self, CAPABILITY, Device, L2_BYTES, NAME, Outcome, SHARED_PER_BLOCK, SHARED_PER_SM, SM_COUNT, VERSION};
 use crate::functions::{Function, Launch};
+use crate::memory::Owner;
 use crate::streams::{Stream, Work};
-use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute, CUresult};
+use cudarc::driver::sys::{
+    CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute, CUmemorytype as MemoryType,
+    CUpointer_attribute as PointerAttribute, CUresult,
+};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::rc::Rc;
 
@@ -205,6 +209,15 @@ driver_api! {
 
     fn cuMemFreeHost(address: usize) answer(unsafe_call(|d| d.memory.free_host(address)))
 
+    fn cuPointerGetAttribute(value: *mut c_uint, attribute: c_uint, address: Address) give(value, call(|d| {
+        let is_asked = attribute == PointerAttribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE as c_uint;
+        match d.memory.owner(address as usize, 1)? {
+            Owner::Device if is_asked => Ok(MemoryType::CU_MEMORYTYPE_DEVICE as c_uint),
+            Owner::PageLocked if is_asked => Ok(MemoryType::CU_MEMORYTYPE_HOST as c_uint),
+            _ => Err(CUresult::CUDA_ERROR_INVALID_VALUE),
+        }
+    }))
+
     fn cuMemcpyAsync(to: Address, from: Address, bytes: usize, stream: Handle)
         answer(call(|d| d.copy(from as usize, to as usize, bytes, stream)))
 
@@ -224,6 +237,8 @@ driver_api! {
     fn cuStreamDestroy_v2(stream: Handle) answer(call(|d| d.destroy_stream(stream)))
 
     fn cuStreamSynchronize(stream: Handle) answer(call(|d| d.synchronize(stream)))
+
+    fn cuStreamIsCapturing(stream: Handle, status: *mut c_uint) give(status, call(|d| d.is_capturing(stream).map(|s| s as c_uint)))
 
     fn cuStreamBeginCapture_v2(stream: Handle, _mode: c_uint) answer(call(|d| d.begin_capture(stream)))
 

@@ -3,7 +3,7 @@
 use crate::functions::Function;
 use crate::memory::{Memory, Owner};
 use crate::streams::{Capture, Passed, Stream, Work};
-use cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::{CUresult, CUstreamCaptureStatus as CaptureStatus};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -199,6 +199,16 @@ impl Device {
         self.enqueue(stream, Work::Set { at, byte, bytes })
     }
 
+    pub fn is_capturing(&mut self, stream: usize) -> Outcome<CaptureStatus> {
+        let any = self.streams.values().any(|s| s.capture.is_some() && s.blocking);
+        match &get(&mut self.streams, stream)?.capture {
+            None if stream == DEFAULT_STREAM && any => Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT),
+            None => Ok(CaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE),
+            Some(Capture { invalid: false, .. }) => Ok(CaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE),
+            Some(_) => Ok(CaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED),
+        }
+    }
+
     pub fn begin_capture(&mut self, stream: usize) -> Outcome {
         if stream == DEFAULT_STREAM {
             return Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
@@ -259,7 +269,8 @@ impl Device {
         for (count, what) in left.into_iter().filter(|(count, _)| *count > 0 && self.failed.is_none()) {
             eprintln!("emulated driver: the context ends before {count} {what} of it");
         }
-        *self = Self { memory: Memory::new(), handles: self.handles, ..Self::new() };
+        let handles = self.handles;
+        *self = Self { handles, ..Self::new() };
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Caches whose heads hold rows of their own.
 
 mod choice;
-mod lab;
+pub mod lab;
 mod lives;
 mod policies;
 mod steps;

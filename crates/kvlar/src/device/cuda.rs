@@ -1,7 +1,7 @@
 //! The GPU backend: cudarc's driver calls behind our probe.
 
 use super::probe::{Driver as Found, probe};
-use super::{DeviceGraphs, DeviceInfo, Driver, Home, Launch, Place, RawStream, Transfer};
+use super::{CAPTURED_ALREADY, DeviceGraphs, DeviceInfo, Driver, Home, Launch, Place, RawStream, Transfer, UNCAPTURABLE};
 use crate::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute};
@@ -138,6 +138,36 @@ impl Cuda {
     }
 }
 
+impl Cuda {
+    fn is_capturing(&self, raw: RawStream) -> Result<bool> {
+        self.bind()?;
+        // The legacy default stream cannot be captured, and asking for it is an error while another is.
+        if raw.is_null() {
+            return Ok(false);
+        }
+        // SAFETY: the stream exists.
+        let status = check("cuStreamIsCapturing", unsafe { result::stream::is_capturing(stream(raw)) })?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Refuses what a capture cannot hold, before the driver does: that would end the capture.
+    fn uncaptured(&self, raw: RawStream) -> Result<()> {
+        if self.is_capturing(raw)? {
+            return Err(Error::Capture(UNCAPTURABLE));
+        }
+        Ok(())
+    }
+}
+
+/// Whether memory of the host is page-locked: by this process, for this driver.
+fn is_page_locked(of: &[u8]) -> bool {
+    let mut kind = 0u32;
+    let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+    // SAFETY: the attribute is of 32 bits; any address may be asked for, and a pageable one is an error.
+    let known = unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), attribute, of.as_ptr() as u64) };
+    known == sys::CUresult::CUDA_SUCCESS
+}
+
 impl Drop for Cuda {
     fn drop(&mut self) {
         // SAFETY: retained in `open`; memory and streams keep the device alive, so none is left.
@@ -201,7 +231,7 @@ impl Driver for Cuda {
     }
 
     fn synchronize(&self, raw: RawStream) -> Result<()> {
-        self.bind()?;
+        self.uncaptured(raw)?;
         // SAFETY: the stream exists.
         check("cuStreamSynchronize", unsafe { result::stream::synchronize(stream(raw)) })
     }
@@ -213,8 +243,10 @@ impl Driver for Cuda {
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.address as *mut u8, from.len()) };
             return Ok(());
         }
-        // The source is pageable: the call returns when it has been staged.
-        self.copy(raw, Transfer { from: from.as_ptr() as u64, to: to.address, bytes: from.len() })
+        self.uncaptured(raw)?;
+        self.copy(raw, Transfer { from: from.as_ptr() as u64, to: to.address, bytes: from.len() })?;
+        // Pageable memory has been staged by now. Page-locked memory, which an engine may have, is read when it is its turn.
+        if is_page_locked(from) { self.synchronize(raw) } else { Ok(()) }
     }
 
     fn download(&self, raw: RawStream, from: Place, to: &mut [u8]) -> Result<()> {
@@ -224,6 +256,7 @@ impl Driver for Cuda {
             unsafe { std::ptr::copy_nonoverlapping(from.address as *const u8, to.as_mut_ptr(), to.len()) };
             return Ok(());
         }
+        self.uncaptured(raw)?;
         self.copy(raw, Transfer { from: from.address, to: to.as_mut_ptr() as u64, bytes: to.len() })?;
         self.synchronize(raw)
     }
@@ -248,7 +281,7 @@ impl Driver for Cuda {
             unsafe { std::ptr::write_bytes(at.address as *mut u8, byte, bytes) };
             return Ok(());
         }
-        self.bind()?;
+        self.uncaptured(raw)?;
         // SAFETY: the range was checked.
         check("cuMemsetD8Async", unsafe { result::memset_d8_async(at.address, byte, bytes, stream(raw)) })
     }
@@ -273,9 +306,11 @@ impl Driver for Cuda {
 
 impl DeviceGraphs for Cuda {
     fn begin(&self, raw: RawStream) -> Result<()> {
-        self.bind()?;
         if raw.is_null() {
             return Err(Error::Capture("the legacy default stream cannot be captured: use a stream of your own"));
+        }
+        if self.is_capturing(raw)? {
+            return Err(Error::Capture(CAPTURED_ALREADY));
         }
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream exists.

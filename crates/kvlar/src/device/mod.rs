@@ -12,6 +12,9 @@ use crate::{Buffer, Error, Result, Stream};
 use std::fmt;
 use std::sync::Arc;
 
+pub(crate) const UNCAPTURABLE: &str = "only launches and copies between buffers can be captured";
+pub(crate) const CAPTURED_ALREADY: &str = "the stream is being captured already";
+
 /// How a device executes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Backend {
