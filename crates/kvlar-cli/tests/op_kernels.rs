@@ -1,6 +1,7 @@
 //! Quantized ops by kernels, from outside: attention fused and decoded first, scans, codebooks.
 
 use crate::case::{Case, Run, kernels, run};
+use crate::op_quantized::{DIMS, attend_case};
 use kvlar_reference::testing::Rng;
 
 fn reference(op: &str, case: &Case) -> Run {
@@ -16,16 +17,6 @@ fn close(a: &[f32], b: &[f32], tolerance: f32) {
     for (i, (a, b)) in a.iter().zip(b).enumerate() {
         assert!(a == b || (a - b).abs() <= tolerance * (1.0 + b.abs()), "{i}: {a} instead of {b}");
     }
-}
-
-const DIMS: [usize; 6] = [2, 4, 2, 50, 16, 8]; // B, Hq, Hk, T, d, dv
-
-fn attend_case() -> Case {
-    let [b, hq, hk, t, d, dv] = DIMS;
-    let mut rng = Rng::new(1);
-    let mut normals = |shape: [usize; 4]| rng.normals(shape.iter().product(), 1.0);
-    let (q, k, v) = (normals([b, hq, 1, d]), normals([b, hk, t, d]), normals([b, hk, t, dv]));
-    Case::default().floats("q", &[b, hq, 1, d], &q).floats("k", &[b, hk, t, d], &k).floats("v", &[b, hk, t, dv], &v)
 }
 
 /// Fused pairs, pairs that are decoded first, exact rows, ragged heads, positions, 8-bit queries.

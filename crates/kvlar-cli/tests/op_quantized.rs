@@ -69,9 +69,9 @@ fn attention(q: &[f32], k: &[f32], v: &[f32], scale: f64) -> (Vec<f32>, f32) {
     ((0..dv).map(out).collect(), sum.ln() as f32)
 }
 
-const DIMS: [usize; 6] = [2, 4, 2, 50, 16, 8]; // B, Hq, Hk, T, d, dv
+pub const DIMS: [usize; 6] = [2, 4, 2, 50, 16, 8]; // B, Hq, Hk, T, d, dv
 
-fn attend_case() -> Case {
+pub fn attend_case() -> Case {
     let [b, hq, hk, t, d, dv] = DIMS;
     let mut rng = Rng::new(1);
     let mut normals = |shape: [usize; 4]| rng.normals(shape.iter().product(), 1.0);
