@@ -44,6 +44,7 @@ mod imp {
         name: *const c_char,
         entry: *const c_void,
         parameter_bytes: c_uint,
+        fixed_shared_bytes: c_uint,
     }
 
     unsafe extern "C" {

@@ -42,9 +42,12 @@ struct Lane {  // the part of a fiber that kernels can see
 };
 struct Block {
   uint3 bid, bdim, gdim;
-  unsigned char* dyn;
-  unsigned dyn_bytes;
+  unsigned char* dyn;  // dynamic shared memory
+  // All of it, for entries that were compiled elsewhere: that of fixed size, then the dynamic.
+  unsigned char* shared;
+  unsigned shared_bytes;
 };
+constexpr unsigned kSharedAlignment = 128;  // of dynamic shared memory
 // Read at every turn. In a library that is an otherwise hidden call, which the sanitizers hook: half of their time. (Others may be
 // loaded late, when there is no room for the shared memory of theirs.)
 #if defined(KVLAR_SIMT_ASAN) || defined(KVLAR_SIMT_TSAN)
@@ -99,6 +102,7 @@ struct KernelDesc {  // one per GPU_EXPORT, as the symbol kvlar_simt_kernel_<ent
   const char* name;
   void (*entry)(const void* params);  // runs the kernel body for the current fiber
   unsigned params_bytes;
+  unsigned fixed_shared_bytes;           // 0 where the entry's own `__shared__` variables are the host compiler's
 };
 template <class P> struct EntryOf {
   template <void (*K)(const P)> static void run(const void* params) { K(*static_cast<const P*>(params)); }
@@ -110,7 +114,7 @@ template <class P> EntryOf<P> entry_of(void (*)(const P));
 #define GPU_EXPORT(kernel)                                                                     \
   extern "C" const simt::KernelDesc kvlar_simt_kernel_##kernel;                                \
   const simt::KernelDesc kvlar_simt_kernel_##kernel = {                                        \
-      #kernel, &decltype(simt::entry_of(kernel))::template run<&kernel>, decltype(simt::entry_of(kernel))::bytes};
+      #kernel, &decltype(simt::entry_of(kernel))::template run<&kernel>, decltype(simt::entry_of(kernel))::bytes, 0};
 
 // 0 = ok, else the text of simt::last_error. Seed 0 = lane order. workers 0 = all cores.
 extern "C" int kvlar_simt_launch(const simt::KernelDesc*, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes,

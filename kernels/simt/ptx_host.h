@@ -44,16 +44,17 @@ PTX_FN void cp_async16_stream(smem dst, const void* src) { cp_async(dst, src, 16
 PTX_FN void cp_async8(smem dst, const void* src, int src_bytes = 8) { cp_async(dst, src, src_bytes, 8); }
 PTX_FN void cp_async4(smem dst, const void* src, int src_bytes = 4) { cp_async(dst, src, src_bytes, 4); }
 PTX_FN void cp_async_commit() { copy_queue().committed++; }
-template <int N> PTX_FN void cp_async_wait() {
+PTX_FN void cp_async_wait_but(int newest) {
   CopyQueue& c = copy_queue();
   int keep = 0;
   for (int i = 0; i < c.n; ++i) {
     const PendingCopy& q = c.queue[i];
-    if (q.group < c.committed - N) do_copy(q.dst, q.src, q.bytes, q.filled);
+    if (q.group < c.committed - newest) do_copy(q.dst, q.src, q.bytes, q.filled);
     else c.queue[keep++] = q;
   }
   c.n = keep;
 }
+template <int N> PTX_FN void cp_async_wait() { cp_async_wait_but(N); }
 
 // Barriers of asynchronous copies: their state is the runtime's, which is never sanitized.
 PTX_FN void mbarrier_init(smem bar, uint32_t arrivals) { simt::mbarrier_init(bar.p, arrivals); }

@@ -460,6 +460,8 @@ extern "C" int kvlar_simt_launch(const simt::KernelDesc* kernel, const unsigned 
 #ifdef KVLAR_SIMT_TSAN
   if (!hears_of_races()) return bad("races would go unnoticed: this library must be loaded before libtsan");
 #endif
+  const unsigned fixed = kernel->fixed_shared_bytes, dynamic_at = (fixed + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+  const unsigned all_shared_bytes = shared_bytes ? dynamic_at + shared_bytes : fixed;
   if (params_bytes != kernel->params_bytes)
     return bad("takes " + std::to_string(kernel->params_bytes) + " bytes of parameters, got " + std::to_string(params_bytes));
 
@@ -485,17 +487,18 @@ extern "C" int kvlar_simt_launch(const simt::KernelDesc* kernel, const unsigned 
   const auto run_one = [&](Worker& worker, uint64_t i) {
     const uint64_t at = (i * stride + offset) % blocks;
     Block block{make_uint3(unsigned(at % g[0]), unsigned(at / g[0] % g[1]), unsigned(at / (uint64_t(g[0]) * g[1]))),
-                make_uint3(b[0], b[1], b[2]), make_uint3(g[0], g[1], g[2]), nullptr, shared_bytes};
+                make_uint3(b[0], b[1], b[2]), make_uint3(g[0], g[1], g[2]), nullptr, nullptr, all_shared_bytes};
     // Exact size and fresh for each block (red zones); 0xFF bytes are NaN in every float format, -1 in integers.
-    if (shared_bytes) {
-      if (posix_memalign(reinterpret_cast<void**>(&block.dyn), 128, shared_bytes)) abort();
-      memset(block.dyn, 0xFF, shared_bytes);
+    if (all_shared_bytes) {
+      if (posix_memalign(reinterpret_cast<void**>(&block.shared), kSharedAlignment, all_shared_bytes)) abort();
+      memset(block.shared, 0xFF, all_shared_bytes);
+      block.dyn = block.shared + dynamic_at;
     }
     const bool ok = run_block(worker, kernel, block, params, seed);
 #ifdef KVLAR_SIMT_TSAN
-    if (block.dyn) shared_blocks.push_back(block.dyn);
+    if (block.shared) shared_blocks.push_back(block.shared);
 #else
-    free(block.dyn);
+    free(block.shared);
 #endif
     if (!ok) {
       std::lock_guard<std::mutex> guard(error_lock);
