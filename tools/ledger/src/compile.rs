@@ -108,14 +108,13 @@ pub fn has_loops(entry: &str) -> bool {
 /// One `.cu` file with entry points.
 pub struct Unit {
     /// `attend_bf16`.
-    name: String,
+    pub name: String,
     source: PathBuf,
     pub entries: Vec<String>,
     digest: String,
     /// Whether it asks for the architecture.
     per_arch: bool,
-    /// Made in this run.
-    ptx: Mutex<Option<PathBuf>>,
+    making_ptx: Mutex<()>,
 }
 
 /// The units below `kernels`, in order.
@@ -140,7 +139,7 @@ pub fn units(kernels: &Path) -> Result<Vec<Unit>, String> {
                     entries,
                     digest: digest(kernels, &[&path], ""),
                     per_arch,
-                    ptx: Mutex::default(),
+                    making_ptx: Mutex::default(),
                 });
             }
         }
@@ -202,30 +201,39 @@ pub struct Compiler<'a> {
 impl Compiler<'_> {
     /// The report, and whether it had to be made.
     fn report(&self, unit: &Unit, arch: &str) -> Result<(Report, bool), String> {
-        let mut hash = DefaultHasher::new();
-        for part in [&unit.digest, &self.tools.compiler, &self.tools.disassembler].into_iter().chain(&self.build.flags) {
-            hash.write(part.as_bytes());
-            hash.write_u8(0);
-        }
         let stem = format!("{}-sm_{arch}-", unit.name);
-        let base = self.cache.join(format!("{stem}{:016x}", hash.finish()));
+        let base = self.base(&stem, unit);
         let file = |ending: &str| base.with_extension(ending);
         // Written last and renamed into place, the disassembly says that all of it is there.
         if !file("sass").exists() {
-            for stale in
-                sorted(self.cache)?.iter().filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&stem)))
-            {
-                let _ = fs::remove_file(stale);
-            }
+            self.remove(&stem)?;
             self.make(unit, arch, &file).map_err(|e| format!("{} for sm_{arch}: {e}", unit.name))?;
             return Ok((self.read(&file)?, true));
         }
         Ok((self.read(&file)?, false))
     }
 
+    /// Where to keep what comes of a unit, less the ending; `stem` says what it is.
+    fn base(&self, stem: &str, unit: &Unit) -> PathBuf {
+        let mut hash = DefaultHasher::new();
+        for part in [&unit.digest, &self.tools.compiler, &self.tools.disassembler].into_iter().chain(&self.build.flags) {
+            hash.write(part.as_bytes());
+            hash.write_u8(0);
+        }
+        self.cache.join(format!("{stem}{:016x}", hash.finish()))
+    }
+
+    /// Removes what is kept under a stem.
+    fn remove(&self, stem: &str) -> Result<(), String> {
+        let is_of_it = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(stem));
+        sorted(self.cache)?.iter().filter(|p| is_of_it(p)).for_each(|stale| _ = fs::remove_file(stale));
+        Ok(())
+    }
+
     fn make(&self, unit: &Unit, arch: &str, file: &dyn Fn(&str) -> PathBuf) -> Result<(), String> {
         let cubin = file("cubin");
-        let (source, ptx) = if unit.per_arch { (unit.source.clone(), arch) } else { (self.ptx(unit)?, self.build.ptx.as_str()) };
+        let (source, ptx) =
+            if unit.per_arch { (unit.source.clone(), arch) } else { (self.ptx(unit, &self.build.ptx)?, self.build.ptx.as_str()) };
         let mut nvcc = self.nvcc(ptx, &format!("sm_{arch}"));
         let (out, err) = run(nvcc.args(["-Xptxas", "-v", "-cubin"]).arg(source).arg("-o").arg(&cubin))?;
         let write = |to: PathBuf, text: String| fs::write(&to, text).map_err(|e| format!("{}: {e}", to.display()));
@@ -243,15 +251,23 @@ impl Compiler<'_> {
         self.tools.nvcc(self.build, self.kernels, ptx, code)
     }
 
-    /// The PTX that all architectures' code is made from; whoever is first makes it, the others wait.
-    fn ptx(&self, unit: &Unit) -> Result<PathBuf, String> {
-        let mut made = unit.ptx.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(path) = &*made {
-            return Ok(path.clone());
+    /// The PTX of a unit, for an architecture; whoever is first makes it, the others wait.
+    fn ptx(&self, unit: &Unit, arch: &str) -> Result<PathBuf, String> {
+        let _turn = unit.making_ptx.lock().unwrap_or_else(|e| e.into_inner());
+        let stem = format!("{}-compute_{arch}-", unit.name);
+        let base = self.base(&stem, unit);
+        let (path, part) = (base.with_extension("ptx"), base.with_extension("part"));
+        if !path.exists() {
+            self.remove(&stem)?;
+            run(self.nvcc(arch, &format!("compute_{arch}")).arg("-ptx").arg(&unit.source).arg("-o").arg(&part))?;
+            fs::rename(part, &path).map_err(|e| e.to_string())?;
         }
-        let (path, ptx) = (self.cache.join(format!("{}.ptx", unit.name)), &self.build.ptx);
-        run(self.nvcc(ptx, &format!("compute_{ptx}")).arg("-ptx").arg(&unit.source).arg("-o").arg(&path))?;
-        Ok(made.insert(path).clone())
+        Ok(path)
+    }
+
+    /// The PTX that the code of all architectures is made from, or of units that ask for the architecture, that for `own`.
+    pub fn shipped_ptx(&self, unit: &Unit, own: &str) -> Result<PathBuf, String> {
+        self.ptx(unit, if unit.per_arch { own } else { &self.build.ptx })
     }
 
     fn read(&self, file: &dyn Fn(&str) -> PathBuf) -> Result<Report, String> {
@@ -270,36 +286,47 @@ impl Compiler<'_> {
         fs::create_dir_all(self.cache).map_err(|e| format!("{}: {e}", self.cache.display()))?;
         // Unit after unit: two threads seldom want the same PTX.
         let work: Vec<(&Unit, &String)> = archs.iter().flat_map(|a| units.iter().map(move |u| (u, a))).collect();
-        let (next, compiled) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let results = Mutex::new(Ok(Vec::new()));
-        thread::scope(|scope| {
-            for _ in 0..jobs.clamp(1, work.len().max(1)) {
-                scope.spawn(|| {
-                    while let Some((unit, arch)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let start = Instant::now();
-                        let one = self.report(unit, arch).map(|(report, made)| {
-                            if made {
-                                let n = compiled.fetch_add(1, Ordering::Relaxed) + 1;
-                                let seconds = start.elapsed().as_secs_f64();
-                                let _ = writeln!(std::io::stderr(), "compiled {n}: {} for sm_{arch}, {seconds:.1} s", unit.name);
-                            }
-                            each(unit, arch, &report)
-                        });
-                        let mut results = results.lock().unwrap_or_else(|e| e.into_inner());
-                        match (results.as_mut(), one) {
-                            (Ok(all), Ok(one)) => all.push(one),
-                            (Ok(_), Err(e)) => {
-                                *results = Err(e);
-                                next.store(work.len(), Ordering::Relaxed);
-                            }
-                            (Err(_), _) => {}
-                        }
-                    }
-                });
+        let compiled = AtomicUsize::new(0);
+        let all = in_parallel(&work, jobs, |(unit, arch)| {
+            let start = Instant::now();
+            let (report, made) = self.report(unit, arch)?;
+            if made {
+                let n = compiled.fetch_add(1, Ordering::Relaxed) + 1;
+                let seconds = start.elapsed().as_secs_f64();
+                let _ = writeln!(std::io::stderr(), "compiled {n}: {} for sm_{arch}, {seconds:.1} s", unit.name);
             }
+            Ok(each(unit, arch, &report))
         });
-        results.into_inner().unwrap_or_else(|e| e.into_inner()).map(|all| (all, compiled.into_inner()))
+        all.map(|all| (all, compiled.into_inner()))
     }
+}
+
+/// What `each` makes of all, in no particular order, on `jobs` threads; the first error ends it.
+pub fn in_parallel<W: Sync, T: Send>(
+    work: &[W],
+    jobs: usize,
+    each: impl Fn(&W) -> Result<T, String> + Sync,
+) -> Result<Vec<T>, String> {
+    let (next, results) = (AtomicUsize::new(0), Mutex::new(Ok(Vec::new())));
+    thread::scope(|scope| {
+        for _ in 0..jobs.clamp(1, work.len().max(1)) {
+            scope.spawn(|| {
+                while let Some(one) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let one = each(one);
+                    let mut results = results.lock().unwrap_or_else(|e| e.into_inner());
+                    match (results.as_mut(), one) {
+                        (Ok(all), Ok(one)) => all.push(one),
+                        (Ok(_), Err(e)) => {
+                            *results = Err(e);
+                            next.store(work.len(), Ordering::Relaxed);
+                        }
+                        (Err(_), _) => {}
+                    }
+                }
+            });
+        }
+    });
+    results.into_inner().unwrap_or_else(|e| e.into_inner())
 }
 
 #[cfg(test)]

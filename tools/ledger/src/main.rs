@@ -8,6 +8,7 @@
 //! * `kvlar-ledger`: compile, compare, exit with 1 if anything differs or may not be.
 //! * `kvlar-ledger --write`: compile and write the file.
 //! * `kvlar-ledger --pairs`: count the instructions of pairs of quantized formats (`pairs.rs`).
+//! * `kvlar-ledger --ptx 90a`: make the PTX that all code comes from (`tools/compiled`).
 //! * `kvlar-ledger --path kvlar_attend_bf16_d128_n8 --archs 90a`: print the instructions that were counted.
 //!
 //! Needs `tools/cuda-toolchain` or a CUDA toolkit. What was compiled is kept in `target/ledger`.
@@ -47,6 +48,10 @@ struct Args {
     /// Print the fast paths of an attend kernel, or with --pairs that of a pair such as `int4, int4`, and nothing else.
     #[arg(long, value_name = "ENTRY", conflicts_with = "write")]
     path: Option<String>,
+    /// Make the PTX that the units' code comes from, print its files, and nothing else. Units that ask for the architecture:
+    /// for this one.
+    #[arg(long, value_name = "ARCH", conflicts_with_all = ["write", "pairs", "path"])]
+    ptx: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -75,6 +80,13 @@ fn run(args: &Args) -> Result<bool, String> {
     let compiler = Compiler { tools: &tools, build: &build, kernels: &kernels, cache: &cache };
     let jobs = args.jobs.or_else(|| thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
 
+    if let Some(arch) = &args.ptx {
+        fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
+        let mut files = compile::in_parallel(&units, jobs, |u| Ok((u.name.clone(), compiler.shipped_ptx(u, arch)?)))?;
+        files.sort();
+        files.iter().for_each(|(unit, file)| println!("{unit} {}", file.display()));
+        return Ok(true);
+    }
     if args.pairs {
         let show = |formats: &str, path: &[&sass::Instruction]| {
             if args.path.as_deref() == Some(formats) {
