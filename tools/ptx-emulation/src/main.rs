@@ -1,0 +1,23 @@
+//! `kvlar-ptx-emulation IN.ptx OUT.cpp`: see the library.
+
+use kvlar_ptx_emulation::{Style, translate};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let [from, to] = &arguments[..] else {
+        eprintln!("usage: kvlar-ptx-emulation IN.ptx OUT.cpp");
+        return ExitCode::from(2);
+    };
+    let translated = std::fs::read_to_string(from)
+        .map_err(|e| e.to_string())
+        .and_then(|text| translate(&text, Style::Plain))
+        .and_then(|cpp| std::fs::write(to, cpp).map_err(|e| e.to_string()));
+    match translated {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(what) => {
+            eprintln!("{}: {what}", from.to_string_lossy());
+            ExitCode::FAILURE
+        }
+    }
+}

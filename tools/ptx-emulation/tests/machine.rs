@@ -1,0 +1,374 @@
+//! Instructions, one at a time, against what "PTX ISA" says of them: by calls and spelled out.
+
+use kvlar_ptx_emulation::{INCLUDE, Style, translate};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+/// An instruction, the type of its destination, its operands as they stand in PTX with their types, and the bits that come of it.
+type Case = (&'static str, &'static str, &'static [(&'static str, &'static str)], u64);
+
+const ONE: (&str, &str) = ("f32", "0f3F800000");
+const TWO: (&str, &str) = ("f32", "0f40000000");
+const NAN: (&str, &str) = ("f32", "0fFFC01234");
+const CANONICAL: u64 = 0x7fff_ffff;
+
+const CASES: &[Case] = &[
+    // Integers: section 9.7.1
+    ("add.s32", "b32", &[("b32", "2147483647"), ("b32", "1")], 0x8000_0000),
+    ("add.s64", "b64", &[("b64", "-1"), ("b64", "2")], 1),
+    ("sub.s32", "b32", &[("b32", "0"), ("b32", "1")], 0xffff_ffff),
+    ("sub.s64", "b64", &[("b64", "0"), ("b64", "1")], u64::MAX),
+    ("mul.lo.s32", "b32", &[("b32", "65537"), ("b32", "65537")], 0x0002_0001),
+    ("mul.lo.s64", "b64", &[("b64", "4294967297"), ("b64", "4294967297")], 0x2_0000_0001),
+    ("mul.hi.s32", "b32", &[("b32", "-2"), ("b32", "3")], 0xffff_ffff),
+    ("mul.hi.u32", "b32", &[("b32", "-2"), ("b32", "3")], 2),
+    ("mul.wide.s32", "b64", &[("b32", "-2"), ("b32", "3")], -6i64 as u64),
+    ("mul.wide.u32", "b64", &[("b32", "-2"), ("b32", "3")], 3 * 0xffff_fffe),
+    ("mad.lo.s32", "b32", &[("b32", "-3"), ("b32", "5"), ("b32", "7")], -8i32 as u32 as u64),
+    ("div.s32", "b32", &[("b32", "-7"), ("b32", "2")], -3i32 as u32 as u64),
+    ("div.u32", "b32", &[("b32", "-7"), ("b32", "2")], 0xffff_fff9 / 2),
+    ("div.s32", "b32", &[("b32", "-2147483648"), ("b32", "-1")], 0x8000_0000),
+    ("rem.s32", "b32", &[("b32", "-7"), ("b32", "2")], 0xffff_ffff),
+    ("rem.u64", "b64", &[("b64", "-7"), ("b64", "10")], (u64::MAX - 6) % 10),
+    ("min.s32", "b32", &[("b32", "-1"), ("b32", "1")], 0xffff_ffff),
+    ("min.u32", "b32", &[("b32", "-1"), ("b32", "1")], 1),
+    ("max.s32", "b32", &[("b32", "-1"), ("b32", "1")], 1),
+    ("max.u32", "b32", &[("b32", "-1"), ("b32", "1")], 0xffff_ffff),
+    ("neg.s32", "b32", &[("b32", "5")], -5i32 as u32 as u64),
+    ("abs.s32", "b32", &[("b32", "-5")], 5),
+    ("popc.b32", "b32", &[("b32", "-1")], 32),
+    ("clz.b32", "b32", &[("b32", "1")], 31),
+    ("clz.b32", "b32", &[("b32", "0")], 32),
+    ("brev.b32", "b32", &[("b32", "1")], 0x8000_0000),
+    ("bfind.shiftamt.u32", "b32", &[("b32", "256")], 23),
+    ("bfind.shiftamt.u32", "b32", &[("b32", "0")], 0xffff_ffff),
+    ("bfi.b32", "b32", &[("b32", "0x1f"), ("b32", "0"), ("b32", "4"), ("b32", "4")], 0xf0),
+    ("bfi.b32", "b32", &[("b32", "3"), ("b32", "0"), ("b32", "1"), ("b32", "31")], 6),
+    ("bfi.b64", "b64", &[("b64", "1"), ("b64", "2"), ("b32", "32"), ("b32", "32")], 0x1_0000_0002),
+    ("dp4a.s32.s32", "b32", &[("b32", "0x01ff02fe"), ("b32", "0x03030303"), ("b32", "10")], 10),
+    ("dp4a.u32.u32", "b32", &[("b32", "0x01ff02fe"), ("b32", "0x03030303"), ("b32", "10")], 10 + 3 * (1 + 255 + 2 + 254)),
+    // Bits: 9.7.8
+    ("and.b32", "b32", &[("b32", "12"), ("b32", "10")], 8),
+    ("or.b64", "b64", &[("b64", "12"), ("b64", "10")], 14),
+    ("xor.b32", "b32", &[("b32", "12"), ("b32", "10")], 6),
+    ("not.b32", "b32", &[("b32", "12")], !12u32 as u64),
+    ("and.b16", "b16", &[("b16", "258"), ("b16", "255")], 2),
+    ("shl.b32", "b32", &[("b32", "3"), ("b32", "31")], 0x8000_0000),
+    ("shl.b32", "b32", &[("b32", "3"), ("b32", "32")], 0),
+    ("shl.b64", "b64", &[("b64", "3"), ("b32", "33")], 3 << 33),
+    ("shr.u32", "b32", &[("b32", "-1"), ("b32", "31")], 1),
+    ("shr.s32", "b32", &[("b32", "-8"), ("b32", "1")], -4i32 as u32 as u64),
+    ("shr.s32", "b32", &[("b32", "-8"), ("b32", "99")], 0xffff_ffff),
+    ("shr.u64", "b64", &[("b64", "-1"), ("b32", "64")], 0),
+    ("shf.l.wrap.b32", "b32", &[("b32", "0x80000000"), ("b32", "1"), ("b32", "33")], 3),
+    ("shf.r.wrap.b32", "b32", &[("b32", "0x80000000"), ("b32", "1"), ("b32", "1")], 0xc000_0000),
+    ("lop3.b32", "b32", &[("b32", "0xff00ff00"), ("b32", "0xf0f0f0f0"), ("b32", "0xcccccccc"), ("n", "0xf0")], 0xff00_ff00),
+    ("lop3.b32", "b32", &[("b32", "0xff00ff00"), ("b32", "0xf0f0f0f0"), ("b32", "0xcccccccc"), ("n", "0xcc")], 0xf0f0_f0f0),
+    ("lop3.b32", "b32", &[("b32", "0xff00ff00"), ("b32", "0xf0f0f0f0"), ("b32", "0xcccccccc"), ("n", "0xea")], 0xfccc_fccc),
+    ("prmt.b32", "b32", &[("b32", "0x33221100"), ("b32", "0x77665544"), ("b32", "0x7214")], 0x7722_1144),
+    ("prmt.b32", "b32", &[("b32", "0x33228100"), ("b32", "0x77665544"), ("b32", "0x8190")], 0x0081_0000 | 0xff00),
+    // Comparison and selection: 9.7.6
+    ("setp.lt.s32", "pred", &[("b32", "-1"), ("b32", "1")], 1),
+    ("setp.lt.u32", "pred", &[("b32", "-1"), ("b32", "1")], 0),
+    ("setp.ge.s64", "pred", &[("b64", "-1"), ("b64", "-1")], 1),
+    ("setp.ne.s16", "pred", &[("b16", "3"), ("b16", "4")], 1),
+    ("setp.eq.f32", "pred", &[NAN, NAN], 0),
+    ("setp.neu.f32", "pred", &[NAN, NAN], 1),
+    ("setp.lt.f32", "pred", &[ONE, TWO], 1),
+    ("setp.ltu.f32", "pred", &[NAN, TWO], 1),
+    ("setp.leu.f32", "pred", &[TWO, ONE], 0),
+    ("setp.gtu.f32", "pred", &[ONE, NAN], 1),
+    ("setp.geu.f32", "pred", &[ONE, TWO], 0),
+    ("setp.gt.f32", "pred", &[NAN, ONE], 0),
+    ("setp.num.f32", "pred", &[ONE, TWO], 1),
+    ("setp.nan.f32", "pred", &[ONE, NAN], 1),
+    ("selp.b32", "b32", &[("b32", "5"), ("b32", "6"), ("pred", "1")], 5),
+    ("selp.b32", "b32", &[("b32", "5"), ("b32", "6"), ("pred", "0")], 6),
+    ("not.pred", "pred", &[("pred", "0")], 1),
+    ("xor.pred", "pred", &[("pred", "1"), ("pred", "1")], 0),
+    // Floats: 9.7.3
+    ("add.f32", "f32", &[ONE, TWO], 0x4040_0000),
+    ("add.f32", "f32", &[("f32", "0f7F800000"), ("f32", "0fFF800000")], CANONICAL),
+    ("sub.f32", "f32", &[ONE, NAN], CANONICAL),
+    ("mul.f32", "f32", &[TWO, TWO], 0x4080_0000),
+    ("mul.f32", "f32", &[("f32", "0f00000000"), ("f32", "0f7F800000")], CANONICAL),
+    // (1 + 2^-12)^2 - (1 + 2^-11) is 2^-24 where the product is not rounded, and nothing where it is.
+    ("fma.rn.f32", "f32", &[("f32", "0f3F800800"), ("f32", "0f3F800800"), ("f32", "0fBF801000")], 0x3380_0000),
+    ("min.f32", "f32", &[NAN, ONE], 0x3f80_0000),
+    ("max.f32", "f32", &[ONE, NAN], 0x3f80_0000),
+    ("max.f32", "f32", &[NAN, NAN], CANONICAL),
+    ("min.f32", "f32", &[("f32", "0f00000000"), ("f32", "0f80000000")], 0x8000_0000),
+    ("min.f32", "f32", &[("f32", "0f80000000"), ("f32", "0f00000000")], 0x8000_0000),
+    ("max.f32", "f32", &[("f32", "0f80000000"), ("f32", "0f00000000")], 0),
+    ("max.f32", "f32", &[("f32", "0f00000000"), ("f32", "0f80000000")], 0),
+    ("neg.f32", "f32", &[("f32", "0f00000000")], 0x8000_0000),
+    ("abs.f32", "f32", &[("f32", "0fC0000000")], 0x4000_0000),
+    ("div.rn.f32", "f32", &[ONE, ("f32", "0f40400000")], 0x3eaa_aaab),
+    ("rcp.rn.f32", "f32", &[("f32", "0f40400000")], 0x3eaa_aaab),
+    ("sqrt.rn.f32", "f32", &[TWO], 0x3fb5_04f3),
+    ("sqrt.rn.f32", "f32", &[("f32", "0fBF800000")], CANONICAL),
+    ("ex2.approx.ftz.f32", "f32", &[TWO], 0x4080_0000),
+    ("lg2.approx.f32", "f32", &[TWO], 0x3f80_0000),
+    ("fma.rn.f16x2", "b32", &[("b32", "0x3c004000"), ("b32", "0x42003c00"), ("b32", "0x3c003c00")], 0x4400_4200),
+    ("mul.rn.f64", "f64", &[("f64", "0d4000000000000000"), ("f64", "0d3FE0000000000000")], 0x3ff0_0000_0000_0000),
+    // Conversions: 9.7.9
+    ("cvt.s64.s32", "b64", &[("b32", "-1")], u64::MAX),
+    ("cvt.u64.u32", "b64", &[("b32", "-1")], 0xffff_ffff),
+    ("cvt.u32.u64", "b32", &[("b64", "4294967301")], 5),
+    ("cvt.u16.u32", "b16", &[("b32", "65537")], 1),
+    ("cvt.u32.u16", "b32", &[("b16", "65535")], 65535),
+    ("cvt.s32.s8", "b32", &[("b16", "0x1ff")], 0xffff_ffff),
+    ("cvt.rn.f32.s32", "f32", &[("b32", "-16777217")], 0xcb80_0000),
+    ("cvt.rn.f32.u32", "f32", &[("b32", "-1")], 0x4f80_0000),
+    ("cvt.rzi.s32.f32", "b32", &[("f32", "0fC03FFFFF")], -2i32 as u32 as u64),
+    ("cvt.rzi.s32.f32", "b32", &[("f32", "0f4F000000")], 0x7fff_ffff),
+    ("cvt.rzi.s32.f32", "b32", &[NAN], 0),
+    ("cvt.rzi.u32.f32", "b32", &[("f32", "0fBF800000")], 0),
+    ("cvt.rzi.u32.f32", "b32", &[("f32", "0f4F800000")], 0xffff_ffff),
+    ("cvt.rni.f32.f32", "f32", &[("f32", "0f40200000")], 0x4000_0000),
+    ("cvt.rpi.f64.f64", "f64", &[("f64", "0d3FF0000000000001")], 0x4000_0000_0000_0000),
+    ("cvt.f64.f32", "f64", &[ONE], 0x3ff0_0000_0000_0000),
+    ("cvt.rn.f32.f64", "f32", &[("f64", "0d3FF0000010000000")], 0x3f80_0000),
+    ("cvt.f32.f16", "f32", &[("b16", "0x0001")], 0x3380_0000),
+    ("cvt.f32.f16", "f32", &[("b16", "0xfe00")], CANONICAL),
+    ("cvt.rn.f16x2.f32", "b32", &[ONE, TWO], 0x3c00_4000),
+    ("cvt.rn.f16x2.f32", "b32", &[NAN, ("f32", "0f47FFE000")], 0x7fff_7c00),
+    ("cvt.rn.bf16x2.f32", "b32", &[ONE, ("f32", "0f3F808000")], 0x3f80_3f80),
+    ("cvt.rn.satfinite.e4m3x2.f32", "b16", &[ONE, ("f32", "0f44800000")], 0x387e),
+    // Moves: 9.7.9
+    ("mov.b32", "f32", &[("b32", "0x7f812345")], 0x7f81_2345),
+    ("mov.b32", "b32", &[NAN], 0xffc0_1234),
+    ("mov.u64", "b64", &[("b64", "-2")], -2i64 as u64),
+];
+
+/// Registers of a type, by name.
+fn prefix(kind: &str) -> &'static str {
+    match kind {
+        "pred" => "p",
+        "b16" => "rs",
+        "b32" => "r",
+        "b64" => "rd",
+        "f32" => "f",
+        "f64" => "fd",
+        other => panic!("no registers of type {other}"),
+    }
+}
+
+const HEADER: &str = ".version 9.0\n.target sm_90a\n.address_size 64\n";
+const REGISTERS: &str = ".reg .pred %p<1000>; .reg .b16 %rs<1000>; .reg .b32 %r<1000>; .reg .b64 %rd<1000>; .reg .f32 %f<1000>; \
+                         .reg .f64 %fd<1000>;\n";
+
+/// An entry `name` with the address that it is given in `%rd0`.
+fn entry(name: &str, body: &str) -> String {
+    format!(
+        ".visible .entry {name}(\n.param .u64 {name}_param_0\n)\n.maxntid 32, 1, 1\n{{\n{REGISTERS}ld.param.u64 %rd0, [{name}_param_0];\n\
+         {body}ret;\n}}\n"
+    )
+}
+
+/// Each case's result, 8 bytes from 8 times its number.
+fn program_of_cases() -> String {
+    let mut body = String::new();
+    for (i, (instruction, kind, operands, _)) in CASES.iter().enumerate() {
+        let mut arguments = Vec::new();
+        for (j, (kind, value)) in operands.iter().enumerate() {
+            let register = format!("%{}{}", prefix(if *kind == "n" { "b32" } else { kind }), 10 + j);
+            match *kind {
+                "n" => arguments.push(value.to_string()),
+                "pred" => _ = writeln!(body, "setp.ne.s32 {register}, {value}, 0;"),
+                "f32" | "f64" => _ = writeln!(body, "mov.{kind} {register}, {value};"),
+                bits => _ = writeln!(body, "mov.u{} {register}, {value};", &bits[1..]),
+            }
+            if *kind != "n" {
+                arguments.push(register);
+            }
+        }
+        let _ = writeln!(body, "{instruction} %{}1, {};", prefix(kind), arguments.join(", "));
+        let at = 8 * i;
+        match *kind {
+            "pred" => _ = writeln!(body, "selp.u32 %r2, 1, 0, %p1; cvt.u64.u32 %rd2, %r2; st.global.u64 [%rd0+{at}], %rd2;"),
+            "b16" => _ = writeln!(body, "cvt.u64.u16 %rd2, %rs1; st.global.u64 [%rd0+{at}], %rd2;"),
+            "b32" => _ = writeln!(body, "cvt.u64.u32 %rd2, %r1; st.global.u64 [%rd0+{at}], %rd2;"),
+            "f32" => _ = writeln!(body, "mov.b32 %r2, %f1; cvt.u64.u32 %rd2, %r2; st.global.u64 [%rd0+{at}], %rd2;"),
+            "f64" => _ = writeln!(body, "st.global.f64 [%rd0+{at}], %fd1;"),
+            _ => _ = writeln!(body, "st.global.u64 [%rd0+{at}], %rd1;"),
+        }
+    }
+    entry("cases", &body)
+}
+
+fn compiler() -> Command {
+    Command::new(std::env::var_os("CXX").unwrap_or("c++".into()))
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let output = command.output().map_err(|e| e.to_string())?;
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
+}
+
+/// The emulation of a file of PTX.
+struct Machine(libloading::Library, #[expect(dead_code, reason = "the library's folder")] tempfile::TempDir);
+
+impl Machine {
+    /// `Err` with what the translation or the compiler says; `None` where there is no compiler or no emulation.
+    fn build(ptx: &str, style: Style) -> Option<Result<Self, String>> {
+        if !cfg!(target_arch = "x86_64") || compiler().arg("--version").output().is_err() {
+            eprintln!("skipped: no C++ compiler, or not an x86-64 CPU");
+            return None;
+        }
+        Some(Self::try_build(ptx, style))
+    }
+
+    fn try_build(ptx: &str, style: Style) -> Result<Self, String> {
+        let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let (source, library) = (folder.path().join("machine.cpp"), folder.path().join("libmachine.so"));
+        std::fs::write(&source, translate(&format!("{HEADER}{ptx}"), style)?).map_err(|e| e.to_string())?;
+        let kernels = Path::new(INCLUDE).join("../../kernels");
+        let mut command = compiler();
+        command.args([
+            "-std=c++17",
+            "-w",
+            "-fPIC",
+            "-shared",
+            "-pthread",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-DKVLAR_SIMT",
+        ]);
+        command.arg("-Wl,-Bsymbolic").arg("-I").arg(&kernels).arg("-I").arg(INCLUDE).arg("-o").arg(&library).arg(&source);
+        command.args(["runtime", "collectives", "mbarrier"].map(|name| kernels.join(format!("simt/{name}.cpp"))));
+        run(&mut command)?;
+        // SAFETY: it has no initializers of note.
+        Ok(Self(unsafe { libloading::Library::new(library) }.map_err(|e| e.to_string())?, folder))
+    }
+
+    /// Runs one block of an entry, in lane order; what it wrote to the words that it was given.
+    fn launch(&self, name: &str, threads: u32, shared_bytes: u32, words: usize) -> Result<Vec<u64>, String> {
+        type Launch = unsafe extern "C" fn(*const c_void, *const u32, *const u32, u32, *const c_void, u32, u64, u32) -> c_int;
+        let mut out = vec![0xabab_abab_abab_ababu64; words];
+        let parameters = out.as_mut_ptr() as u64;
+        // SAFETY: of these types; the entry writes to `out` alone.
+        unsafe {
+            let kernel =
+                self.0.get::<*const c_void>(format!("kvlar_simt_kernel_{name}\0").as_bytes()).map_err(|e| e.to_string())?;
+            let launch = self.0.get::<Launch>(b"kvlar_simt_launch\0").map_err(|e| e.to_string())?;
+            let error =
+                self.0.get::<unsafe extern "C" fn() -> *const c_char>(b"kvlar_simt_last_error\0").map_err(|e| e.to_string())?;
+            let kernel = kernel.try_as_raw_ptr().expect("an address");
+            let (grid, block) = ([1u32; 3], [threads, 1, 1]);
+            let given = (&raw const parameters).cast();
+            if launch(kernel, grid.as_ptr(), block.as_ptr(), shared_bytes, given, 8, 0, 1) != 0 {
+                return Err(CStr::from_ptr(error()).to_string_lossy().into_owned());
+            }
+        }
+        Ok(out)
+    }
+}
+
+#[test]
+fn instructions_do_what_the_manual_says() {
+    for style in [Style::Calls, Style::Plain] {
+        let Some(machine) = Machine::build(&program_of_cases(), style) else { return };
+        let out = machine.unwrap().launch("cases", 1, 0, CASES.len()).unwrap();
+        for ((instruction, _, operands, expected), got) in CASES.iter().zip(out) {
+            assert_eq!(got, *expected, "{instruction} {operands:?}, {style:?}: {got:#x}, not {expected:#x}");
+        }
+    }
+}
+
+#[test]
+fn lanes_exchange_values() {
+    // Each lane: its number shuffled five ways, with and without segments of 8; a vote; what it finds in a register pair.
+    let ways = [
+        ("shfl.sync.up.b32 %r3|%p1, %r1, 3, 0, -1;", (|l| if l < 3 { l } else { l - 3 }) as fn(u64) -> u64),
+        ("shfl.sync.down.b32 %r3|%p1, %r1, 3, 31, -1;", |l| if l + 3 > 31 { l } else { l + 3 }),
+        ("shfl.sync.bfly.b32 %r3|%p1, %r1, 5, 31, -1;", |l| l ^ 5),
+        ("shfl.sync.idx.b32 %r3|%p1, %r1, 37, 31, -1;", |_| 5),
+        ("shfl.sync.up.b32 %r3|%p1, %r1, 3, 0x1800, -1;", |l| if l % 8 < 3 { l } else { l - 3 }),
+        ("shfl.sync.down.b32 %r3|%p1, %r1, 3, 0x181f, -1;", |l| if l % 8 + 3 > 7 { l } else { l + 3 }),
+        ("shfl.sync.idx.b32 %r3|%p1, %r1, 5, 0x181f, -1;", |l| l / 8 * 8 + 5),
+        ("setp.gt.u32 %p2, %r1, 29; vote.sync.ballot.b32 %r3, %p2, -1;", |_| 0xc000_0000),
+        ("setp.gt.u32 %p2, %r1, 29; vote.sync.any.pred %p3, %p2, -1; selp.u32 %r3, 1, 0, %p3;", |_| 1),
+        ("setp.gt.u32 %p2, %r1, 29; vote.sync.all.pred %p3, %p2, -1; selp.u32 %r3, 1, 0, %p3;", |_| 0),
+        ("redux.sync.add.u32 %r3, %r1, -1;", |_| 31 * 16),
+        ("shr.u32 %r4, %r1, 4; match.any.sync.b32 %r3, %r4, -1;", |l| if l < 16 { 0xffff } else { 0xffff_0000 }),
+    ];
+    let mut body = String::from("mov.u32 %r1, %tid.x; mul.wide.u32 %rd1, %r1, 8; add.s64 %rd1, %rd0, %rd1;\n");
+    for (i, (way, _)) in ways.iter().enumerate() {
+        let _ = writeln!(body, "{way} cvt.u64.u32 %rd2, %r3; st.global.u64 [%rd1+{}], %rd2;", 256 * i);
+    }
+    for style in [Style::Calls, Style::Plain] {
+        let Some(machine) = Machine::build(&entry("lanes", &body), style) else { return };
+        let out = machine.unwrap().launch("lanes", 32, 0, 32 * ways.len()).unwrap();
+        for (i, (way, expected)) in ways.iter().enumerate() {
+            for lane in 0..32 {
+                assert_eq!(out[32 * i + lane], expected(lane as u64), "{way} lane {lane}");
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_branches_and_scopes() {
+    // Two variables of shared memory and the dynamic part behind them; a loop; a scope with registers of its own; a guard.
+    let body = "
+        mov.u32 %r1, wide; st.shared.v2.u32 [%r1+8], {7, 8}; st.shared.u8 [narrow], 5;
+        mov.u32 %r2, raw; mov.u32 %r3, 0;
+        $L__loop:
+        mul.lo.s32 %r4, %r3, 4; add.s32 %r5, %r2, %r4; st.shared.u32 [%r5], %r3;
+        add.s32 %r3, %r3, 1; setp.lt.s32 %p1, %r3, 4; @%p1 bra $L__loop;
+        ld.shared.v4.u32 {%r6, %r7, %r8, %r9}, [raw];
+        { .reg .b32 %r6; mov.u32 %r6, 99; }
+        add.s32 %r10, %r6, %r7; add.s32 %r10, %r10, %r8; add.s32 %r10, %r10, %r9;
+        ld.shared.v2.u32 {%r11, %r12}, [wide+8]; ld.shared.u8 %rs1, [narrow]; cvt.u32.u16 %r13, %rs1;
+        add.s32 %r10, %r10, %r11; add.s32 %r10, %r10, %r12; add.s32 %r10, %r10, %r13;
+        @!%p1 add.s32 %r10, %r10, 1000; @%p1 add.s32 %r10, %r10, 5000;
+        cvt.u64.u32 %rd1, %r10; st.global.u64 [%rd0], %rd1;
+        mov.u32 %r20, 0x11223344; mov.b32 {%rs2, %rs3}, %r20; mov.b32 %r21, {%rs3, %rs2};
+        mov.b64 %rd3, {%r20, %r21}; st.global.u64 [%rd0+8], %rd3;
+        cvt.u64.u32 %rd4, %r2; cvta.shared.u64 %rd5, %rd4; ld.u32 %r22, [%rd5+12]; cvt.u64.u32 %rd6, %r22; st.global.u64 [%rd0+16], %rd6;
+    ";
+    let shared = ".shared .align 1 .u8 narrow;\n.shared .align 8 .b8 wide[16];\n.extern .shared .align 128 .b8 raw[];\n";
+    let ptx = format!("{shared}{}", entry("memory", body));
+    for style in [Style::Calls, Style::Plain] {
+        let Some(machine) = Machine::build(&ptx, style) else { return };
+        let machine = machine.unwrap();
+        let out = machine.launch("memory", 1, 16, 3).unwrap();
+        assert_eq!(out, [6 + 15 + 5 + 1000, 0x3344_1122_1122_3344, 3]);
+        let error = machine.launch("memory", 1, 12, 3).unwrap_err();
+        assert!(error.contains("4 bytes of shared memory at 140 of 140"), "{error}");
+    }
+}
+
+#[test]
+fn what_a_gpu_would_not_do_is_an_error() {
+    let wrong = [
+        ("mov.u32 %r1, 1026; st.shared.u32 [%r1], 1;", "misaligned address of shared memory"),
+        ("add.s64 %rd1, %rd0, 8; ld.global.v2.u64 {%rd2, %rd3}, [%rd1];", "misaligned address: 16 bytes"),
+        ("mov.u32 %r1, 0; ld.shared.u32 %r2, [%r1];", "4 bytes of shared memory at -1024 of 64"),
+        ("mov.u32 %r1, %tid.x; shfl.sync.idx.b32 %r3|%p1, %r1, 0, 31, 1; setp.eq.s32 %p2, %r1, 1;", "not in its own mask"),
+    ];
+    let entries: Vec<_> = wrong.iter().enumerate().map(|(i, (body, _))| entry(&format!("wrong{i}"), body)).collect();
+    let Some(machine) = Machine::build(&entries.concat(), Style::Plain) else { return };
+    let machine = machine.unwrap();
+    for (i, (body, expected)) in wrong.iter().enumerate() {
+        let error = machine.launch(&format!("wrong{i}"), 2, 64, 4).expect_err(body);
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn what_is_not_understood_is_an_error() {
+    let of = |ptx: &str| translate(&format!("{HEADER}{ptx}"), Style::Plain).unwrap_err();
+    assert!(of(".visible .func f()\n{\nret;\n}\n").contains("no entry"));
+    assert!(of(".global .b32 counter;\n").contains(".global .b32 counter"));
+    assert!(of(&entry("e", "mov.u32 %r1, %r2000;\n")).contains("r2000 is neither register nor variable"));
+    assert!(of(&entry("e", "mov.u32 %r1, elsewhere;\n")).contains("elsewhere"));
+    assert!(of(&entry("e", "ld.global.u32 %r1, [%f1];\n")).contains("f1 holds no address"));
+    assert!(of(&entry("e", "mov.u32 %r1, ;;\nmov").replace("ret;\n}", "")).contains("line"));
+    // An instruction that is not there is one that does not compile.
+    let Some(machine) = Machine::build(&entry("e", "ex3.approx.f32 %f1, %f2;\n"), Style::Plain) else { return };
+    assert!(machine.err().unwrap().contains("ex3_approx"));
+}
