@@ -30,7 +30,7 @@ fn words(rng: &mut Rng, n: usize) -> Vec<u32> {
     (0..n).map(|_| rng.bits() as u32).collect()
 }
 
-fn asynchronous_copies(lab: &Lab) {
+pub fn asynchronous_copies(lab: &Lab) {
     let mut rng = Rng::new(1);
     for (arg, size) in [(16u32, 16u32), (17, 16), (8, 8), (4, 4)] {
         let mut input = words(&mut rng, 128);
@@ -48,13 +48,13 @@ fn asynchronous_copies(lab: &Lab) {
     }
 }
 
-fn groups_of_copies_land_in_order(lab: &Lab) {
+pub fn groups_of_copies_land_in_order(lab: &Lab) {
     let input = words(&mut Rng::new(2), 512);
     let Some(out) = launch(lab, "kvlar_conformance_cp_async_groups", [1, 32], &input, 512, [0, 0]) else { return };
     assert_eq!(out, input);
 }
 
-fn bulk_copies_and_their_barriers(lab: &Lab) {
+pub fn bulk_copies_and_their_barriers(lab: &Lab) {
     if lab.device.info().compute_capability.is_some_and(|c| c.0 < 9) {
         return eprintln!("skipped: bulk copies need sm_90");
     }
@@ -73,7 +73,7 @@ fn element(row: &[u32], c: usize) -> u32 {
     row[c / 2] >> (16 * (c % 2)) & 0xffff
 }
 
-fn matrix_loads(lab: &Lab) {
+pub fn matrix_loads(lab: &Lab) {
     let mut rng = Rng::new(3);
     for (arg, matrices, transposed) in [(0, 1, false), (1, 2, false), (2, 2, true), (3, 4, false), (4, 4, true)] {
         let mut input = words(&mut rng, 128);
@@ -93,7 +93,7 @@ fn matrix_loads(lab: &Lab) {
     }
 }
 
-fn transposition(lab: &Lab) {
+pub fn transposition(lab: &Lab) {
     let input = words(&mut Rng::new(4), 32);
     let Some(out) = launch(lab, "kvlar_conformance_movmatrix", [1, 32], &input, 32, [0, 0]) else { return };
     for (lane, &word) in out.iter().enumerate() {
@@ -108,7 +108,7 @@ fn a_place(lane: usize, i: usize, e: usize, per_word: usize) -> (usize, usize) {
     (lane / 4 + 8 * (i % 2), per_word * (lane % 4) + e + 4 * per_word * (i / 2))
 }
 
-fn tensor_core_products(lab: &Lab) {
+pub fn tensor_core_products(lab: &Lab) {
     let mut rng = Rng::new(5);
     // Codes of keys meet tensor cores as subnormal halves, which are to count like others.
     let subnormal = 2f64.powi(-23);
@@ -185,7 +185,7 @@ fn floats(x: impl Iterator<Item = f32>) -> Vec<u32> {
     x.flat_map(|x| [x.to_bits(), 0, 0]).collect()
 }
 
-fn approximate_functions(lab: &Lab) {
+pub fn approximate_functions(lab: &Lab) {
     let mut rng = Rng::new(6);
     // (operation, definition, inputs, bound of the error: absolute or relative; PTX ISA's, a little more)
     type Function = (u32, fn(f64) -> f64, fn(&mut Rng) -> f32, f64);
@@ -224,7 +224,7 @@ fn approximate_functions(lab: &Lab) {
     }
 }
 
-fn conversions(lab: &Lab) {
+pub fn conversions(lab: &Lab) {
     let mut rng = Rng::new(7);
     let mut x: Vec<f32> = (0..300).map(|_| rng.normal() * 10f32.powi(rng.below(12) as i32 - 7)).collect();
     // Ties, the largest, subnormals, zeros, beyond the range, infinities.
@@ -277,7 +277,7 @@ fn conversions(lab: &Lab) {
     }
 }
 
-fn half_arithmetic(lab: &Lab) {
+pub fn half_arithmetic(lab: &Lab) {
     // Of all sizes, subnormals among them, and whatever bits there are.
     let mut rng = Rng::new(12);
     let mut number = |size: i32| {
@@ -304,7 +304,7 @@ fn half_arithmetic(lab: &Lab) {
     }
 }
 
-fn integer_instructions(lab: &Lab) {
+pub fn integer_instructions(lab: &Lab) {
     let input = words(&mut Rng::new(8), 3 * 200);
     let bytes = |x: u32| x.to_le_bytes();
     type Instruction = (u32, fn(u32, u32, u32) -> [u32; 2]);
@@ -342,7 +342,7 @@ fn integer_instructions(lab: &Lab) {
     }
 }
 
-fn exact_float_instructions(lab: &Lab) {
+pub fn exact_float_instructions(lab: &Lab) {
     let mut rng = Rng::new(9);
     let x: Vec<f32> = (0..3 * 300).map(|_| rng.normal() * 10f32.powi(rng.below(9) as i32 - 4)).collect();
     let input: Vec<u32> = x.iter().map(|x| x.to_bits()).collect();
@@ -366,7 +366,7 @@ fn exact_float_instructions(lab: &Lab) {
     }
 }
 
-fn warp_collectives(lab: &Lab) {
+pub fn warp_collectives(lab: &Lab) {
     let mut rng = Rng::new(10);
     for special in [None, Some(77)] {
         let mut x = words(&mut rng, 32);
@@ -402,7 +402,7 @@ fn warp_collectives(lab: &Lab) {
     }
 }
 
-fn named_barriers(lab: &Lab) {
+pub fn named_barriers(lab: &Lab) {
     let rounds = 9;
     let input = words(&mut Rng::new(11), 32 * rounds);
     let Some(out) = launch(lab, "kvlar_conformance_named_barriers", [1, 64], &input, 32 * rounds, [rounds as u32, 0]) else {
@@ -415,7 +415,7 @@ fn named_barriers(lab: &Lab) {
     }
 }
 
-fn the_last_cta_sees_what_all_wrote(lab: &Lab) {
+pub fn the_last_cta_sees_what_all_wrote(lab: &Lab) {
     // A missing fence shows only on a GPU, and only now and then.
     let (launches, ctas) = if lab.device.backend() == Backend::Cuda { (2000, 264) } else { (20, 7) };
     if !lab.runs_kernels() {

@@ -4,6 +4,8 @@
 //! unchanged copy must pass the same. Each runs in a process of its own, since a bug may write where it should not. What
 //! no emulation can show is a missing fence: that needs a GPU.
 
+#[path = "planted_bugs/assembly.rs"]
+mod assembly;
 #[path = "planted_bugs/attend_cut.rs"]
 mod attend_cut;
 #[path = "planted_bugs/budget.rs"]
@@ -38,6 +40,7 @@ mod select;
 mod topp;
 
 use kvlar::{Device, SimtOptions};
+use kvlar_ptx_emulation::{INCLUDE, Style, translate};
 use kvlar_tests::{Lab, emulation};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -54,9 +57,19 @@ const fn bug(name: &'static str, file: &'static str, from: &'static str, to: &'s
     Bug { name, file, from, to }
 }
 
+/// What compiles a suite's source.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Compiler {
+    /// That of the host, as the emulation is.
+    Host,
+    /// nvcc, whose PTX is translated for the emulation's runtime: for what no other compiler reads.
+    Nvcc,
+}
+
 /// A part of the kernels that is compiled by itself, what is planted into it, and what must find it.
 struct Suite {
     name: &'static str,
+    by: Compiler,
     /// One translation unit.
     source: &'static str,
     bugs: &'static [Bug],
@@ -65,6 +78,7 @@ struct Suite {
 }
 
 const SUITES: &[&Suite] = &[
+    &assembly::SUITE,
     &attend_cut::SUITE,
     &budget::SUITE,
     &ceiling::SUITE,
@@ -98,6 +112,14 @@ fn compiler() -> Option<Command> {
         c.arg("-march=x86-64-v3");
     }
     Some(c)
+}
+
+/// The one that `tools/cuda-toolchain` fetches, `KVLAR_NVCC`, or that on `PATH`.
+fn nvcc() -> Option<Command> {
+    let fetched = kernels().join("../.cuda/nvidia/cu13/bin/nvcc");
+    let named = std::env::var_os("KVLAR_NVCC").map(PathBuf::from);
+    let all = [named, fetched.exists().then_some(fetched), Some("nvcc".into())];
+    all.into_iter().flatten().find(|nvcc| Command::new(nvcc).arg("--version").output().is_ok()).map(Command::new)
 }
 
 fn run(command: &mut Command) {
@@ -149,7 +171,7 @@ impl Common {
 }
 
 /// The emulation of the sources with one bug, or none.
-fn build(dir: &Path, common: &Common, source_text: &str, bug: Option<&Bug>) -> PathBuf {
+fn build(dir: &Path, common: &Common, suite: &Suite, bug: Option<&Bug>) -> PathBuf {
     let tree = dir.join("kernels");
     copy_tree(&kernels(), &tree);
     if let Some(b) = bug {
@@ -159,11 +181,27 @@ fn build(dir: &Path, common: &Common, source_text: &str, bug: Option<&Bug>) -> P
         std::fs::write(&path, text.replace(b.from, b.to)).expect("a file");
     }
     let (source, object, library) = (dir.join("short.cu"), dir.join("short.o"), dir.join("libshort.so"));
-    std::fs::write(&source, source_text).expect("a file");
+    std::fs::write(&source, suite.source).expect("a file");
     // Without warnings as errors: a bug may leave something unused. Without optimization: compiling takes longer than running.
     let mut compile = compiler().expect("a compiler");
     compile.arg("-w").arg("-include").arg(common.dir.join("host.h")).arg("-I").arg(&tree);
-    run(compile.arg("-c").arg(&source).arg("-o").arg(&object));
+    match suite.by {
+        Compiler::Host => _ = compile.arg("-c").arg(&source),
+        Compiler::Nvcc => {
+            let (ptx, translated) = (dir.join("short.ptx"), dir.join("short.cpp"));
+            let mut nvcc = nvcc().expect("nvcc");
+            run(nvcc
+                .args(["-std=c++17", "-O3", "-w", "-arch=compute_90a", "-ptx", "-I"])
+                .arg(&tree)
+                .arg(&source)
+                .arg("-o")
+                .arg(&ptx));
+            let text = std::fs::read_to_string(ptx).expect("PTX");
+            std::fs::write(&translated, translate(&text, Style::Plain).expect("PTX that is understood")).expect("a file");
+            compile.arg("-fno-strict-aliasing").arg("-I").arg(INCLUDE).arg("-c").arg(translated);
+        }
+    }
+    run(compile.arg("-o").arg(&object));
     let name = std::env::var("CXX").unwrap_or("c++".into());
     run(Command::new(name)
         .args(["-shared", "-Wl,-Bsymbolic", "-pthread", "-o"])
@@ -216,9 +254,13 @@ fn planted_bugs_are_found() {
     let common = Common::build(dir.path());
     // One suite's alone, where its name is given.
     let chosen = std::env::var("KVLAR_PLANTED_ONLY").ok();
-    let of_interest = |s: &&&Suite| chosen.as_ref().is_none_or(|name| name == s.name);
+    let can_be_built = |s: &Suite| s.by == Compiler::Host || nvcc().is_some();
+    let of_interest = |s: &&&Suite| chosen.as_ref().map_or(can_be_built(s), |name| name == s.name);
+    if nvcc().is_none() {
+        eprintln!("skipped: bugs in assembly, for want of nvcc (tools/cuda-toolchain)");
+    }
     for suite in SUITES.iter().filter(of_interest) {
-        let sound = build(&dir.path().join(suite.name), &common, suite.source, None);
+        let sound = build(&dir.path().join(suite.name), &common, suite, None);
         assert!(!found(suite, &sound), "the unchanged kernels fail the short suites: {}", suite.name);
     }
     let all: Vec<(&Suite, &Bug)> = SUITES.iter().filter(of_interest).flat_map(|s| s.bugs.iter().map(move |b| (*s, b))).collect();
@@ -236,7 +278,7 @@ fn planted_bugs_are_found() {
             scope.spawn(|| {
                 loop {
                     let Some((i, (suite, bug))) = next.lock().expect("a lock").next() else { break };
-                    if !found(suite, &build(&dir.path().join(i.to_string()), &common, suite.source, Some(bug))) {
+                    if !found(suite, &build(&dir.path().join(i.to_string()), &common, suite, Some(bug))) {
                         missed.lock().expect("a lock").push(bug.name);
                     }
                 }

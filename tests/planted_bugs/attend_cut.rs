@@ -1,13 +1,13 @@
 //! Bugs of attention over selected rows.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Dtype};
 use kvlar_tests::Lab;
 use kvlar_tests::attend::{AttendCase, SegmentCase};
 use kvlar_tests::attend_cut::{AttendCutCase, Cut, Scores, check};
 use kvlar_tests::pages::Layout;
 
-pub const SUITE: Suite = Suite { name: "attend_cut", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "attend_cut", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const FILE: &str = "attend_cut/warp.cuh";
 

@@ -1,11 +1,11 @@
 //! Bugs of budgets.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::LayerBudget::{DynamicKv, Pyramid, Uniform};
 use kvlar_tests::Lab;
 use kvlar_tests::budget::{HeadsCase, LayersCase, Scores};
 
-pub const SUITE: Suite = Suite { name: "budget", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "budget", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug("lengths of other sequences", "budget/budget.cu", "p.lengths + set / int(p.length_sets)", "p.lengths"),

@@ -1,6 +1,6 @@
 //! Bugs of channel-wise keys and values in groups: their codecs, and attention over them.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Dtype, Format};
 use kvlar_reference::testing::Rng;
 use kvlar_tests::Lab;
@@ -9,7 +9,7 @@ use kvlar_tests::attend::{AttendCase, SegmentCase, check};
 use kvlar_tests::encode::EncodeCase;
 use kvlar_tests::pages::Layout;
 
-pub const SUITE: Suite = Suite { name: "channels", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "channels", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug(

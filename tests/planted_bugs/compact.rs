@@ -1,10 +1,10 @@
 //! Bugs of compact and protect.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar_tests::Lab;
 use kvlar_tests::compact::{CompactCase, Judge, Layout, Span, check_protected, check_staged};
 
-pub const SUITE: Suite = Suite { name: "compact", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "compact", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug("dropped barrier between reads and writes", "compact/move.cuh", "if (!kAny) __syncthreads();", ""),

@@ -1,6 +1,6 @@
 //! Bugs of attend, append, encode and merge.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Dtype, MergeShape, RopeLayout, Schedule};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
@@ -10,7 +10,7 @@ use kvlar_tests::append::AppendCase;
 use kvlar_tests::attend::{AttendCase, AttendData, AttendRun, SegmentCase, check};
 use kvlar_tests::pages::Layout;
 
-pub const SUITE: Suite = Suite { name: "dense", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "dense", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug(

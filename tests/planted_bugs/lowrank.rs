@@ -1,12 +1,12 @@
 //! Bugs of attend_lowrank.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Dtype, Latents};
 use kvlar_tests::Lab;
 use kvlar_tests::lowrank::{LowrankCase, Positions, SegmentCase, ValueCase, check};
 use kvlar_tests::pages::Layout;
 
-pub const SUITE: Suite = Suite { name: "lowrank", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "lowrank", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const SOURCE: &str = r#"
 #include "attend_lowrank/cta.cuh"

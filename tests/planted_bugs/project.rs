@@ -1,12 +1,12 @@
 //! Bugs of project and append_lowrank.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Dtype};
 use kvlar_reference::testing::Rng;
 use kvlar_tests::Lab;
 use kvlar_tests::latents::{AppendLowrankCase as Append, ProjectCase as Project, SideCase, random_groups};
 
-pub const SUITE: Suite = Suite { name: "project", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "project", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const SOURCE: &str = r#"
 #include "project/bf16.cu"

@@ -1,13 +1,13 @@
 //! Bugs of attention over quantized rows, and of their codecs.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Dtype, Format};
 use kvlar_tests::Lab;
 use kvlar_tests::append::AppendCase;
 use kvlar_tests::attend::{AttendCase, AttendData, AttendRun, SegmentCase, check};
 use kvlar_tests::pages::{Layout, RowFormat};
 
-pub const SUITE: Suite = Suite { name: "quantized", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "quantized", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug(

@@ -1,6 +1,6 @@
 //! Bugs of scan and reduce, and of product quantization.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Dtype, EncodeShape, Format, ReduceArgs, ReduceShape, Reduction, SCORE_BINS, Workspace};
 use kvlar_reference::compare::compare;
 use kvlar_reference::testing::Rng;
@@ -11,7 +11,7 @@ use kvlar_tests::append::AppendCase;
 use kvlar_tests::pages::{DevicePages, Layout, Pages, RowFormat};
 use kvlar_tests::scan::{ScanCase, bin_of, check};
 
-pub const SUITE: Suite = Suite { name: "scan", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "scan", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug("distances of a pair of dimensions lost", "encode/pq.cu", "own[i + 1], two.y);", "own[i + 1], own[i + 1]);"),

@@ -1,12 +1,12 @@
 //! Bugs of scans that find cuts.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Schedule};
 use kvlar_tests::Lab;
 use kvlar_tests::scan::ScanCase;
 use kvlar_tests::scan_select::ScanSelectCase;
 
-pub const SUITE: Suite = Suite { name: "scan_select", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "scan_select", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug("ties go to the higher row", "scan/cut.cuh", "uint32_t(~uint32_t(i))", "uint32_t(i)"),

@@ -1,13 +1,13 @@
 //! Bugs of scores by attention: of the pass that finds lse, and of the pass that makes scores.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Pooling, ScoreReduction, ScoredRows};
 use kvlar_tests::Lab;
 use kvlar_tests::pages::Layout;
 use kvlar_tests::score::{ScoreCase, check};
 
-pub const LSE: Suite = Suite { name: "score_lse", source: SOURCE, bugs: LSE_BUGS, run: short_lse };
-pub const SCORES: Suite = Suite { name: "score", source: SOURCE, bugs: SCORE_BUGS, run: short_scores };
+pub const LSE: Suite = Suite { name: "score_lse", by: Compiler::Host, source: SOURCE, bugs: LSE_BUGS, run: short_lse };
+pub const SCORES: Suite = Suite { name: "score", by: Compiler::Host, source: SOURCE, bugs: SCORE_BUGS, run: short_scores };
 
 const LSE_BUGS: &[Bug] = &[
     bug("a query sees its next row", "score/lse.cuh", "row > query[b][h])", "row > query[b][h] + 1)"),

@@ -1,11 +1,11 @@
 //! Bugs of score_gate.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::Dtype;
 use kvlar_tests::Lab;
 use kvlar_tests::score_gate::{GateCase, GateTensors};
 
-pub const SUITE: Suite = Suite { name: "score_gate", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "score_gate", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const GATE: &str = "score/gate.cuh";
 

@@ -1,12 +1,12 @@
 //! Bugs of score_keys.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Dtype, KeyMethod, KeySums};
 use kvlar_tests::Lab;
 use kvlar_tests::pages::Layout;
 use kvlar_tests::score_keys::{Appends, CAPACITY, GAP, HEADS, KeysCase, KeysRun, SEQS, rows_to_append};
 
-pub const SUITE: Suite = Suite { name: "score_keys", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "score_keys", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const KEYS: &str = "score/keys.cuh";
 const LAGS: &str = "score/lags.cuh";

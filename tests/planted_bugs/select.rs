@@ -1,11 +1,11 @@
 //! Bugs of topk.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar::TopkShape;
 use kvlar_tests::Lab;
 use kvlar_tests::select::TopkCase;
 
-pub const SUITE: Suite = Suite { name: "select", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "select", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug("ties go to the higher index", "select/order.cuh", "uint32_t(~index)", "index"),

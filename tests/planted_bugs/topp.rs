@@ -1,10 +1,10 @@
 //! Bugs of topp.
 
-use super::{Bug, Suite, bug};
+use super::{Bug, Compiler, Suite, bug};
 use kvlar_tests::Lab;
 use kvlar_tests::topp::ToppCase;
 
-pub const SUITE: Suite = Suite { name: "topp", source: SOURCE, bugs: BUGS, run: short_suites };
+pub const SUITE: Suite = Suite { name: "topp", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const BUGS: &[Bug] = &[
     bug("masses of earlier warps forgotten", "select/topp.cu", "before += w < warp ? shared.warp_masses[w] : 0;", "before += 0;"),
