@@ -46,6 +46,7 @@ struct Block {
   // All of it, for entries that were compiled elsewhere: that of fixed size, then the dynamic.
   unsigned char* shared;
   unsigned shared_bytes;
+  unsigned launch;  // this one's number, from 1
 };
 constexpr unsigned kSharedAlignment = 128;  // of dynamic shared memory
 // Read at every turn. In a library that is an otherwise hidden call, which the sanitizers hook: half of their time. (Others may be

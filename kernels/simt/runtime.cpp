@@ -465,6 +465,8 @@ extern "C" int kvlar_simt_launch(const simt::KernelDesc* kernel, const unsigned 
   if (params_bytes != kernel->params_bytes)
     return bad("takes " + std::to_string(kernel->params_bytes) + " bytes of parameters, got " + std::to_string(params_bytes));
 
+  static std::atomic<unsigned> launches{0};
+  const unsigned launch = ++launches;
   std::atomic<uint64_t> next{0};
   std::atomic<bool> stop{false};
   std::mutex error_lock;
@@ -487,7 +489,7 @@ extern "C" int kvlar_simt_launch(const simt::KernelDesc* kernel, const unsigned 
   const auto run_one = [&](Worker& worker, uint64_t i) {
     const uint64_t at = (i * stride + offset) % blocks;
     Block block{make_uint3(unsigned(at % g[0]), unsigned(at / g[0] % g[1]), unsigned(at / (uint64_t(g[0]) * g[1]))),
-                make_uint3(b[0], b[1], b[2]), make_uint3(g[0], g[1], g[2]), nullptr, nullptr, all_shared_bytes};
+                make_uint3(b[0], b[1], b[2]), make_uint3(g[0], g[1], g[2]), nullptr, nullptr, all_shared_bytes, launch};
     // Exact size and fresh for each block (red zones); 0xFF bytes are NaN in every float format, -1 in integers.
     if (all_shared_bytes) {
       if (posix_memalign(reinterpret_cast<void**>(&block.shared), kSharedAlignment, all_shared_bytes)) abort();

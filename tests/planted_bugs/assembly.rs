@@ -41,6 +41,9 @@ const BUGS: &[Bug] = &[
     bug("the next barrier", PTX, "bar.arrive %0, %1;\" ::\"r\"(id)", "bar.arrive %0, %1;\" ::\"r\"(id + 1)"),
     bug("arrivals not counted", PTX, "\"=r\"(old) : \"l\"(p), \"r\"(v)", "\"=r\"(old) : \"l\"(p), \"r\"(v - v)"),
     bug("counters left as they are", PTX, "st.release.gpu.global.u32 [%0], %1;", ""),
+    // By nvcc's own choice it would be, if it took the words for constant.
+    bug("a read-only load of what others wrote", "conformance/synchronization.cu", "own += __ldcg(", "own += __ldg("),
+    bug("a load by L1 of what others wrote", "conformance/synchronization.cu", "__ldcg(words + 64 * c + t)", "words[64 * c + t]"),
     bug("waiting for the other parity", MBARRIER, "selp.u32 %0, 1, 0, p;", "selp.u32 %0, 0, 1, p;"),
     bug(
         "bytes that nobody expects",

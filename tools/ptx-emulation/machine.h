@@ -4,6 +4,8 @@
 #pragma once
 #include "simt/ptx_host.h"
 
+#include <sys/mman.h>
+
 // Called, not inlined: most of their thousands of places are alike, and compilers take long enough.
 #define PTX_FN __attribute__((noinline))
 #define PTX_CALLED static __attribute__((noinline, unused))
@@ -91,20 +93,53 @@ template <class T, class... V> SIMT_INLINE void store(unsigned char* to, V... v)
   T* p = reinterpret_cast<T*>(to);
   ((*p++ = as<T>(v)), ...);
 }
-#define PTX_LOAD(name)                                                                                      \
-  template <class T, class... D> PTX_FN void name(uint64_t a, D&&... d) {                              \
-    load<T>(elsewhere(a, sizeof(T) * sizeof...(D)), d...);                                                  \
+
+// A GPU's caches do not follow what is written elsewhere. Read-only loads may be answered by one that no write of the same launch
+// reaches (nvcc makes them of what it takes to be constant), and plain loads by the SM's own, which writes of other CTAs do not
+// reach. So it is remembered who was the last to write a word, found by the lower bits of its address.
+struct Writer { uint32_t launch, cta; };
+constexpr uint64_t kAddresses = 1ull << 38;
+inline Writer* remembered() {
+  void* p = mmap(nullptr, kAddresses / 4 * sizeof(Writer), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return p == MAP_FAILED ? nullptr : static_cast<Writer*>(p);
+}
+inline Writer* const kWriters = remembered();
+SIMT_INLINE uint32_t cta() { return (simt::blk.bid.z * simt::blk.gdim.y + simt::blk.bid.y) * simt::blk.gdim.x + simt::blk.bid.x; }
+SIMT_INLINE Writer& writer(uint64_t address) { return kWriters[address % kAddresses / 4]; }
+PTX_CALLED uint64_t written(uint64_t address, unsigned bytes) {
+  if (!kWriters) simt::fail("no room to remember what is written");
+  for (uint64_t a = address; a < address + bytes; a += 4) writer(a) = {simt::blk.launch, cta()};
+  return address;
+}
+PTX_CALLED uint64_t read_only(uint64_t address, unsigned bytes) {
+  for (uint64_t a = address; a < address + bytes; a += 4)
+    if (writer(a).launch == simt::blk.launch) simt::fail("ld.global.nc of what the launch itself has written, at %#llx", (unsigned long long)a);
+  return address;
+}
+SIMT_INLINE uint64_t newest(uint64_t address, unsigned) { return address; }
+PTX_CALLED uint64_t cached(uint64_t address, unsigned bytes) {
+  for (uint64_t a = address; a < address + bytes; a += 4)
+    if (writer(a).launch == simt::blk.launch && writer(a).cta != cta())
+      simt::fail("a load by L1 of what another CTA of the launch has written, at %#llx", (unsigned long long)a);
+  return address;
+}
+
+#define PTX_LOAD(name, checked)                                                      \
+  template <class T, class... D> PTX_FN void name(uint64_t a, D&&... d) {            \
+    constexpr unsigned bytes = sizeof(T) * sizeof...(D);                             \
+    load<T>(elsewhere(checked(a, bytes), bytes), d...);                              \
   }
-#define PTX_STORE(name)                                                                                     \
-  template <class T, class... V> PTX_FN void name(uint64_t a, V... v) {                                \
-    store<T>(elsewhere(a, sizeof(T) * sizeof...(V)), v...);                                                 \
+#define PTX_STORE(name)                                                              \
+  template <class T, class... V> PTX_FN void name(uint64_t a, V... v) {              \
+    constexpr unsigned bytes = sizeof(T) * sizeof...(V);                             \
+    store<T>(elsewhere(written(a, bytes), bytes), v...);                             \
   }
-PTX_LOAD(ld)
-PTX_LOAD(ld_param)
-PTX_LOAD(ld_global)
-PTX_LOAD(ld_global_nc)
-PTX_LOAD(ld_global_cg)
-PTX_LOAD(ld_global_cs)
+PTX_LOAD(ld, cached)
+PTX_LOAD(ld_param, newest)
+PTX_LOAD(ld_global, cached)
+PTX_LOAD(ld_global_nc, read_only)
+PTX_LOAD(ld_global_cg, newest)
+PTX_LOAD(ld_global_cs, cached)
 PTX_STORE(st)
 PTX_STORE(st_global)
 PTX_STORE(st_global_cg)
@@ -128,21 +163,21 @@ PTX_OP cvta_to_shared(D& d, A a) { set<T>(d, T(as<T>(a) - reinterpret_cast<uintp
     const T y = as<T>(a);                                                                                   \
     set<T>(d, simt::rmw(reinterpret_cast<T*>(place), [&](T x) { return T(f); }));                           \
   }
-PTX_ATOM(atom_global_add, elsewhere(address, sizeof(T)), x + y)
-PTX_ATOM(atom_global_or, elsewhere(address, sizeof(T)), x | y)
-PTX_ATOM(atom_global_max, elsewhere(address, sizeof(T)), x > y ? x : y)
+PTX_ATOM(atom_global_add, elsewhere(written(address, sizeof(T)), sizeof(T)), x + y)
+PTX_ATOM(atom_global_or, elsewhere(written(address, sizeof(T)), sizeof(T)), x | y)
+PTX_ATOM(atom_global_max, elsewhere(written(address, sizeof(T)), sizeof(T)), x > y ? x : y)
 PTX_ATOM(atom_shared_add, shared(address, sizeof(T), sizeof(T)), x + y)
 PTX_ATOM(atom_shared_or, shared(address, sizeof(T), sizeof(T)), x | y)
 PTX_ATOM(atom_shared_max, shared(address, sizeof(T), sizeof(T)), x > y ? x : y)
 #undef PTX_ATOM
 template <class T, class D, class A> PTX_FN void atom_acq_rel_gpu_global_add(uint64_t address, D& d, A a) {
-  set<T>(d, ptx::add_acq_rel(reinterpret_cast<T*>(elsewhere(address, sizeof(T))), as<T>(a)));
+  set<T>(d, ptx::add_acq_rel(reinterpret_cast<T*>(elsewhere(written(address, sizeof(T)), sizeof(T))), as<T>(a)));
 }
 template <class T, class D> PTX_FN void ld_acquire_gpu_global(uint64_t a, D& d) {
   set<T>(d, ptx::ld_acquire(reinterpret_cast<T*>(elsewhere(a, sizeof(T)))));
 }
 template <class T, class V> PTX_FN void st_release_gpu_global(uint64_t a, V v) {
-  ptx::st_release(reinterpret_cast<T*>(elsewhere(a, sizeof(T))), as<T>(v));
+  ptx::st_release(reinterpret_cast<T*>(elsewhere(written(a, sizeof(T)), sizeof(T))), as<T>(v));
 }
 SIMT_INLINE void membar_gl() { __threadfence(); }
 SIMT_INLINE void membar_cta() { __threadfence_block(); }
@@ -157,7 +192,10 @@ template <class N> PTX_FN void cp_async_cg_shared_global(uint64_t to, uint64_t f
 }
 SIMT_INLINE void cp_async_cg_shared_global(uint64_t to, uint64_t from, Number bytes) { cp_async_cg_shared_global(to, from, bytes, bytes); }
 SIMT_INLINE void cp_async_cg_shared_global_L2_128B(uint64_t to, uint64_t from, Number bytes) { cp_async_cg_shared_global(to, from, bytes); }
-template <class... N> PTX_FN void cp_async_ca_shared_global(uint64_t to, uint64_t from, N... bytes) { cp_async_cg_shared_global(to, from, bytes...); }
+template <class N> PTX_FN void cp_async_ca_shared_global(uint64_t to, uint64_t from, Number bytes, N source_bytes) {
+  copy_later(to, cached(from, as<u32>(source_bytes)), int(bytes.value), as<s32>(source_bytes));
+}
+SIMT_INLINE void cp_async_ca_shared_global(uint64_t to, uint64_t from, Number bytes) { cp_async_ca_shared_global(to, from, bytes, bytes); }
 SIMT_INLINE void cp_async_commit_group() { ptx::cp_async_commit(); }
 PTX_CALLED void cp_async_wait_group(Number newest) { ptx::cp_async_wait_but(int(newest.value)); }
 

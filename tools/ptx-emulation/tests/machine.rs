@@ -246,6 +246,11 @@ impl Machine {
 
     /// Runs one block of an entry, in lane order; what it wrote to the words that it was given.
     fn launch(&self, name: &str, threads: u32, shared_bytes: u32, words: usize) -> Result<Vec<u64>, String> {
+        self.launch_blocks(name, 1, threads, shared_bytes, words)
+    }
+
+    /// Likewise several, one after another.
+    fn launch_blocks(&self, name: &str, blocks: u32, threads: u32, shared_bytes: u32, words: usize) -> Result<Vec<u64>, String> {
         type Launch = unsafe extern "C" fn(*const c_void, *const u32, *const u32, u32, *const c_void, u32, u64, u32) -> c_int;
         let mut out = vec![0xabab_abab_abab_ababu64; words];
         let parameters = out.as_mut_ptr() as u64;
@@ -257,7 +262,7 @@ impl Machine {
             let error =
                 self.0.get::<unsafe extern "C" fn() -> *const c_char>(b"kvlar_simt_last_error\0").map_err(|e| e.to_string())?;
             let kernel = kernel.try_as_raw_ptr().expect("an address");
-            let (grid, block) = ([1u32; 3], [threads, 1, 1]);
+            let (grid, block) = ([blocks, 1, 1], [threads, 1, 1]);
             let given = (&raw const parameters).cast();
             if launch(kernel, grid.as_ptr(), block.as_ptr(), shared_bytes, given, 8, 0, 1) != 0 {
                 return Err(CStr::from_ptr(error()).to_string_lossy().into_owned());
@@ -348,6 +353,7 @@ fn what_a_gpu_would_not_do_is_an_error() {
         ("mov.u32 %r1, 1026; st.shared.u32 [%r1], 1;", "misaligned address of shared memory"),
         ("add.s64 %rd1, %rd0, 8; ld.global.v2.u64 {%rd2, %rd3}, [%rd1];", "misaligned address: 16 bytes"),
         ("mov.u32 %r1, 0; ld.shared.u32 %r2, [%r1];", "4 bytes of shared memory at -1024 of 64"),
+        ("st.global.u32 [%rd0+8], 1; ld.global.nc.u8 %r1, [%rd0+11];", "ld.global.nc of what the launch itself has written"),
         ("mov.u32 %r1, %tid.x; shfl.sync.idx.b32 %r3|%p1, %r1, 0, 31, 1; setp.eq.s32 %p2, %r1, 1;", "not in its own mask"),
     ];
     let entries: Vec<_> = wrong.iter().enumerate().map(|(i, (body, _))| entry(&format!("wrong{i}"), body)).collect();
@@ -357,6 +363,29 @@ fn what_a_gpu_would_not_do_is_an_error() {
         let error = machine.launch(&format!("wrong{i}"), 2, 64, 4).expect_err(body);
         assert!(error.contains(expected), "{error}");
     }
+}
+
+#[test]
+fn caches_do_not_follow_other_ctas() {
+    // A CTA writes its own word, and reads that of the one before it.
+    let reading = |how: &str| {
+        format!(
+            "mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd1, %r1, 8; add.s64 %rd1, %rd0, %rd1; setp.eq.s32 %p1, %r1, 0; @%p1 bra $L_first;\n\
+             {how}.u32 %r2, [%rd1+-8];\n$L_first:\nst.global.u32 [%rd1], %r1;\n"
+        )
+    };
+    let ways = ["ld.global", "ld.global.nc", "ld", "ld.global.cg"];
+    let entries: Vec<_> = ways.iter().enumerate().map(|(i, how)| entry(&format!("way{i}"), &reading(how))).collect();
+    let Some(machine) = Machine::build(&entries.concat(), Style::Plain) else { return };
+    let machine = machine.unwrap();
+    let error = |i: usize| machine.launch_blocks(&format!("way{i}"), 2, 1, 0, 2).err().unwrap_or_default();
+    assert!(error(0).contains("a load by L1 of what another CTA of the launch has written"), "{}", error(0));
+    assert!(error(1).contains("ld.global.nc of what the launch itself has written"), "{}", error(1));
+    assert!(error(2).contains("a load by L1"), "{}", error(2));
+    assert_eq!(error(3), "");
+    // What an earlier launch wrote is there for all.
+    let once = |i: usize| machine.launch_blocks(&format!("way{i}"), 1, 1, 0, 2).err().unwrap_or_default();
+    assert_eq!([once(0), once(1)], ["", ""]);
 }
 
 #[test]
