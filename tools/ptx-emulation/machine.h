@@ -5,6 +5,9 @@
 #include "simt/ptx_host.h"
 
 #include <sys/mman.h>
+#ifdef KVLAR_ACCESSES
+#include "accesses.h"
+#endif
 
 // Called, not inlined: most of their thousands of places are alike, and compilers take long enough.
 #define PTX_FN __attribute__((noinline))
@@ -21,8 +24,8 @@ using f32 = float; using f64 = double; using pred = bool;
 struct f16; struct bf16; struct f16x2; struct bf16x2; struct e4m3x2;  // names of types, in conversions and products
 
 // ---- operands
-struct Sink {};                      // `_`: what is not wanted
-struct Number { int64_t value; };    // an immediate; also the address of a variable
+struct Sink {};                    // `_`: what is not wanted
+struct Number { int64_t value; };  // an immediate; also the address of a variable
 
 // A register's bits as a T: as many, or the lower ones of a wider register.
 template <class T, class R> SIMT_INLINE T as(R r) {
@@ -45,7 +48,6 @@ template <class T, class D> SIMT_INLINE void set(D& d, T v) {
 }
 SIMT_INLINE float float_of(uint32_t bits) { return simt::bits<float>(bits); }
 SIMT_INLINE double double_of(uint64_t bits) { return simt::bits<double>(bits); }
-
 SIMT_INLINE uint32_t bits_of(float x) { return simt::bits<uint32_t>(x); }
 
 SIMT_INLINE float rounded(float x) { return x == x ? x : float_of(0x7fffffffu); }
@@ -70,11 +72,20 @@ SIMT_INLINE uint32_t nctaid_z() { return simt::blk.gdim.z; }
 SIMT_INLINE uint32_t laneid() { return simt::cur->lane; }
 
 // ---- memory. Shared memory is a window of 32-bit addresses; all others are the host's own.
+SIMT_INLINE uint32_t cta() { return (simt::blk.bid.z * simt::blk.gdim.y + simt::blk.bid.y) * simt::blk.gdim.x + simt::blk.bid.x; }
+#ifdef KVLAR_ACCESSES
+SIMT_INLINE void count_shared(uint64_t address, unsigned bytes) { access(Space::kShared, address, bytes, cta()); }
+SIMT_INLINE void count_global(uint64_t address, unsigned bytes) { access(Space::kGlobal, address, bytes, cta()); }
+#else
+SIMT_INLINE void count_shared(uint64_t, unsigned) {}
+SIMT_INLINE void count_global(uint64_t, unsigned) {}
+#endif
 constexpr uint64_t kSharedStart = 1024;  // the system's own lies before it; so null is nothing of ours
 
 PTX_CALLED unsigned char* shared(uint64_t address, unsigned bytes, unsigned alignment) {
   if (address < kSharedStart || address + bytes > kSharedStart + uint64_t(simt::blk.shared_bytes))
     simt::fail("%u bytes of shared memory at %lld of %u", bytes, (long long)(address - kSharedStart), simt::blk.shared_bytes);
+  if (bytes) count_shared(address, bytes);
   if (address % alignment) simt::fail("misaligned address of shared memory: %u bytes at %llu", bytes, (unsigned long long)(address - kSharedStart));
   return simt::blk.shared + (address - kSharedStart);
 }
@@ -82,6 +93,7 @@ PTX_CALLED void misaligned(uint64_t address, unsigned alignment) {
   simt::fail("misaligned address: %u bytes at %#llx", alignment, (unsigned long long)address);
 }
 SIMT_INLINE unsigned char* elsewhere(uint64_t address, unsigned alignment) {
+  count_global(address, alignment);
   if (address % alignment) misaligned(address, alignment);
   return reinterpret_cast<unsigned char*>(address);
 }
@@ -95,19 +107,22 @@ template <class T, class... V> SIMT_INLINE void store(unsigned char* to, V... v)
 }
 
 // A GPU's caches do not follow what is written elsewhere. Read-only loads may be answered by one that no write of the same launch
-// reaches (nvcc makes them of what it takes to be constant), and plain loads by the SM's own, which writes of other CTAs do not
-// reach. So it is remembered who was the last to write a word, found by the lower bits of its address.
+// reaches, and nvcc makes them of what it takes to be constant. Plain loads may be answered by the SM's own, which writes of other
+// CTAs do not reach: after a fence they are right, but our rule is to read past it (device/ptx.cuh, arrive_last). So it is remembered
+// who was the last to write a word, found by the lower bits of its address.
 struct Writer { uint32_t launch, cta; };
 constexpr uint64_t kAddresses = 1ull << 38;
 inline Writer* remembered() {
   void* p = mmap(nullptr, kAddresses / 4 * sizeof(Writer), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  return p == MAP_FAILED ? nullptr : static_cast<Writer*>(p);
+  if (p == MAP_FAILED) {
+    perror("kernel emulation: no addresses for what is written");
+    abort();
+  }
+  return static_cast<Writer*>(p);
 }
 inline Writer* const kWriters = remembered();
-SIMT_INLINE uint32_t cta() { return (simt::blk.bid.z * simt::blk.gdim.y + simt::blk.bid.y) * simt::blk.gdim.x + simt::blk.bid.x; }
 SIMT_INLINE Writer& writer(uint64_t address) { return kWriters[address % kAddresses / 4]; }
 PTX_CALLED uint64_t written(uint64_t address, unsigned bytes) {
-  if (!kWriters) simt::fail("no room to remember what is written");
   for (uint64_t a = address; a < address + bytes; a += 4) writer(a) = {simt::blk.launch, cta()};
   return address;
 }
@@ -185,6 +200,7 @@ SIMT_INLINE void fence_mbarrier_init_release_cluster() {}
 
 // ---- asynchronous copies
 PTX_CALLED void copy_later(uint64_t to, uint64_t from, int size, int source_bytes) {
+  if (source_bytes) count_global(from, unsigned(source_bytes));
   ptx::cp_async({shared(to, unsigned(size), unsigned(size))}, reinterpret_cast<const void*>(from), source_bytes, size);
 }
 template <class N> PTX_FN void cp_async_cg_shared_global(uint64_t to, uint64_t from, Number bytes, N source_bytes) {

@@ -232,8 +232,11 @@ impl Compiler<'_> {
 
     fn make(&self, unit: &Unit, arch: &str, file: &dyn Fn(&str) -> PathBuf) -> Result<(), String> {
         let cubin = file("cubin");
-        let (source, ptx) =
-            if unit.per_arch { (unit.source.clone(), arch) } else { (self.ptx(unit, &self.build.ptx)?, self.build.ptx.as_str()) };
+        let (source, ptx) = if unit.per_arch {
+            (unit.source.clone(), arch)
+        } else {
+            (self.ptx(unit, &self.build.ptx, false)?, self.build.ptx.as_str())
+        };
         let mut nvcc = self.nvcc(ptx, &format!("sm_{arch}"));
         let (out, err) = run(nvcc.args(["-Xptxas", "-v", "-cubin"]).arg(source).arg("-o").arg(&cubin))?;
         let write = |to: PathBuf, text: String| fs::write(&to, text).map_err(|e| format!("{}: {e}", to.display()));
@@ -251,23 +254,26 @@ impl Compiler<'_> {
         self.tools.nvcc(self.build, self.kernels, ptx, code)
     }
 
-    /// The PTX of a unit, for an architecture; whoever is first makes it, the others wait.
-    fn ptx(&self, unit: &Unit, arch: &str) -> Result<PathBuf, String> {
+    /// The PTX of a unit, for an architecture, with the source's line numbers or without; whoever is first makes it, the others wait.
+    fn ptx(&self, unit: &Unit, arch: &str, lines: bool) -> Result<PathBuf, String> {
         let _turn = unit.making_ptx.lock().unwrap_or_else(|e| e.into_inner());
-        let stem = format!("{}-compute_{arch}-", unit.name);
+        let stem = format!("{}-compute_{arch}{}-", unit.name, if lines { "-lines" } else { "" });
         let base = self.base(&stem, unit);
-        let (path, part) = (base.with_extension("ptx"), base.with_extension("part"));
+        // Another process may be making the same.
+        let (path, part) = (base.with_extension("ptx"), base.with_extension(format!("{}.part", std::process::id())));
         if !path.exists() {
             self.remove(&stem)?;
-            run(self.nvcc(arch, &format!("compute_{arch}")).arg("-ptx").arg(&unit.source).arg("-o").arg(&part))?;
+            let mut nvcc = self.nvcc(arch, &format!("compute_{arch}"));
+            nvcc.args(lines.then_some("-lineinfo")).arg("-ptx").arg(&unit.source).arg("-o").arg(&part);
+            run(&mut nvcc)?;
             fs::rename(part, &path).map_err(|e| e.to_string())?;
         }
         Ok(path)
     }
 
     /// The PTX that the code of all architectures is made from, or of units that ask for the architecture, that for `own`.
-    pub fn shipped_ptx(&self, unit: &Unit, own: &str) -> Result<PathBuf, String> {
-        self.ptx(unit, if unit.per_arch { own } else { &self.build.ptx })
+    pub fn shipped_ptx(&self, unit: &Unit, own: &str, lines: bool) -> Result<PathBuf, String> {
+        self.ptx(unit, if unit.per_arch { own } else { &self.build.ptx }, lines)
     }
 
     fn read(&self, file: &dyn Fn(&str) -> PathBuf) -> Result<Report, String> {

@@ -52,6 +52,9 @@ struct Args {
     /// for this one.
     #[arg(long, value_name = "ARCH", conflicts_with_all = ["write", "pairs", "path"])]
     ptx: Option<String>,
+    /// With --ptx: with the lines of the source that instructions come from.
+    #[arg(long, requires = "ptx")]
+    lines: bool,
 }
 
 fn main() -> ExitCode {
@@ -82,7 +85,7 @@ fn run(args: &Args) -> Result<bool, String> {
 
     if let Some(arch) = &args.ptx {
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
-        let mut files = compile::in_parallel(&units, jobs, |u| Ok((u.name.clone(), compiler.shipped_ptx(u, arch)?)))?;
+        let mut files = compile::in_parallel(&units, jobs, |u| Ok((u.name.clone(), compiler.shipped_ptx(u, arch, args.lines)?)))?;
         files.sort();
         files.iter().for_each(|(unit, file)| println!("{unit} {}", file.display()));
         return Ok(true);

@@ -1,7 +1,8 @@
 //! C++ for the runtime of the emulation: an entry is a function, a register a variable, an instruction a call of `machine.h`.
 
+use crate::Style;
 use crate::plain::{plain, storage};
-use crate::syntax::{Entry, Instruction, Module, Operand, Statement, Variable};
+use crate::syntax::{Entry, Instruction, Module, Operand, Statement};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 
@@ -13,16 +14,23 @@ const TYPES: [&str; 20] = [
 /// Dynamic shared memory begins at such a multiple: `kSharedAlignment` of `simt/host.h`.
 const DYNAMIC_ALIGNMENT: u32 = 128;
 
-/// The C++ source of a file's entries; `plain`: with common instructions spelled out, for compilers to be done sooner.
+/// The C++ source of a file's entries.
 ///
 /// # Errors
 /// What of the file has no counterpart.
-pub fn emit(module: &Module, plain: bool) -> Result<String, String> {
-    let mut out = String::from("#include \"machine.h\"\n");
+pub fn emit(module: &Module, style: Style) -> Result<String, String> {
+    let mut out = String::new();
+    let mut sites = Vec::new();
     for entry in &module.entries {
-        emit_entry(&mut out, &module.shared, entry, plain).map_err(|e| format!("{}: {e}", entry.name))?;
+        emit_entry(&mut out, module, entry, style, &mut sites).map_err(|e| format!("{}: {e}", entry.name))?;
     }
-    Ok(out)
+    let mut head = String::from("#include \"machine.h\"\n");
+    if style == Style::Accesses {
+        // One more, for there to be any.
+        let _ = writeln!(head, "namespace machine {{\nstatic const Site sites_here[] = {{\n{}{{}}}};", sites.concat());
+        let _ = writeln!(head, "static const int first_site = add_sites(sites_here);\n}}  // namespace machine");
+    }
+    Ok(head + &out)
 }
 
 /// What an entry's instructions refer to.
@@ -32,8 +40,8 @@ pub struct Context<'a> {
     registers: HashMap<String, &'static str>,
     /// Variables' and parameters' addresses.
     symbols: HashMap<&'a str, String>,
-    /// Whether common instructions are spelled out.
-    pub plain: bool,
+    /// The source's line that instructions come from.
+    location: Option<String>,
 }
 
 impl Context<'_> {
@@ -61,10 +69,10 @@ impl Context<'_> {
     }
 }
 
-fn emit_entry(out: &mut String, of_module: &[Variable], entry: &Entry, plain: bool) -> Result<(), String> {
-    let mut context = Context { plain, ..Context::default() };
+fn emit_entry(out: &mut String, module: &Module, entry: &Entry, style: Style, sites: &mut Vec<String>) -> Result<(), String> {
+    let mut context = Context::default();
     let used = names_in(&entry.body);
-    let shared: Vec<_> = of_module.iter().chain(&entry.shared).filter(|v| used.contains(v.name.as_str())).collect();
+    let shared: Vec<_> = module.shared.iter().chain(&entry.shared).filter(|v| used.contains(v.name.as_str())).collect();
     let (mut fixed, mut dynamic) = (0u32, None);
     for variable in shared.iter() {
         let Some(bytes) = variable.bytes else {
@@ -85,13 +93,32 @@ fn emit_entry(out: &mut String, of_module: &[Variable], entry: &Entry, plain: bo
     let _ = writeln!(out, "\nnamespace machine {{\nstatic void {name}(const void* given) {{");
     let _ = writeln!(out, "[[maybe_unused]] const uint64_t parameters = reinterpret_cast<uint64_t>(given);");
     for statement in &entry.body {
-        emit_statement(out, &mut context, statement)?;
+        let accesses = style == Style::Accesses && matches!(statement, Statement::Instruction(i) if accesses_memory(i));
+        if accesses {
+            let _ = write!(out, "{{ here = first_site + {}; ", sites.len());
+            sites.push(site(entry, &context, statement));
+        }
+        emit_statement(out, &mut context, &module.files, statement, style)?;
+        out.push_str(if accesses { "here = -1; }\n" } else { "" });
     }
     let bytes = entry.parameter_bytes;
     let _ = writeln!(out, "}}\n}}  // namespace machine\nextern \"C\" const simt::KernelDesc kvlar_simt_kernel_{name};");
     let _ =
         writeln!(out, "const simt::KernelDesc kvlar_simt_kernel_{name} = {{\"{name}\", &machine::{name}, {bytes}, {fixed}}};");
     Ok(())
+}
+
+fn accesses_memory(instruction: &Instruction) -> bool {
+    let name = instruction.name[0].as_str();
+    (["ld", "st", "atom", "ldmatrix"].contains(&name) && !instruction.name.iter().any(|p| p == "param"))
+        || (name == "cp" && instruction.operands.iter().any(|o| matches!(o, Operand::Address(..))))
+}
+
+/// An element of a table of `Site` in `accesses.h`.
+fn site(entry: &Entry, context: &Context, statement: &Statement) -> String {
+    let Statement::Instruction(instruction) = statement else { return String::new() };
+    let place = context.location.as_deref().unwrap_or_default();
+    format!("{{\"{}\", \"{}\", {place:?}}},\n", entry.name, instruction.name.join("."))
 }
 
 /// All names that instructions mention.
@@ -114,7 +141,13 @@ fn names_in(body: &[Statement]) -> BTreeSet<&str> {
     names
 }
 
-fn emit_statement(out: &mut String, context: &mut Context, statement: &Statement) -> Result<(), String> {
+fn emit_statement(
+    out: &mut String,
+    context: &mut Context,
+    files: &HashMap<u32, String>,
+    statement: &Statement,
+    style: Style,
+) -> Result<(), String> {
     match statement {
         Statement::Registers { kind, name, count } => {
             // (Assembly within the source has registers of halves.)
@@ -125,6 +158,13 @@ fn emit_statement(out: &mut String, context: &mut Context, statement: &Statement
             }
             context.registers.extend(names.into_iter().map(|n| (n, kind)));
         }
+        // (What a toolkit's header has, or one function for an instruction, is where it was inlined.)
+        Statement::Location(places) => {
+            let of_a_kernel =
+                |file| files.get(file)?.rsplit_once("/kernels/").map(|path| path.1).filter(|f| *f != "device/ptx.cuh");
+            let known = places.iter().find_map(|(file, line)| Some((of_a_kernel(file)?, line)));
+            context.location = known.map(|(file, line)| format!("{file}:{line}")).or(context.location.take());
+        }
         Statement::Label(label) => _ = writeln!(out, "{label}:;"),
         Statement::Open => out.push_str("{\n"),
         Statement::Close => out.push_str("}\n"),
@@ -132,13 +172,13 @@ fn emit_statement(out: &mut String, context: &mut Context, statement: &Statement
             if let Some((register, negated)) = &instruction.guard {
                 let _ = write!(out, "if ({}r_{register}) ", if *negated { "!" } else { "" });
             }
-            let _ = writeln!(out, "{};", call(context, instruction)?);
+            let _ = writeln!(out, "{};", call(context, instruction, style)?);
         }
     }
     Ok(())
 }
 
-fn call(context: &Context, instruction: &Instruction) -> Result<String, String> {
+fn call(context: &Context, instruction: &Instruction, style: Style) -> Result<String, String> {
     let whole = instruction.name.join(".");
     match (whole.as_str(), &instruction.operands[..]) {
         ("bra" | "bra.uni", [Operand::Name(label)]) => return Ok(format!("goto {label}")),
@@ -148,7 +188,7 @@ fn call(context: &Context, instruction: &Instruction) -> Result<String, String> 
     let (types, mut parts): (Vec<&str>, Vec<&str>) = instruction.name.iter().map(String::as_str).partition(|p| TYPES.contains(p));
     parts.retain(|p| !["v2", "v4"].contains(p));
     let mut name = parts.join("_");
-    if let Some(statement) = plain(context, &name, &types, &instruction.operands).filter(|_| context.plain) {
+    if let Some(statement) = plain(context, &name, &types, &instruction.operands).filter(|_| style != Style::Calls) {
         return Ok(statement);
     }
     if let ("mov", [a, b]) = (name.as_str(), &instruction.operands[..]) {

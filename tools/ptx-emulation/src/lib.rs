@@ -20,6 +20,8 @@ pub enum Style {
     Plain,
     /// Every instruction is a call of `machine.h`.
     Calls,
+    /// Plain, and whatever accesses memory is counted: for a compiler with `KVLAR_ACCESSES` defined (`accesses.h`).
+    Accesses,
 }
 
 /// The C++ of a file of PTX: a descriptor `kvlar_simt_kernel_<entry>` for each of its entries, as `kernels/simt/host.h` has them.
@@ -27,5 +29,5 @@ pub enum Style {
 /// # Errors
 /// What the file has that nvcc does not make of our kernels, and where. (Of instructions the C++ compiler says it.)
 pub fn translate(ptx: &str, style: Style) -> Result<String, String> {
-    emit::emit(&syntax::parse(ptx)?, style == Style::Plain)
+    emit::emit(&syntax::parse(ptx)?, style)
 }

@@ -1,17 +1,20 @@
-//! `kvlar-ptx-emulation IN.ptx OUT.cpp`: see the library.
+//! `kvlar-ptx-emulation [--accesses] IN.ptx OUT.cpp`: see the library.
 
 use kvlar_ptx_emulation::{Style, translate};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let counted = arguments.first().is_some_and(|a| a == "--accesses");
+    arguments.drain(..usize::from(counted));
+    let style = if counted { Style::Accesses } else { Style::Plain };
     let [from, to] = &arguments[..] else {
-        eprintln!("usage: kvlar-ptx-emulation IN.ptx OUT.cpp");
+        eprintln!("usage: kvlar-ptx-emulation [--accesses] IN.ptx OUT.cpp");
         return ExitCode::from(2);
     };
     let translated = std::fs::read_to_string(from)
         .map_err(|e| e.to_string())
-        .and_then(|text| translate(&text, Style::Plain))
+        .and_then(|text| translate(&text, style))
         .and_then(|cpp| std::fs::write(to, cpp).map_err(|e| e.to_string()));
     match translated {
         Ok(()) => ExitCode::SUCCESS,

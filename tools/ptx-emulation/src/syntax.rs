@@ -1,10 +1,11 @@
 //! The syntax of PTX, as far as nvcc writes it for our kernels ("PTX ISA" 9.0, section 4).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
-/// A file: variables of shared memory, and entries.
+/// A file: variables of shared memory, and entries; and the sources by the numbers that locations have, where it speaks of them.
 #[derive(Debug, Default)]
 pub struct Module {
+    pub files: HashMap<u32, String>,
     pub shared: Vec<Variable>,
     pub entries: Vec<Entry>,
 }
@@ -36,6 +37,8 @@ pub enum Statement {
         count: Option<u32>,
     },
     Label(String),
+    /// What follows is of this file and line, or where that was inlined, of these.
+    Location(Vec<(u32, u32)>),
     Open,
     Close,
     Instruction(Instruction),
@@ -118,9 +121,9 @@ impl<'a> Source<'a> {
         Ok(taken.trim())
     }
 
-    fn rest_of_line(&mut self) {
+    fn rest_of_line(&mut self) -> &'a str {
         let end = self.text.find('\n').unwrap_or(self.text.len());
-        self.advance(end);
+        self.advance(end)
     }
 
     fn module(&mut self) -> Outcome<Module> {
@@ -130,7 +133,12 @@ impl<'a> Source<'a> {
             if self.text.is_empty() {
                 return Ok(module);
             }
-            if [".version", ".target", ".address_size"].iter().any(|d| self.next_is(d)) {
+            if self.next_is(".file") {
+                let (number, path) = self.rest_of_line().trim().split_once(char::is_whitespace).ok_or("a file without a name")?;
+                module.files.insert(number.parse().map_err(|_| "a file without a number")?, path.trim_matches('"').into());
+            } else if self.next_is(".section") {
+                self.until('}')?; // for debuggers
+            } else if [".version", ".target", ".address_size"].iter().any(|d| self.next_is(d)) {
                 self.rest_of_line();
             } else if self.next_is(".visible") {
                 if !self.next_is(".entry") {
@@ -156,7 +164,15 @@ impl<'a> Source<'a> {
         let mut depth = 0;
         loop {
             self.skip_space();
-            if self.next_is("{") {
+            if self.next_is(".loc") {
+                let line = self.rest_of_line();
+                let of = |text: &str| {
+                    let mut numbers = text.split_whitespace().map_while(|n| n.parse().ok());
+                    numbers.next().zip(numbers.next())
+                };
+                let places = line.split("inlined_at").map(|place| of(place).ok_or_else(|| format!("no place: {line}")));
+                entry.body.push(Statement::Location(places.collect::<Outcome<_>>()?));
+            } else if self.next_is("{") {
                 depth += 1;
                 entry.body.push(Statement::Open);
             } else if self.next_is("}") {
