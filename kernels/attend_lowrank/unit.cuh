@@ -13,7 +13,7 @@ namespace kvlar::attend_lowrank {
 using attend::page_of;
 using attend::tiles_of;
 
-constexpr int kMaxHeads = 16, kMaxColumns = 16;
+constexpr int kMaxHeads = 16, kMaxColumns = 16, kMaxWarps = 8;
 constexpr int kLatentRows = 32, kExactRows = 16;
 
 struct Unit {
@@ -51,6 +51,18 @@ struct HeadRows {
       length[s] = s < int(p.segment_count) ? attend::held_rows(p, s, seq, head) : 0;
       total += length[s];
     }
+  }
+
+  // Those of another lane.
+  __device__ HeadRows of_lane(int lane) const {
+    HeadRows rows = *this;
+#pragma unroll
+    for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {
+      rows.length[s] = __shfl_sync(0xffffffffu, length[s], lane);
+      rows.first[s] = __shfl_sync(0xffffffffu, first[s], lane);
+    }
+    rows.total = __shfl_sync(0xffffffffu, total, lane);
+    return rows;
   }
 };
 
@@ -185,54 +197,58 @@ __device__ inline int32_t* unit_record(const KvlarAttend& p, int index) {
   return attend::cta_records(p) + 4 * p.ctas + kUnitRecord * index;
 }
 
-// Fills in everything of unit `index`. One thread does it.
-__device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, Unit& u) {
+// Fills in everything of unit `index`. A warp does it, a lane a number of the record, then a head, then a column: the whole CTA
+// waits, for one load after the other where it must be, for each kind of them once.
+__device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, Unit& u, int lane) {
+  static_assert(kUnitRecord <= 32 && kMaxHeads <= 32 && kMaxColumns <= 32, "a lane each");
   const KvlarAttend& p = lowrank.attend;
   const Place at(lowrank, index);
-  const int32_t* record = unit_record(p, index);
-  u.seq = at.seq;
-  u.key_group = at.key_group;
-  u.value_group = at.value_group;
-  u.heads = at.heads;
-  u.columns = at.columns;
-  u.lowest_query = __ldg(record);
-  u.highest_query = __ldg(record + 1);
-  u.exact_tiles = __ldg(record + 2) * at.heads;
-  u.latent_tiles = __ldg(record + 3);
-  u.tile_count = u.exact_tiles + u.latent_tiles * int(lowrank.slices);
-#pragma unroll 1
+  const int number = lane < kUnitRecord ? __ldg(unit_record(p, index) + lane) : 0;
+  const int own_head = at.heads > 0 ? __ldg(at.head + min(lane, at.heads - 1)) : 0;  // further lanes repeat the last head
+  const HeadRows rows(p, at.seq, own_head);
+  const int exact = __shfl_sync(0xffffffffu, number, 2) * at.heads, latent = __shfl_sync(0xffffffffu, number, 3);
+  const int lowest = __shfl_sync(0xffffffffu, number, 0), highest = __shfl_sync(0xffffffffu, number, 1);
+#pragma unroll
   for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {
-    u.first_tile[s] = __ldg(record + 4 + s);
-    u.tiles[s] = __ldg(record + 4 + KVLAR_MAX_SEGMENTS + s);
-    u.shortest[s] = INT32_MAX;
-    u.longest[s] = 0;
-  }
-#pragma unroll 1
-  for (int c = 0; c < kMaxColumns; ++c) {
-    u.column_head[c] = u.column_row[c] = u.column_query_head[c] = 0;
-    u.column_query[c] = attend::kMaskedColumn;
-  }
-#pragma unroll 1
-  for (int h = 0; h < at.heads; ++h) {
-    u.head[h] = __ldg(at.head + h);
-    const HeadRows rows(p, at.seq, u.head[h]);
-    FOR_EACH_SEGMENT(p, s) {
-      u.length[s][h] = rows.length[s];
-      u.first_row[s][h] = rows.first[s];
-      // The heads of a set turn a tile together.
-      if (is_latent(p, s) && !p.segments[s].rows.positions && rows.first[s] != u.first_row[s][0]) attend::report(p, KVLAR_STATUS_BAD_LENGTH);
-      u.shortest[s] = min(u.shortest[s], rows.length[s]);
-      u.longest[s] = max(u.longest[s], rows.length[s]);
+    const int shortest = __reduce_min_sync(0xffffffffu, rows.length[s]), longest = __reduce_max_sync(0xffffffffu, rows.length[s]);
+    const int first_tile = __shfl_sync(0xffffffffu, number, 4 + s), tiles = __shfl_sync(0xffffffffu, number, 4 + KVLAR_MAX_SEGMENTS + s);
+    // The heads of a set turn a tile together.
+    const bool together = rows.first[s] == __shfl_sync(0xffffffffu, rows.first[s], 0);
+    if (s < int(p.segment_count) && is_latent(p, s) && !p.segments[s].rows.positions && !together) attend::report(p, KVLAR_STATUS_BAD_LENGTH);
+    if (lane < at.heads) {
+      u.length[s][lane] = rows.length[s];
+      u.first_row[s][lane] = rows.first[s];
     }
-    const int a_head = at.heads > 1 ? columns_a_head(p) : at.columns;
-#pragma unroll 1
-    for (int c = h * a_head; c < (h + 1) * a_head; ++c) {
-      const int packed = at.first_column + c - h * a_head, row = packed / int(p.group);
-      u.column_head[c] = h;
-      u.column_row[c] = row;
-      u.column_query_head[c] = u.head[h] * int(p.group) + packed - row * int(p.group);
-      u.column_query[c] = query_position(p, rows, at.seq, u.head[h], at.key_group, row);
+    if (lane == 0) {
+      u.first_tile[s] = first_tile;
+      u.tiles[s] = tiles;
+      u.shortest[s] = shortest;
+      u.longest[s] = longest;
     }
+  }
+  if (lane < at.heads) u.head[lane] = own_head;
+  if (lane == 0) {
+    u.seq = at.seq;
+    u.key_group = at.key_group;
+    u.value_group = at.value_group;
+    u.heads = at.heads;
+    u.columns = at.columns;
+    u.lowest_query = lowest;
+    u.highest_query = highest;
+    u.exact_tiles = exact;
+    u.latent_tiles = latent;
+    u.tile_count = exact + latent * int(lowrank.slices);
+  }
+  const int a_head = at.heads > 1 ? columns_a_head(p) : at.columns, h = lane < at.columns ? lane / a_head : 0;
+  const HeadRows of_column = rows.of_lane(h);
+  const int head = __shfl_sync(0xffffffffu, own_head, h);
+  if (lane < kMaxColumns) {
+    const bool in_use = lane < at.columns;
+    const int packed = at.first_column + lane - h * a_head, row = packed / int(p.group);
+    u.column_head[lane] = h;
+    u.column_row[lane] = in_use ? row : 0;
+    u.column_query_head[lane] = in_use ? head * int(p.group) + packed - row * int(p.group) : 0;
+    u.column_query[lane] = in_use ? query_position(p, of_column, at.seq, head, at.key_group, row) : attend::kMaskedColumn;
   }
 }
 

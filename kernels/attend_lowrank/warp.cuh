@@ -8,6 +8,10 @@
 
 namespace kvlar::attend_lowrank {
 
+struct Tiles {
+  int first, end;
+};
+
 template <class T, int NT, int V, int kLatent> struct Warp {
   static constexpr bool kInt8 = kLatent != KVLAR_LATENT_DTYPE;
   using Scoring = Scores<T, NT, kLatent>;
@@ -16,19 +20,23 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   const KvlarAttendLowrank& lowrank;
   const KvlarAttend& p;
   const Unit& unit;
-  unsigned char* const memory;  // the warp's
+  unsigned char* const shared;  // the CTA's dynamic shared memory
   const int lane;
   const Lane at;
   const Scoring scoring;
   State state;
 
-  __device__ Warp(const KvlarAttendLowrank& params, const Unit& u, unsigned char* shared)
+  __device__ Warp(const KvlarAttendLowrank& params, const Unit& u, unsigned char* dynamic)
       : lowrank(params), p(params.attend), unit(u),
-        memory(shared + params.shared.warps + (threadIdx.x / 32) * params.shared.warp_bytes),
-        lane(int(threadIdx.x) & 31), scoring(params, u, shared) {}
+        shared(dynamic), lane(int(threadIdx.x) & 31), scoring(params, u, dynamic) {}
+
+  // The warp's part of it; worked out anew, since registers are scarce.
+  __device__ __forceinline__ unsigned char* memory() const {
+    return shared + lowrank.shared.warps + (ptx::unknown(int(threadIdx.x)) / 32) * lowrank.shared.warp_bytes;
+  }
 
   __device__ __forceinline__ unsigned char* stage_memory(int stage) const {
-    return memory + lowrank.shared.warp_ring + stage * lowrank.shared.stage_bytes;
+    return memory() + lowrank.shared.warp_ring + stage * lowrank.shared.stage_bytes;
   }
 
   // ---- rows
@@ -124,9 +132,9 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     // Rows in a row (as they mostly are) share the table of turns, wherever they are.
     const int first = positions ? positions[0] : unit.first_row[rows.segment][0] + rows.row;
     const bool in_a_row = !positions || __all_sync(0xffffffffu, lane >= rows.valid || positions[lane] == first + lane);
-    scoring.turn_queries(memory, in_a_row ? first : 0);
+    scoring.turn_queries(memory(), in_a_row ? first : 0);
     float s[2][NT][4] = {};
-    scoring.template add<(NT * V > 128 || kLatent == KVLAR_LATENT_INT8_BASIS)>(s, tile_s, memory, tile + lowrank.shared.stage_key_params, in_a_row ? nullptr : positions);
+    scoring.template add<(NT * V > 128 || kLatent == KVLAR_LATENT_INT8_BASIS)>(s, tile_s, memory(), tile + lowrank.shared.stage_key_params, in_a_row ? nullptr : positions);
     to_logits(s, p);
     const bool all_visible = !positions && rows.row + kLatentRows <= unit.shortest[rows.segment] && first + kLatentRows - 1 <= unit.lowest_query &&
                              (p.window == 0 || unit.highest_query - first < p.window);
@@ -210,19 +218,18 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   }
 
   template <class Find, class Issue, class Consume>
-  __device__ __forceinline__ void take(int first, int end, Find find_tile, Issue issue, Consume consume) {
+  __device__ __forceinline__ void take(const Tiles& tiles, Find find_tile, Issue issue, Consume consume) {
     const int warps = int(lowrank.shared.warp_count);
-    const int own = first + int(threadIdx.x) / 32;
-    int stage = 1;
+    int stage = 1, tile = tiles.first + int(threadIdx.x) / 32;
     TileRows coming{};  // pages are looked up a tile before the copies need them
-    if (own < end) coming = find_tile(own);
+    if (tile < tiles.end) coming = find_tile(tile);
     // The round before the first starts its copies and has nothing to consume: copies are a lot of code, once.
 #pragma unroll 1
-    for (int tile = own - warps; tile < end; tile += warps) {
+    for (tile -= warps; tile < tiles.end; tile += warps) {
       ptx::cp_async_wait<0>();
       __syncwarp();  // every lane's copies of this stage have landed, and every lane is done with the one before
       const int next = tile + warps;
-      if (next < end) {
+      if (next < tiles.end) {
         issue(coming, stage ^ 1, next);
         if (lane == 0) {
           int* record = stage_record(stage ^ 1);
@@ -230,10 +237,10 @@ template <class T, int NT, int V, int kLatent> struct Warp {
           record[1] = coming.row;
           record[2] = coming.valid;
         }
-        if (next + warps < end) coming = find_tile(next + warps);
+        if (next + warps < tiles.end) coming = find_tile(next + warps);
       }
       ptx::cp_async_commit();
-      if (tile >= own) {
+      if (tile >= tiles.first) {
         const int* record = stage_record(stage);
         TileRows here{};
         here.segment = record[0];
@@ -246,15 +253,15 @@ template <class T, int NT, int V, int kLatent> struct Warp {
     ptx::cp_async_wait<0>();
   }
 
-  __device__ void take_exact(int first, int end) {
+  __device__ void take_exact(const Tiles& tiles) {
     const int heads = unit.heads;
-    take(first, end, [&](int i) { return find<kExactRows>(i / heads, false, i % heads); },
+    take(tiles, [&](int i) { return find<kExactRows>(i / heads, false, i % heads); },
          [&](const TileRows& r, int stage, int i) { issue_exact(r, stage, i % heads); },
          [&](const TileRows& r, int stage, int i) { consume_exact(r, stage, i % heads); });
   }
 
-  __device__ void take_latent(int slice, int first, int end) {
-    take(first, end, [&](int i) { return find<kLatentRows>(i, true, 0); },
+  __device__ void take_latent(int slice, const Tiles& tiles) {
+    take(tiles, [&](int i) { return find<kLatentRows>(i, true, 0); },
          [&](const TileRows& r, int stage, int) { issue_latent(r, stage, slice); },
          [&](const TileRows& r, int stage, int) { consume_latent(r, stage, slice); });
   }

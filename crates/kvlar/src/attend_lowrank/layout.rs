@@ -8,6 +8,8 @@ use crate::{Codec, DeviceInfo, abi};
 pub(super) const LATENT_ROWS: usize = 32;
 pub(super) const EXACT_ROWS: usize = 16;
 const MAX_WARPS: usize = 8;
+/// Splits whose factors lie in shared memory while they are merged: `Merge::kSplitsAtOnce` in `kernels/attend_lowrank/merge.cuh`.
+const SPLITS_AT_ONCE: usize = 32;
 /// With fewer warps than this, it is better to serve fewer heads at a time, or to leave the bases in global memory.
 const ENOUGH_WARPS: usize = 4;
 /// The kernel's static shared memory (its unit), and what CUDA keeps of a block's.
@@ -85,7 +87,8 @@ fn divide(s: &LowrankShape, tiling: &Tiling, slice_width: usize, heads: usize, w
         LowrankValues::Latent { rank, .. } => rank,
     };
     let merge_warps = 4 * warps * tiling.columns * (tiling.width + 4 + 2);
-    let merge_splits = 4 * tiling.columns * (dv + latent_width + 2);
+    let phases = 1 + s.value_rank().div_ceil(tiling.width).max(1);
+    let merge_splits = 4 * tiling.columns * (dv + latent_width + 2 + SPLITS_AT_ONCE * phases);
     let warp_bytes = (warp_ring + 2 * stage).max(merge_warps.max(merge_splits).div_ceil(warps)).next_multiple_of(128);
     let shared = abi::KvlarLowrankShared {
         basis,
