@@ -69,8 +69,14 @@ template <class Warp> struct Cta {
         float* row = scratch(warp, column);
 #pragma unroll
         for (int i = 0; i < D / 16; ++i) {
-          row[Warp::Dims::at(i, at.g, 0)] = state.o[i][n][e];
-          row[Warp::Dims::at(i, at.g, 1)] = state.o[i][n][e + 2];
+          if constexpr (Warp::Dims::kNeighbours) {  // four of a lane at once: apart, lanes would meet in banks
+            if (i % 2 == 0)
+              *reinterpret_cast<float4*>(row + Warp::Dims::at(i, at.g, 0)) =
+                  make_float4(state.o[i][n][e], state.o[i][n][e + 2], state.o[i + 1][n][e], state.o[i + 1][n][e + 2]);
+          } else {
+            row[Warp::Dims::at(i, at.g, 0)] = state.o[i][n][e];
+            row[Warp::Dims::at(i, at.g, 1)] = state.o[i][n][e + 2];
+          }
         }
         if (at.g == 0) {
           scratch_state(warp, column)[0] = state.top[n][e];
@@ -138,33 +144,63 @@ template <class Warp> struct Cta {
     }
   }
 
-  // The last CTA of a unit merges its partial results, in split order.
+  // The last CTA of a unit merges its partial results, in a fixed order. All wait for it: its loads wait together.
   __device__ void merge_splits(const Share& share) const {
+    constexpr int kAtOnce = 8;
     const int quads = int(p.value_dim) / 4, columns = columns_in_use(p, shared.unit.query_tile);
+    float2* const merged = reinterpret_cast<float2*>(raw);  // a column's top, and the factor of its result
+    merge_states(merged, share, columns);
+    __syncthreads();
     for (int i = t; i < columns * quads; i += kThreads) {
       const int column = i / quads, dim = i % quads * 4;
-      float top = kFloor, sum = 0.f;
-#pragma unroll 4
-      for (int s = 0; s < share.splits; ++s) top = fmaxf(top, __ldcg(partial_state(slot_of_split(share, s), column)));
+      const float top = merged[column].x;
       float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-      for (int s = 0; s < share.splits; ++s) {
-        const int slot = slot_of_split(share, s);
-        const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state(slot, column)));
-        const float factor = ptx::ex2_approx(state.x - top);
-        sum = fmaf(factor, state.y, sum);
-        add_scaled(x, factor, __ldcg(reinterpret_cast<const float4*>(partial(slot, column) + dim)));
+#pragma unroll 1
+      for (int first = 0; first < share.splits; first += kAtOnce) {
+        float from[kAtOnce];
+        float4 part[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int slot = slot_of_split(share, min(first + j, share.splits - 1));
+          from[j] = __ldcg(partial_state(slot, column));
+          part[j] = __ldcg(reinterpret_cast<const float4*>(partial(slot, column) + dim));
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          if (first + j < share.splits) add_scaled(x, ptx::ex2_approx(from[j] - top), part[j]);
       }
-      write_out(column, dim, x, normalize(column, top, sum, dim == 0));
+      write_out(column, dim, x, merged[column].y);
+    }
+  }
+
+  // A warp a column, a lane a split.
+  __device__ void merge_states(float2* merged, const Share& share, int columns) const {
+    const int lane = t & 31;
+    for (int column = t / 32; column < columns; column += kWarps) {
+      float top = kFloor, sum = 0.f;
+#pragma unroll 2
+      for (int s = lane; s < share.splits; s += 32) {
+        const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state(slot_of_split(share, s), column)));
+        const float raised = fmaxf(top, state.x);
+        sum = fmaf(sum, ptx::ex2_approx(top - raised), state.y * ptx::ex2_approx(state.x - raised));
+        top = raised;
+      }
+      const float own = top;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+      sum *= ptx::ex2_approx(own - top);
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (lane == 0) merged[column] = make_float2(top, normalize(column, top, sum, true));
     }
   }
 
   __device__ void run() const {
-    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1), cta = int(blockIdx.x);
-    if (cta >= ctas) return;  // the whole CTA, before any barrier
+    const int cta = int(blockIdx.x);
     const int32_t* record = cta_records(p) + 4 * cta;
+    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1), cell_end = __ldg(record + 1);
     int cell = __ldg(record), unit = __ldg(record + 2);
-    const int cell_end = __ldg(record + 1);
+    if (cta >= ctas) return;  // the whole CTA, before any barrier
     while (cell < cell_end) {
       const int start = __ldg(cell_starts(p) + unit), end = __ldg(cell_starts(p) + unit + 1);
       load_shared(unit);

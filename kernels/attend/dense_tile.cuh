@@ -10,6 +10,7 @@ namespace kvlar::attend {
 // Natural: what ldmatrix gives. Strided: kWide neighbours a lane, what a vector load of integer rows gives.
 template <int D, bool kStrided> struct OutputDims {
   static constexpr int kWide = D / 8 < 16 ? D / 8 : 16;
+  static constexpr bool kNeighbours = kStrided;  // dims of accumulators 2j and 2j + 1 are four neighbours
   static constexpr __host__ __device__ int at(int i, int g, int upper) {
     return kStrided ? i / (kWide / 2) * (8 * kWide) + kWide * g + 2 * (i % (kWide / 2)) + upper : 16 * i + 8 * upper + g;
   }

@@ -30,7 +30,7 @@ template <int D, int kBits> struct ChannelKeys {
     const int unit = k / (kSteps * kWords), word = k / kSteps % kWords;
     return first(unit, word, column % 8 / 2) + code(k % kSteps, column);
   }
-  __device__ static constexpr int weight(int, int) { return 1; }
+  __device__ static constexpr int log_weight(int, int) { return 0; }
 };
 
 template <int D, int kBits> struct ChannelScores {

@@ -32,12 +32,14 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
   __device__ __forceinline__ uint32_t key_codec() const { return kKeys < 0 ? p.key_codec : uint32_t(kKeys); }
   __device__ __forceinline__ uint32_t value_codec() const { return kValues < 0 ? p.value_codec : uint32_t(kValues); }
 
-  __device__ void prepare(float* scratch) const { coded.prepare(scratch, *this, kWarps); }
+  __device__ void prepare(float* scratch) const {
+    if (key_codec() == KVLAR_CODEC_INT4_CHANNEL) coded.prepare(scratch, *this, ChannelKeys<D, 4>{});
+    else coded.prepare(scratch, *this, ChannelKeys<D, 2>{});
+  }
 
   __device__ void start(const float* scratch) {
     Base::load_positions();
-    if (key_codec() == KVLAR_CODEC_INT4_CHANNEL) coded.template permute<ChannelKeys<D, 4>>(scratch);
-    else coded.template permute<ChannelKeys<D, 2>>(scratch);
+    coded.load_fragments(scratch);
     state.clear();
   }
 

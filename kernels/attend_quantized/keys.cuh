@@ -23,17 +23,14 @@ template <int D> __device__ constexpr int key_dim(int bits, bool fp8, int k, int
   return 16 * words * lane + 16 * word + 2 * j + half + 8 * e;
 }
 
-// What a code is multiplied by there.
-__device__ constexpr int key_weight(int bits, int k, int column) {
-  const int half = column / 8;
-  return bits == 8 ? 1 : bits == 4 ? (half ? 16 : 1) : 1 << (2 * ((2 * k + half) % 4));
-}
+// log2 of what a code is multiplied by there, in that half of the columns.
+__device__ constexpr int key_log_weight(int bits, int k, int half) { return bits == 8 ? 0 : bits == 4 ? 4 * half : 2 * ((2 * k + half) % 4); }
 
 // How queries meet the codes of token-wise keys.
 template <int D, int kBits, bool kFp8> struct RowKeys {
   static constexpr float kMagic = kFp8 ? 0.f : 1024.f;  // what a code has too much (codes.cuh)
   __device__ static constexpr int dim(int k, int column) { return key_dim<D>(kBits, kFp8, k, column); }
-  __device__ static constexpr int weight(int k, int column) { return key_weight(kBits, k, column); }
+  __device__ static constexpr int log_weight(int k, int half) { return key_log_weight(kBits, k, half); }
 };
 
 // Where a lane's loads are follows from its place alone; with D = 256 there are no registers to hold that.

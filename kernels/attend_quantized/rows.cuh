@@ -5,6 +5,7 @@
 #include "attend/dense_tile.cuh"
 #include "attend/state.cuh"
 #include "attend_quantized/copy.cuh"
+#include "attend_quantized/queries.cuh"
 
 namespace kvlar::attend_quantized {
 
@@ -16,6 +17,7 @@ template <int D, int NT> struct WarpRows : attend::Columns<NT> {
   static constexpr int kDim = D, kTiles = NT, kWarps = attend::warps_of(D), kThreads = 32 * kWarps, kSteps = D / 16;
   static constexpr int kDenseRows = attend::Tiling<D>::kRows, kDenseBlocks = kDenseRows / 16;
   static constexpr int kLeastShared = kWarps * 8 * NT * (D + 6) * 4;  // the merge needs it, the launcher allocates it
+  static_assert(Queries<D, NT>::kScratchFloats * 4 <= kLeastShared, "queries are prepared there");
   static constexpr bool kPrepares = true;
 
   unsigned char* const ring;

@@ -45,11 +45,11 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
   __device__ __forceinline__ uint32_t key_codec() const { return kKeys < 0 ? p.key_codec : uint32_t(kKeys); }
   __device__ __forceinline__ uint32_t value_codec() const { return kValues < 0 ? p.value_codec : uint32_t(kValues); }
 
-  __device__ void prepare(float* scratch) const { coded.prepare(scratch, *this, kWarps); }
+  __device__ void prepare(float* scratch) const { coded.prepare_for(key_codec(), scratch, *this); }
 
   __device__ void start(const float* scratch) {
     Base::load_positions();
-    coded.load_fragments(scratch, key_codec());
+    coded.load_fragments(scratch);
     state.clear();
     in_codes = false;
 #pragma unroll

@@ -16,13 +16,28 @@ __device__ inline uint32_t ordered_key(float x) {
 __device__ inline uint32_t score_bin(float x) { return ordered_key(x) >> 21; }
 static_assert(KVLAR_SCORE_BINS == 1u << 11, "bins are the top 11 bits");
 
-// A (sequence, kv head)'s counts, made by some CTAs in `counts` (which is left at zero), become its histogram. All threads of
-// the last CTA to arrive call it.
-__device__ inline void hand_over_counts(uint32_t* counts, uint32_t* histogram) {
-  for (int i = int(threadIdx.x); i < KVLAR_SCORE_BINS; i += int(blockDim.x)) {
-    histogram[i] = __ldcg(counts + i);
-    counts[i] = 0;
+// Calls `each(bin, count)` for a (sequence, kv head)'s counts, made by some CTAs in `counts`, which is left at zero. All threads of
+// the last CTA to arrive call it. Eight loads of a thread are on their way together.
+template <class Each> __device__ inline void take_counts(uint32_t* counts, Each each) {
+  constexpr int kAtOnce = 8;
+  const int threads = int(blockDim.x);
+  for (int first = int(threadIdx.x); first < KVLAR_SCORE_BINS; first += kAtOnce * threads) {
+    uint32_t count[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) count[j] = __ldcg(counts + min(first + j * threads, KVLAR_SCORE_BINS - 1));
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * threads;
+      if (i >= KVLAR_SCORE_BINS) continue;
+      each(i, count[j]);
+      counts[i] = 0;
+    }
   }
+}
+
+// They become its histogram.
+__device__ inline void hand_over_counts(uint32_t* counts, uint32_t* histogram) {
+  take_counts(counts, [=](int i, uint32_t count) { histogram[i] = count; });
 }
 
 // Adds a CTA's bins to counts that others add to as well.

@@ -6,13 +6,14 @@
 // banks. So centroids are looked up where 2 w <= 4 G, tables elsewhere. 1M rows (128K of 8 heads) on an H200: m = 64, w = 2
 // 29 us, m = 32, w = 4 26 us, m = 16, w = 8 23 us, where the codes' bytes take 15.6, 7.8 and 3.9 us.
 //
-// Staging reads c * d * 4 B of fp32 centroids from L2 (128 KB at c = 256, d = 128) once a CTA and head: 3 us for 132 CTAs.
+// Staging reads c * d * 4 B of fp32 centroids from L2 (128 KB at c = 256, d = 128) once a CTA and head: 3 us for 132 CTAs, and a
+// warp reads the 2 KB of eight pairs a lane at a time.
 //
 // Order of the contraction: lane c of the four that share a row takes sub-vectors c, c + 4, c + 8, .., four dimensions a step.
 #pragma once
 #include "abi.h"
+#include "attend_quantized/keys.cuh"
 #include "attend_quantized/layout.cuh"
-#include "attend_quantized/queries.cuh"
 #include "device/pq.cuh"
 
 namespace kvlar::scan {
@@ -28,19 +29,30 @@ __host__ __device__ constexpr int centroids_stride(int centroids, int width) { r
 // threads of the CTA call it; a barrier must follow.
 __device__ inline float stage_centroids(unsigned char* to, const KvlarFormat& format, int head, int dim, int threads) {
   __shared__ uint32_t largest_bits;
-  const int width = int(format.group), count = int(format.centroids), pairs = count * dim / 2, stride = centroids_stride(count, width);
-  const float2* from = reinterpret_cast<const float2*>(codebooks_of(format, head, dim));
+  constexpr int kAtOnce = 8;
+  const int width = int(format.group), count = int(format.centroids), stride = centroids_stride(count, width);
+  const int lane = int(threadIdx.x) & 31, pairs = count * width / 2;  // of a sub-vector
+  const float2* const from = reinterpret_cast<const float2*>(codebooks_of(format, head, dim));
   float down = 1.f, up = 1.f;
   if (threadIdx.x == 0) largest_bits = 0;
   __syncthreads();
   for (int pass = 0; pass < 2; ++pass) {
     float largest = 0.f;
-    for (int i = int(threadIdx.x); i < pairs; i += threads) {
-      const float2 two = __ldg(from + i);
-      const int row = 2 * i / width;  // of [sub-vector][centroid]
-      largest = fmaxf(largest, fmaxf(fabsf(two.x), fabsf(two.y)));
-      *reinterpret_cast<uint32_t*>(to + row / count * stride + row % count * 2 * width + 4 * (i % (width / 2))) =
-          ptx::pack_f16(two.x * down, two.y * down);
+#pragma unroll 1
+    for (int s = int(threadIdx.x) / 32; s < dim / width; s += threads / 32) {  // a warp a sub-vector
+#pragma unroll 1
+      for (int first = lane; first < pairs; first += 32 * kAtOnce) {
+        float2 two[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) two[j] = __ldg(from + s * pairs + min(first + 32 * j, pairs - 1));
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = first + 32 * j;
+          if (i >= pairs) continue;
+          largest = fmaxf(largest, fmaxf(fabsf(two[j].x), fabsf(two[j].y)));
+          *reinterpret_cast<uint32_t*>(to + s * stride + (i << 2)) = ptx::pack_f16(two[j].x * down, two[j].y * down);
+        }
+      }
     }
     // Seldom is there a second pass: only centroids far from 1 in size lose anything in fp16.
     if (pass == 1 || !__syncthreads_or(largest >= 32768.f || (largest > 0.f && largest < 0x1p-3f))) break;
@@ -53,34 +65,13 @@ __device__ inline float stage_centroids(unsigned char* to, const KvlarFormat& fo
   return up;
 }
 
-// Queries as B fragments in that order, in fp16 times the power of two that brings the largest dimension below 1.
-template <int D, int NT>
-__device__ inline void load_fragments_of_centroids(attend_quantized::Queries<D, NT>& q, const float* scratch, int width, int dim) {
-  const Lane at;
-#pragma unroll
-  for (int n = 0; n < NT; ++n) {
-    const float* row = scratch + (8 * n + at.g) * D;
-    float largest = 0.f;
-    for (int i = 0; i < D / 4; ++i) largest = fmaxf(largest, fabsf(row[4 * i + at.c]));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-    const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 252u) + 1;
-    const float up = __uint_as_float(exponent << 23), down = __uint_as_float((254u - exponent) << 23);
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int first = centroid_dim(width, at.c, 4 * k + 2 * h);  // and the next: widths are even
-        q.b[k][n][h] = 16 * k < dim ? Half16<__half>::pack(row[first] * down, row[first + 1] * down) : 0u;
-      }
-    const float multiplier = scratch[8 * NT * D + 8 * n + at.g] * up;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {  // from the lanes of column 2c + e as a B column to those as a D column
-      q.scale[n][e] = __shfl_sync(0xffffffffu, multiplier, 4 * (2 * at.c + e));
-      q.sum[n][e] = q.magic[n][e] = 0.f;
-    }
-  }
-}
+// How queries meet centroids: widths are even, so that the two dims of a word are neighbours.
+struct CentroidKeys {
+  static constexpr float kMagic = 0.f;
+  int width;
+  __device__ int dim(int k, int column) const { return centroid_dim(width, column % 8 / 2, 4 * k + 2 * (column / 8) + column % 2); }
+  __device__ static constexpr int log_weight(int, int) { return 0; }
+};
 
 struct CentroidLookup {
   const unsigned char* tables;

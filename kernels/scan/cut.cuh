@@ -38,8 +38,10 @@ template <int kThreads> struct CutFinder {
   // The bin of the `need`-th largest, from 1 on.
   __device__ void find_bin(uint32_t need) const {
     const int top = kBins - 1 - kEach * int(threadIdx.x);
+    const uint4* const four = reinterpret_cast<const uint4*>(bins + top + 1 - kEach);
     uint32_t own = 0;
-    for (int i = 0; i < kEach; ++i) own += bins[top - i];
+#pragma unroll
+    for (int i = 0; i < kEach / 4; ++i) own += four[i].x + four[i].y + four[i].z + four[i].w;
     uint32_t before = uint32_t(block_exclusive_sum<kThreads>(int(own), shared.warp_sums));
     if (before < need && need <= before + own) {
       int at = top;
@@ -56,12 +58,19 @@ template <int kThreads> struct CutFinder {
     const uint32_t bin = shared.bin;
     if (threadIdx.x == 0) shared.listed = 0;
     __syncthreads();
-#pragma unroll 4
-    for (int i = first + int(threadIdx.x); i < end; i += kThreads) {
-      const uint32_t x = key(i);
-      if (x >> 21 != bin) continue;
-      const uint32_t slot = atomicAdd(&shared.listed, 1u);
-      if (int(slot) < room) list[slot] = ranked(x, i);
+    constexpr int kAtOnce = 16;  // few threads: each waits for many scores together
+    for (int from = first + int(threadIdx.x); from < end; from += kAtOnce * kThreads) {
+      float x[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) x[j] = __ldcg(scores + min(from + j * kThreads, end - 1));
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = from + j * kThreads;
+        const uint32_t own = ordered_key(x[j]);
+        if (i >= end || own >> 21 != bin) continue;
+        const uint32_t slot = atomicAdd(&shared.listed, 1u);
+        if (int(slot) < room) list[slot] = ranked(own, i);
+      }
     }
     __syncthreads();
   }

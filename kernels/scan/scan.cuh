@@ -122,26 +122,27 @@ template <class Warp> struct Cta {
     }
   }
 
-  // The last CTA of a unit merges what all have found, in split order.
+  // The last CTA of a unit merges what all have found, in a fixed order. All wait for it: its loads wait together.
   __device__ void merge_splits(const Outputs& out, const attend::Share& share) const {
-    if (out.sums && t < out.heads) {
+    const int lane = t & 31;
+    for (int column = t / 32; out.sums && column < out.heads; column += kWarps) {  // a warp a column, a lane a split
       LogSum state = LogSum::empty();
-#pragma unroll 4
-      for (int s = 0; s < share.splits; ++s) {
-        const float2 part = __ldcg(partial(slot_of_split(share, s), t));
+#pragma unroll 2
+      for (int s = lane; s < share.splits; s += 32) {
+        const float2 part = __ldcg(partial(slot_of_split(share, s), column));
         state = LogSum::merge(state, {part.x, part.y});
       }
-      put_lse(t, state);
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) state = LogSum::merge(state, state.of_lane(step));
+      if (lane == 0) put_lse(column, state);
     }
-    const int64_t head = int64_t(shared.unit.unit.seq) * p.kv_heads + shared.unit.unit.head;
     if (!out.bins) return;
-    uint32_t* const counts = scan.counts + head * KVLAR_SCORE_BINS;
-    for (int i = t; i < KVLAR_SCORE_BINS; i += kThreads) {
-      const uint32_t count = __ldcg(counts + i);
-      if (scan.histogram) scan.histogram[head * KVLAR_SCORE_BINS + i] = count;
+    const int64_t head = int64_t(shared.unit.unit.seq) * p.kv_heads + shared.unit.unit.head;
+    uint32_t* const histogram = scan.histogram ? scan.histogram + head * KVLAR_SCORE_BINS : nullptr;
+    take_counts(scan.counts + head * KVLAR_SCORE_BINS, [&](int i, uint32_t count) {
+      if (histogram) histogram[i] = count;
       out.bins[i] = count;
-      counts[i] = 0;
-    }
+    });
   }
 
   // The cut of a kv head whose scores are all written and counted.
@@ -157,11 +158,11 @@ template <class Warp> struct Cta {
   }
 
   __device__ void run() const {
-    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1), cta = int(blockIdx.x);
-    if (cta >= ctas) return;  // the whole CTA, before any barrier
+    const int cta = int(blockIdx.x);
     const int32_t* record = attend::cta_records(p) + 4 * cta;
+    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1), cell_end = __ldg(record + 1);
     int cell = __ldg(record), unit = __ldg(record + 2), staged_head = -1;
-    const int cell_end = __ldg(record + 1);
+    if (cta >= ctas) return;  // the whole CTA, before any barrier
     while (cell < cell_end) {
       const int start = __ldg(attend::cell_starts(p) + unit), end = __ldg(attend::cell_starts(p) + unit + 1);
       load_shared(unit);

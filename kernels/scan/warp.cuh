@@ -37,7 +37,9 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
 
   // Queries, in what will be the rings.
   __device__ void prepare() const {
-    if (!is_dense()) coded.prepare(reinterpret_cast<float*>(raw), *this, kWarps);
+    float* const scratch = reinterpret_cast<float*>(raw);
+    if (is_pq()) coded.prepare(scratch, *this, CentroidKeys{int(segment.key_format.group)});
+    else if (!is_dense()) coded.prepare_for(p.key_codec, scratch, *this);
   }
 
   // Centroids of the unit's head, unless they are there.
@@ -49,14 +51,8 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
   }
 
   __device__ void start() {
-    const float* scratch = reinterpret_cast<const float*>(raw);
-    if (is_dense()) {
-      Base::load_queries(coded.b);
-    } else if (is_pq()) {
-      load_fragments_of_centroids<D, NT>(coded, scratch, int(segment.key_format.group), int(p.head_dim));
-    } else {
-      coded.load_fragments(scratch, p.key_codec);
-    }
+    if (is_dense()) Base::load_queries(coded.b);
+    else coded.load_fragments(reinterpret_cast<const float*>(raw));
 #pragma unroll
     for (int n = 0; n < NT; ++n) sums[n][0] = sums[n][1] = LogSum::empty();
   }
