@@ -46,9 +46,10 @@ __device__ inline void load_packed_row(float (&x)[kLaneDims], const KvlarAppendG
                                        int lane) {
   const int dim = values ? int(p.exact.value_dim) : int(p.exact.head_dim);
   if (row >= at.before) {
-    if (values) load_new_value(x, p.exact, at.seq, at.head, row - at.before, lane);
-    else load_new_key(x, p.exact, at.seq, at.head, row - at.before, scratch, lane);
-    if (!values) round_as_stored(x, p.exact.dtype);
+    if (values) return load_new_value(x, p.exact, at.seq, at.head, row - at.before, lane);
+    load_new_key(x, p.exact, at.seq, at.head, row - at.before, lane);
+    rotate_key(x, p.exact, position_of_new(p.exact, at.seq, row - at.before), scratch, lane);
+    round_as_stored(x, p.exact.dtype);
     return;
   }
   const KvlarPool& pool = values ? p.exact.value_pool : p.exact.key_pool;

@@ -31,18 +31,30 @@ __device__ inline void sin_cos_of(int position, float inv_freq, float& sin, floa
   if (quadrant == 1 || quadrant == 2) cos = -cos;
 }
 
-// Dimension `i` of the rotated row; `row` is the unrotated one, readable in full.
-__device__ inline float rotated(const KvlarRope& rope, const float* row, int i, int position) {
+// Dimensions first .. first + N - 1 of the rotated row become x; `row` is the unrotated one, readable in full, N dividing its
+// length. Nothing branches, so that the frequencies of all are on their way together, and no sine waits for another.
+template <int N> __device__ inline void rotate_dims(float (&x)[N], const KvlarRope& rope, const float* row, int first, int position) {
   const int rotary = int(rope.rotary_dim), half = rotary / 2;
-  if (i >= rotary) return row[i];
-  const bool split = rope.layout == KVLAR_ROPE_HALF, second = split ? i >= half : (i & 1) != 0;
-  const int pair = split ? (second ? i - half : i) : i / 2;
-  const float partner = row[split ? (second ? i - half : i + half) : i ^ 1];
-  float sin, cos;
-  sin_cos_of(position, __ldg(rope.inv_freq + pair), sin, cos);
-  sin = __fmul_rn(sin, rope.attention_factor);
-  cos = __fmul_rn(cos, rope.attention_factor);
-  return __fmaf_rn(row[i], cos, second ? __fmul_rn(partner, sin) : -__fmul_rn(partner, sin));
+  const bool split = rope.layout == KVLAR_ROPE_HALF;
+  float frequency[N], partner[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const int i = first + j, other = split ? (i >= half ? i - half : i + half) : i ^ 1, pair = split ? min(i, other) : i / 2;
+    frequency[j] = i < rotary ? __ldg(rope.inv_freq + pair) : 0.f;
+    partner[j] = row[i < rotary ? other : i];
+    x[j] = row[i];
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const int i = first + j;
+    const bool second = split ? i >= half : i & 1;
+    float sin, cos;
+    sin_cos_of(position, frequency[j], sin, cos);
+    sin = __fmul_rn(sin, rope.attention_factor);
+    cos = __fmul_rn(cos, rope.attention_factor);
+    const float turned = __fmaf_rn(x[j], cos, second ? __fmul_rn(partner[j], sin) : -__fmul_rn(partner[j], sin));
+    x[j] = i < rotary ? turned : x[j];
+  }
 }
 
 }  // namespace kvlar

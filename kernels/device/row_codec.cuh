@@ -146,12 +146,14 @@ __device__ inline void store_integers(RowPlace to, const float (&x)[kLaneDims], 
 __device__ inline float fp8_scale(const KvlarFormat& format, int head) { return format.tables ? __ldg(format.tables + head) : 1.f; }
 
 // Not channel-wise: channel_codec.cuh. `scratch` is shared memory of the warp for kMaxDim floats; `x` is rotated where the
-// format says so.
-__device__ inline void store_row(RowPlace to, const KvlarFormat& format, int head, float (&x)[kLaneDims], float* scratch, int dim, int lane) {
+// format says so. Of the warps that share a row the first stores what is not worth sharing.
+__device__ inline void store_row(RowPlace to, const KvlarFormat& format, int head, float (&x)[kLaneDims], float* scratch, int dim, int lane,
+                                 RowShare share = {0, 1}) {
+  if (format.codec != KVLAR_CODEC_PQ && share.part != 0) return;
   if (format.hadamard) hadamard(x, dim, lane);
   const int bits = code_bits(format.codec);
   if (format.codec == KVLAR_CODEC_PQ) {
-    store_pq(to.codes, format, head, x, scratch, dim, lane);
+    store_pq(to.codes, format, head, x, scratch, dim, lane, share);
   } else if (bits) {
     store_integers(to, x, scratch, bits, dim, int(format.group), lane);
   } else if (format.codec == KVLAR_CODEC_FP8) {

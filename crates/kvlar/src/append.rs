@@ -4,7 +4,7 @@ use crate::device::Launch;
 use crate::error::{invalid, unsupported};
 use crate::paged::within;
 use crate::{
-    Device, Dtype, Format, KeyScores, Memory, Pool, Result, RopeLayout, Rows, Stream, Strides, Tables, View, ViewMut, Workspace,
+    Codec, Device, Dtype, Format, KeyScores, Memory, Pool, Result, RopeLayout, Rows, Stream, Strides, Tables, View, ViewMut, Workspace,
     WorkspaceSize, abi,
 };
 
@@ -133,12 +133,15 @@ impl AppendShape {
             return unsupported("append", "type f32: bf16 and f16 are");
         }
         let rows = self.seqs * self.kv_heads * self.new_rows;
-        if rows.div_ceil(4) > i32::MAX as usize {
+        // The four warps of a CTA share a row of product quantization, and take one each of others.
+        let shared = [self.key_format, self.value_format].iter().any(|f| f.codec == Codec::Pq);
+        let grid = if shared { rows } else { rows.div_ceil(4) };
+        if grid > i32::MAX as usize {
             return invalid("new_rows", format!("{rows} rows are too many for one launch"));
         }
         Ok(AppendPlan {
             shape: *self,
-            launch: Launch { entry: "kvlar_append", grid: rows.div_ceil(4) as u32, block: 128, shared_bytes: 0 },
+            launch: Launch { entry: "kvlar_append", grid: grid as u32, block: 128, shared_bytes: 0 },
         })
     }
 }
