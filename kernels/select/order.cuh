@@ -34,10 +34,42 @@ struct Free {
   }
   __device__ int count() const { return end - first; }
   __device__ uint32_t key(int i) const { return ordered_key(__ldg(scores + i)); }
-  __device__ bool selected(int i, uint64_t cut) const {
-    return i < first || i >= end ? i < length : ranked(key(i), before + uint32_t(i)) >= cut;
+  // `x` is score i, or anything where that is not free.
+  __device__ bool selected(int i, float x, uint64_t cut) const {
+    return i < first || i >= end ? i < length : ranked(ordered_key(x), before + uint32_t(i)) >= cut;
   }
 };
+
+// Scores of a thread that are on their way together: atomics and ballots in between would have each wait for the one before.
+constexpr int kScores = 8, kShareScores = 4;
+
+// Calls `each(i, score)` for the scores [first, end), a CTA's.
+template <class Each> __device__ inline void for_scores(const float* scores, int first, int end, Each each) {
+  const float* from = scores + first + int(threadIdx.x);
+  for (int i = first + int(threadIdx.x); i < end; i += kScores * kThreads, from += kScores * kThreads) {
+    float x[kScores];
+#pragma unroll
+    for (int j = 0; j < kScores; ++j) x[j] = j * kThreads < end - i ? __ldg(from + j * kThreads) : 0.f;
+#pragma unroll
+    for (int j = 0; j < kScores; ++j)
+      if (j * kThreads < end - i) each(i + j * kThreads, x[j]);
+  }
+}
+
+// Calls `each(i, score)` for the scores [first, end) and some beyond them, a warp's, by all lanes; of those not free the score is 0.
+template <class Each> __device__ inline void for_share(const Free& free, int first, int end, Each each) {
+  const int lane = int(threadIdx.x) % 32;
+  for (; first < end; first += 32 * kShareScores) {
+    float x[kShareScores];
+#pragma unroll
+    for (int j = 0; j < kShareScores; ++j) {
+      const int i = first + 32 * j + lane;
+      x[j] = i >= free.first && i < free.end ? __ldg(free.scores + i) : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < kShareScores; ++j) each(first + 32 * j + lane, x[j]);
+  }
+}
 
 struct Shared {
   uint32_t bins[kBins];
@@ -86,22 +118,22 @@ __device__ inline int write_selected(Shared& shared, const KvlarTopk& p, const F
   const int first = warp * share, end = min(int(p.row_count), first + share);
   uint8_t* mask = p.mask ? p.mask + int64_t(row) * p.row_count : nullptr;
   int own = 0;
-  for (int i = first; i < end; i += 32) {
-    const bool in = i + lane < end && free.selected(i + lane, cut);
-    if (mask && i + lane < end) mask[i + lane] = in;
+  for_share(free, first, end, [&](int i, float x) {
+    const bool in = i < end && free.selected(i, x, cut);
+    if (mask && i < end) mask[i] = in;
     own += __popc(__ballot_sync(0xffffffffu, in));
-  }
+  });
   int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);
   before = __shfl_sync(0xffffffffu, before, 0);
   if (threadIdx.x == kThreads - 32) shared.number = before + own;
   if (p.selected) {
     int32_t* out = p.selected + int64_t(row) * p.k;
-    for (int i = first; i < end; i += 32) {
-      const bool in = i + lane < end && free.selected(i + lane, cut);
+    for_share(free, first, end, [&](int i, float x) {
+      const bool in = i < end && free.selected(i, x, cut);
       const uint32_t all = __ballot_sync(0xffffffffu, in);
-      if (in) out[before + __popc(all & ((1u << lane) - 1))] = i + lane;
+      if (in) out[before + __popc(all & ((1u << lane) - 1))] = i;
       before += __popc(all);
-    }
+    });
   }
   __syncthreads();
   const int count = shared.number;

@@ -10,16 +10,16 @@ __device__ inline int find_tie(Shared& shared, const Free& free, uint32_t key, i
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, share = share_of_warp(free.count());
   const int first = free.first + warp * share, end = min(free.end, first + share);
   int own = 0;
-  for (int i = first; i < end; i += 32) own += __popc(__ballot_sync(0xffffffffu, i + lane < end && free.key(i + lane) == key));
+  for_share(free, first, end, [&](int i, float x) { own += __popc(__ballot_sync(0xffffffffu, i < end && ordered_key(x) == key)); });
   int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);
   before = __shfl_sync(0xffffffffu, before, 0);
   if (before < need && need <= before + own) {  // one warp
-    for (int i = first; i < end; i += 32) {
-      const uint32_t ties = __ballot_sync(0xffffffffu, i + lane < end && free.key(i + lane) == key);
+    for_share(free, first, end, [&](int i, float x) {
+      const uint32_t ties = __ballot_sync(0xffffffffu, i < end && ordered_key(x) == key);
       const int rank = before + __popc(ties & ((2u << lane) - 1));
-      if ((ties >> lane & 1) && rank == need) shared.number = i + lane;
+      if ((ties >> lane & 1) && rank == need) shared.number = i;
       before += __popc(ties);
-    }
+    });
   }
   __syncthreads();
   return shared.number;
@@ -39,10 +39,10 @@ __device__ inline uint64_t find_cut(Shared& shared, const KvlarTopk& p, const Fr
       load_histogram(shared, p, free);
     } else {
       clear_bins(shared);
-      for (int i = free.first + int(threadIdx.x); i < free.end; i += kThreads) {
-        const uint32_t key = free.key(i);
+      for_scores(free.scores, free.first, free.end, [&](int, float x) {
+        const uint32_t key = ordered_key(x);
         if (digit == 0 || key >> known == prefix >> known) atomicAdd(shared.bins + (key >> shift & ((1u << kBits[digit]) - 1)), 1u);
-      }
+      });
       __syncthreads();
     }
     find_bin(shared, left);

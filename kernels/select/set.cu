@@ -18,7 +18,8 @@
 
 namespace kvlar::select {
 
-constexpr int kPart = 8192;  // scores a CTA
+constexpr int kPart = kScores * kThreads;  // scores a CTA
+static_assert(kPart == 8192, "as the launcher has it");
 
 struct Part {
   int row, set, first, end;
@@ -33,33 +34,67 @@ __device__ inline uint64_t floor_cut(const KvlarTopk& p, int row) {
   return p.floor ? __ldcg(reinterpret_cast<const unsigned long long*>(p.cuts + row)) : kNone;
 }
 
-// A sum over the rows of a set, to all threads.
-template <class Of> __device__ inline int sum_of_set(Shared& shared, const KvlarTopk& p, int set, Of of) {
-  int own = 0;
-  for (int m = int(threadIdx.x); m < int(p.members); m += kThreads) own += of(Free(p, set * int(p.members) + m));
-  const int before = block_exclusive_sum<kThreads>(own, shared.warp_sums);
-  if (threadIdx.x == kThreads - 1) shared.number = before + own;
-  __syncthreads();
-  const int all = shared.number;
-  __syncthreads();
-  return all;
-}
+// Sums over the rows of a set: of the scores that compete, and of those held.
+struct SetSums {
+  int open, held;
 
-// Hands on the scores of a part whose first digit is `bin`.
-__device__ inline void hand_on(const KvlarTopk& p, const Free& free, const Part& part, uint32_t bin) {
-  uint64_t* const to = p.candidates + int64_t(part.set) * p.members * p.row_count;
-  const uint64_t below = floor_cut(p, part.row);
+  // To all threads, which call it.
+  __device__ SetSums(Shared& shared, const KvlarTopk& p, int set) : open(0), held(0) {
+    for (int m = int(threadIdx.x); m < int(p.members); m += kThreads) {
+      const Free free(p, set * int(p.members) + m);
+      open += max(0, free.count() - int(p.floor));
+      held += free.length;
+    }
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    open = __reduce_add_sync(0xffffffffu, open);
+    held = __reduce_add_sync(0xffffffffu, held);
+    if (lane == 0) shared.bins[warp] = uint32_t(open), shared.bins[kWarps + warp] = uint32_t(held);
+    __syncthreads();
+    open = __reduce_add_sync(0xffffffffu, int(shared.bins[lane]));
+    held = __reduce_add_sync(0xffffffffu, int(shared.bins[kWarps + lane]));
+    __syncthreads();
+  }
+};
+static_assert(kWarps == 32, "a warp's sum a lane");
+
+// A thread's scores of a part, asked for before what else it waits for.
+struct PartScores {
+  float x[kScores];
+  int first, count;  // score j is number first + j * kThreads, if j * kThreads < count
+  uint64_t below;    // those above are kept anyway
+
+  __device__ PartScores(const KvlarTopk& p, const Free& free, const Part& part)
+      : first(part.first + int(threadIdx.x)), count(part.end - first), below(floor_cut(p, part.row)) {
+    const float* from = free.scores + first;
+#pragma unroll
+    for (int j = 0; j < kScores; ++j) x[j] = j * kThreads < count ? __ldg(from + j * kThreads) : 0.f;
+  }
+  __device__ uint64_t place(const Free& free, int j) const { return ranked(ordered_key(x[j]), free.before + uint32_t(first + j * kThreads)); }
+};
+
+// Hands on the scores of a part whose first digit is `bin`, in any order, to places of the set that the CTA takes all at once.
+__device__ inline void hand_on(Shared& shared, const KvlarTopk& p, const Free& free, const Part& part, const PartScores& scores, uint32_t bin) {
   const int lane = int(threadIdx.x) % 32;
-  for (int i = part.first; i < part.end; i += kThreads) {  // all threads take part in each round
-    const int at = i + int(threadIdx.x);
-    const uint32_t key = at < part.end ? free.key(at) : 0;
-    const uint64_t place = ranked(key, free.before + uint32_t(at));
-    const uint32_t all = __ballot_sync(0xffffffffu, at < part.end && key >> 21 == bin && place < below);
-    if (!all) continue;
-    uint32_t slot = 0;
-    if (lane == 0) slot = atomicAdd(p.found + part.set, uint32_t(__popc(all)));
-    slot = __shfl_sync(0xffffffffu, slot, 0) + uint32_t(__popc(all & ((1u << lane) - 1)));
-    if (all >> lane & 1) __stcg(reinterpret_cast<unsigned long long*>(to + slot), (unsigned long long)place);
+  uint32_t mine = 0;  // bit j: score j
+  int own = 0;        // the warp's
+#pragma unroll
+  for (int j = 0; j < kScores; ++j) {
+    const bool in = j * kThreads < scores.count && score_bin(scores.x[j]) == bin && scores.place(free, j) < scores.below;
+    mine |= uint32_t(in) << j;
+    own += __popc(__ballot_sync(0xffffffffu, in));
+  }
+  int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);
+  before = __shfl_sync(0xffffffffu, before, 0);
+  if (threadIdx.x == kThreads - 32 && before + own > 0) shared.number = int(atomicAdd(p.found + part.set, uint32_t(before + own)));
+  __syncthreads();
+  if (own == 0) return;
+  uint64_t* to = p.candidates + int64_t(part.set) * p.members * p.row_count + (uint32_t(shared.number) + uint32_t(before));
+#pragma unroll
+  for (int j = 0; j < kScores; ++j) {
+    const uint32_t all = __ballot_sync(0xffffffffu, mine >> j & 1);
+    if (mine >> j & 1)
+      __stcg(reinterpret_cast<unsigned long long*>(to + __popc(all & ((1u << lane) - 1))), (unsigned long long)scores.place(free, j));
+    to += __popc(all);
   }
 }
 
@@ -74,9 +109,13 @@ __device__ inline uint64_t cut_of(Shared& shared, const unsigned long long* cand
     const int shift = int(kShifts >> (8 * digit) & 255), bits = known - shift;
     if (strict && shift < 32) break;  // the key is known
     clear_bins(shared);
-    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-      const uint64_t x = __ldcg(candidates + i);
-      if (x >> known == prefix >> known) atomicAdd(shared.bins + (uint32_t(x >> shift) & ((1u << bits) - 1)), 1u);
+    for (uint32_t i = threadIdx.x; i < count; i += 4 * kThreads) {
+      uint64_t x[4];
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) x[j] = i + j * kThreads < count ? __ldcg(candidates + i + j * kThreads) : ~prefix;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (x[j] >> known == prefix >> known) atomicAdd(shared.bins + (uint32_t(x[j] >> shift) & ((1u << bits) - 1)), 1u);
     }
     __syncthreads();
     find_bin(shared, left);
@@ -104,10 +143,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_bins(const __gr
   } else {
     const uint64_t below = floor_cut(p, row);
     clear_bins(shared);
-    for (int i = part.first + int(threadIdx.x); i < part.end; i += kThreads) {
-      const uint32_t key = free.key(i);
+    for_scores(free.scores, part.first, part.end, [&](int i, float x) {
+      const uint32_t key = ordered_key(x);
       if (ranked(key, free.before + uint32_t(i)) < below) atomicAdd(shared.bins + (key >> 21), 1u);
-    }
+    });
     __syncthreads();
   }
   add_counts(shared.bins, p.bins + int64_t(part.set) * kBins);
@@ -120,12 +159,12 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_cut(const __gri
   const int row = int(blockIdx.x / p.parts);
   const Free free(p, row);
   const Part part(p, free, row);
-  const int floor = int(p.floor);
-  const int all = sum_of_set(shared, p, part.set, [=](const Free& f) { return max(0, f.count() - floor); });
-  const int need = wanted(p, part.set) - (sum_of_set(shared, p, part.set, [](const Free& f) { return f.length; }) - all);
+  const SetSums sums(shared, p, part.set);
+  const int all = sums.open, need = wanted(p, part.set) - (sums.held - all);
   const bool some = need > 0 && all > 0 && (need < all || p.strict);  // else all are kept, or none
   uint32_t* const bins = p.bins + int64_t(part.set) * kBins;
   if (some) {
+    const PartScores scores(p, free, part);
     if (p.histogram && p.members == 1) {
       load_histogram(shared, p, free);
     } else {
@@ -133,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topk_cut(const __gri
       __syncthreads();
     }
     find_bin(shared, uint32_t(min(need, all)));
-    hand_on(p, free, part, shared.bin);
+    hand_on(shared, p, free, part, scores, shared.bin);
   }
   if (!ptx::arrive_last(p.counters + part.set, p.parts * p.members)) return;
   // The last CTA of the set.

@@ -22,7 +22,7 @@ constexpr uint64_t kFinite = uint64_t(0x00800000u) << 32;  // keeps all but -inf
 
 struct SharedMass {
   Shared select;
-  unsigned long long masses[kBins];
+  uint32_t low[kBins], high[kBins];  // words of masses
   unsigned long long warp_masses[kWarps];
   unsigned long long sum, above, inside;
   float warp_tops[kWarps];
@@ -58,7 +58,16 @@ __device__ inline uint64_t mass_of_all(SharedMass& shared, uint64_t own) {
 // The largest logit; NaN counts as none.
 __device__ inline float largest(SharedMass& shared, const Free& free) {
   float top = -INFINITY;
-  for (int i = int(threadIdx.x); i < free.length; i += kThreads) top = fmaxf(top, __ldg(free.scores + i));
+  constexpr int kAtOnce = 2 * kScores;  // this pass reads memory or L2
+  const float* from = free.scores + int(threadIdx.x);
+#pragma unroll 1
+  for (int left = free.length - int(threadIdx.x); left > 0; left -= kAtOnce * kThreads, from += kAtOnce * kThreads) {
+    float x[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) x[j] = j * kThreads < left ? __ldg(from + j * kThreads) : -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) top = fmaxf(top, x[j]);
+  }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
   if (threadIdx.x % 32 == 0) shared.warp_tops[threadIdx.x / 32] = top;
@@ -98,14 +107,25 @@ __device__ inline uint32_t least_key(const Mass& mass, int steps) {
 }
 
 __device__ inline void clear_masses(SharedMass& shared) {
-  for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.masses[i] = 0;
+  for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.low[i] = shared.high[i] = 0;
   __syncthreads();
 }
+
+// In two words: an atomic of 64 bits in shared memory is a loop, of which each round serves one lane of those at a bin. An addition
+// that wraps around carries, so the sum is that of 64 bits, in any order.
+// A warp's lanes of one bin are not added up first: to find and fold them takes some 20 instructions a bin, the two atomics two.
+__device__ inline void add_mass(SharedMass& shared, uint32_t bin, uint64_t own) {
+  const uint32_t low = uint32_t(own), before = atomicAdd(shared.low + bin, low);
+  const uint32_t high = uint32_t(own >> 32) + (before + low < low);
+  if (high) atomicAdd(shared.high + bin, high);
+}
+
+__device__ inline uint64_t mass_of_bin(const SharedMass& shared, int bin) { return uint64_t(shared.high[bin]) << 32 | shared.low[bin]; }
 
 // Finds the bin, from the last one down, in which the mass reaches `need`: that in the bins before it, and in it.
 __device__ inline void find_mass_bin(SharedMass& shared, uint64_t need) {
   const int top = kBins - 1 - 2 * int(threadIdx.x);
-  const uint64_t high = shared.masses[top], low = shared.masses[top - 1];
+  const uint64_t high = mass_of_bin(shared, top), low = mass_of_bin(shared, top - 1);
   const uint64_t before = mass_before(shared, high + low);
   if (before < need && need <= before + high + low) {
     const bool in_high = need <= before + high;
@@ -125,12 +145,10 @@ __device__ inline uint64_t cut_of_mass(SharedMass& shared, const Free& free, con
     const int shift = kShifts[digit], known = shift + kBits[digit];
     if (digit > 0) {
       clear_masses(shared);
-      for (int i = free.first + int(threadIdx.x); i < free.end; i += kThreads) {
-        const uint32_t key = free.key(i);
-        if (key >> known != prefix >> known) continue;
-        const unsigned long long own = mass.of(score_of(key));
-        atomicAdd(shared.masses + (key >> shift & ((1u << kBits[digit]) - 1)), own);
-      }
+      for_scores(free.scores, free.first, free.end, [&](int, float x) {
+        const uint32_t key = ordered_key(x);
+        if (key >> known == prefix >> known) add_mass(shared, key >> shift & ((1u << kBits[digit]) - 1), mass.of(score_of(key)));
+      });
       __syncthreads();
     }
     find_mass_bin(shared, left);
@@ -148,7 +166,7 @@ __device__ inline uint64_t cut_of_mass(SharedMass& shared, const Free& free, con
 // How many free rows a cut keeps, to all threads.
 __device__ inline int count_of(Shared& shared, const Free& free, uint64_t cut) {
   int own = 0;
-  for (int i = free.first + int(threadIdx.x); i < free.end; i += kThreads) own += ranked(free.key(i), uint32_t(i)) >= cut;
+  for_scores(free.scores, free.first, free.end, [&](int i, float x) { own += ranked(ordered_key(x), uint32_t(i)) >= cut; });
   const int before = block_exclusive_sum<kThreads>(own, shared.warp_sums);
   if (threadIdx.x == kThreads - 1) shared.number = before + own;
   __syncthreads();
@@ -189,16 +207,15 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topp(const __grid_co
   const Mass mass{largest(shared, free), __uint_as_float((127 + p.weight_log2) << 23)};
   clear_masses(shared);
   uint64_t forced = 0, others = 0;
-  for (int i = int(threadIdx.x); i < free.length; i += kThreads) {
-    const float x = __ldg(free.scores + i);
-    const unsigned long long own = mass.of(x);
+  for_scores(free.scores, 0, free.length, [&](int i, float x) {
+    const uint64_t own = mass.of(x);
     if (i < free.first || i >= free.end) {
       forced += own;
     } else if (own > 0) {
       others += own;
-      atomicAdd(shared.masses + (p.in_bins ? mass.step_bin(x) : kvlar::score_bin(x)), own);
+      add_mass(shared, p.in_bins ? mass.step_bin(x) : kvlar::score_bin(x), own);
     }
-  }
+  });
   forced = mass_of_all(shared, forced);
   const uint64_t whole = forced + mass_of_all(shared, others);
   uint64_t cut = find_mass_cut(shared, p, free, mass, forced, whole);
@@ -212,8 +229,9 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topp(const __grid_co
   put_selected(shared.select, p.rows, free, row, cut);
   if (!p.mass) return;
   uint64_t kept = 0;
-  for (int i = int(threadIdx.x); i < free.length; i += kThreads)
-    if (free.selected(i, cut)) kept += mass.of(__ldg(free.scores + i));
+  for_scores(free.scores, 0, free.length, [&](int i, float x) {
+    if (free.selected(i, x, cut)) kept += mass.of(x);
+  });
   kept = mass_of_all(shared, kept);
   if (threadIdx.x == 0) p.mass[row] = whole > 0 ? float(double(kept) / double(whole)) : 0.f;
 }
