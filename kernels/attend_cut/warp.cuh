@@ -5,9 +5,10 @@
 //   scores [seqs][kv_heads][score_stride] fp32, cuts [seqs][kv_heads] u64: as scan_select leaves them, so that a step with
 //   selection is append, scan_select, attend_cut. (HCAttention, arXiv 2507.19823, §3; the cut: scan/cut.cuh.)
 //
-// A warp reads the scores of 32 of its tiles at a time, a load of 32 rows after the other without waiting, and keeps a mask of
-// the selected rows of each. Tiles without one are skipped before anything of theirs is read but scores; of the others only
-// selected rows are: those that are not become 0 in shared memory, so that nothing in them reaches a result.
+// A warp reads the scores of 32 of its tiles at a time, all before it waits for any (a segment after the other: within one, rows
+// follow from the first by a constant step), and keeps a mask of the selected rows of each. Tiles without one are skipped before
+// anything of theirs is read but scores; of the others only selected rows are: those that are not become 0 in shared memory, so
+// that nothing in them reaches a result.
 //
 // Floor: 4 B a row of scores, and the bytes of the selected rows. 2048 rows of 128K, 8 kv heads, d = 128, bf16: 4.2 MB and
 // 8.4 MB, 3 us at 4.3 TB/s. A tile costs the same instructions whether one of its rows is selected or all: where selected
@@ -31,8 +32,7 @@ template <int D, int NT, class T> struct WarpCut : attend::WarpAttend<D, NT, T> 
   using typename Base::Tiles;
   using Base::kBlocks, Base::kWarps, Base::lane, Base::p, Base::ring_s, Base::shared, Base::warp;
   static constexpr int kRows = Tiles::kRows;
-  static constexpr int kPerLoad = 32 / kRows;  // tiles whose scores a load of 32 holds
-  static constexpr int kAhead = 4;             // such loads that are waited for together
+  static constexpr int kPerLoad = 32 / kRows, kLoads = 32 / kPerLoad;  // tiles whose scores a load of 32 holds; loads of a look
   static constexpr uint32_t kWhole = kRows == 32 ? ~0u : (1u << (kRows & 31)) - 1;
   using Layout = attend::DenseLayout<D>;
 
@@ -48,43 +48,41 @@ template <int D, int NT, class T> struct WarpCut : attend::WarpAttend<D, NT, T> 
 
   // ---- which rows
 
-  // The row of the lane in tile `tile`, below `end`, with its segment; does it exist?
-  __device__ __forceinline__ bool row_of(int tile, int end, int& segment, int& row) const {
-    if (tile >= end) return false;
-    TilePlace at{};
-    Base::place_tile(tile, at);
-    segment = at.segment;
-    row = at.row + lane % kRows;
-    return lane % kRows < at.valid;
-  }
-
-  __device__ __forceinline__ bool selected(int row, float score) const {
-    const int length = shared.unit.length[selection.segment];
-    return row < int(selection.sink_rows) || row >= length - int(selection.recent_rows) ||
-           select::ranked(ordered_key(score), uint32_t(row)) >= cut;
+  // No branches, so that a look's rows are judged side by side.
+  __device__ __forceinline__ bool selected(int row, int length, float score) const {
+    const bool ranks = select::ranked(ordered_key(score), uint32_t(row)) >= cut;
+    return (row < int(selection.sink_rows)) | (row >= length - int(selection.recent_rows)) | ranks;
   }
 
   // Lane l gets the selected rows, a bit each, of tile first + l * kWarps; none beyond `end`.
   __device__ __forceinline__ uint32_t look(int first, int end) const {
+    constexpr int kTileStep = kWarps * kRows;  // rows from a warp's tile to its next
     uint32_t own = 0;
+    // The tiles of a segment at a time: nearly always all of them.
 #pragma unroll 1
-    for (int base = 0; base < 32 && first + base * kWarps < end; base += kAhead * kPerLoad) {
-      const int from = first + (base + lane / kRows) * kWarps;  // of the lane's tiles
-      float score[kAhead];
-      int segment = 0, row = 0;
+    for (int seen = 0, tile = first; seen < 32 && tile < end; tile = first + seen * kWarps) {
+      TilePlace from{};
+      Base::place_tile(tile, from);
+      const int length = shared.unit.length[from.segment];
+      const bool scored = from.segment == int(selection.segment);
+      // Rows of the segment that are there, of this tile and those after it; a lane's first, as if all tiles were the segment's.
+      const int rows = min(length - from.row, (end - tile) * kRows);
+      const int start = from.row + (lane / kRows - seen) * kTileStep + lane % kRows;
+      float score[kLoads];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const bool there = row_of(from + j * kPerLoad * kWarps, end, segment, row);
-        score[j] = there && segment == int(selection.segment) ? __ldg(scores + row) : 0.f;
+      for (int i = 0; i < kLoads; ++i) {
+        const int row = start + i * kPerLoad * kTileStep;
+        score[i] = scored && uint32_t(row - from.row) < uint32_t(rows) ? __ldg(scores + row) : 0.f;
       }
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const bool there = row_of(from + j * kPerLoad * kWarps, end, segment, row);
-        const bool shown = there && (segment != int(selection.segment) || selected(row, score[j]));
-        const uint32_t rows = __ballot_sync(0xffffffffu, shown);
-        const int tile = base + j * kPerLoad;
-        if (lane / kPerLoad == tile / kPerLoad) own = rows >> (lane % kPerLoad * (kRows & 31)) & kWhole;
+      for (int i = 0; i < kLoads; ++i) {
+        const int row = start + i * kPerLoad * kTileStep;
+        const bool there = uint32_t(row - from.row) < uint32_t(rows);
+        const bool shown = there & (!scored | selected(row, length, score[i]));
+        const uint32_t bits = __ballot_sync(0xffffffffu, shown);
+        if (lane / kPerLoad == i) own |= bits >> (lane % kPerLoad * (kRows & 31)) & kWhole;
       }
+      seen += (rows + kTileStep - 1) / kTileStep;
     }
     return own;
   }

@@ -17,7 +17,8 @@
 //   _many: 128 rows, two heads, 8 warps of 32 rows of one head each. Each 64 dims are 36 KB into shared memory for 2.6 MFLOP
 //          (G = 4), most from the L2: heads of a tile are neighbours in the grid.
 //   _few:  32 rows, one head; 4 warps share the dims, and further CTAs where tiles and heads are fewer than the GPU's SMs.
-//          Partial projections meet in the last CTA of a tile and head to arrive, in the order of the splits.
+//          Partial projections, of the rows that there are, meet in the last CTA of a tile and head to arrive, in the order of
+//          the splits: all threads add, each has 32 splits' on their way together. Then a warp has a query.
 //
 // Floors: 2 D 16 Hk (G + 1) FLOP a token (5.2 M at D = 4096, 8 heads of 4: 129 us for 16000 tokens at 650 TF/s), or the
 // weights once (5.2 MB: 1.3 us at 4.2 TB/s) for a few rows. Main loop of a warp and 16 dims: 7 ldmatrix, 20 mma.
@@ -41,7 +42,9 @@ template <int RowWarps, int HeadWarps, int SumWarps, int Stages> struct Tiling {
 };
 using Many = Tiling<4, 2, 1, 2>;
 using Few = Tiling<1, 1, 4, 4>;
-static_assert(Few::kSharedBytes >= Few::kWarps * 2 * kBlocks * 2 * 32 * 16, "warps' sums fit in the ring");
+constexpr int kPairs = kDim * kBlocks / 2;       // of columns of a row
+constexpr int kRowPairs = kPairs + 4;            // of a row in shared memory: fragments of four rows lie in all banks
+static_assert(Few::kSharedBytes >= Few::kWarps * Few::kRows * kRowPairs * 8, "warps' sums fit in the ring");
 
 using Block = float[2][4];                // 16 rows of 16 columns
 using Projections = Block[kBlocks];
@@ -215,35 +218,50 @@ template <class T> __device__ inline float2 sink_weights(const KvlarScoreGate& p
 
 __device__ inline float2 load_two(const float* p) { return __ldg(reinterpret_cast<const float2*>(p)); }
 
+// A normalised key of 16 rows, and what products with it are weighted by.
+struct Key {
+  Lane lane = Lane::anew();
+  float2 w0, w1;
+  uint32_t k[4];
+  __device__ explicit Key(const KvlarScoreGate& p) : w0(load_two(p.diagonal + 2 * lane.c)), w1(load_two(p.diagonal + 8 + 2 * lane.c)) {}
+  template <class T> __device__ void take(const Block& z) { normalise<T>(k, z, make_float2(0.f, 0.f), make_float2(0.f, 0.f)); }
+
+  // The weights of a query of a head, of rows g and g + 8.
+  template <class T> __device__ float2 weights(const KvlarScoreGate& p, const Block& z, int head, int query) const {
+    const float* bias = p.bias + int64_t(query) * kDim + 2 * lane.c;
+    uint32_t q[4];
+    normalise<T>(q, z, load_two(bias), load_two(bias + 8));
+    float l[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 q0 = Half16<T>::unpack(q[h]), q1 = Half16<T>::unpack(q[h + 2]), k0 = Half16<T>::unpack(k[h]), k1 = Half16<T>::unpack(k[h + 2]);
+      l[h] = quad_sum(q0.x * k0.x * w0.x + q0.y * k0.y * w0.y + q1.x * k1.x * w1.x + q1.y * k1.y * w1.y) + __ldg(p.offsets + query);
+    }
+    const float2 sinks = sink_weights<T>(p, q, head, make_float2(l[0], l[1]));
+    return make_float2(__frcp_rn(1.f + sinks.x), __frcp_rn(1.f + sinks.y));
+  }
+};
+
+__device__ inline void add(float2& sum, float2 x) {
+  sum.x += x.x;
+  sum.y += x.y;
+}
+
 // Adds the weights of a pass's queries to the sums of 16 rows.
 template <class T>
 __device__ inline void add_weights(float* sums, const KvlarScoreGate& p, const Projections& z, int head, int first_query, int blocks) {
-  const Lane lane = Lane::anew();
+  Key key(p);
   float2 sum = make_float2(0.f, 0.f);
-  const float2 none = make_float2(0.f, 0.f), w0 = load_two(p.diagonal + 2 * lane.c), w1 = load_two(p.diagonal + 8 + 2 * lane.c);
-  uint32_t key[4];
-  normalise<T>(key, z[0], none, none);
+  key.take<T>(z[0]);
 #pragma unroll
   for (int j = 1; j < kBlocks; ++j) {
     if (j >= blocks) break;
     // Known from here on alone, so that what belongs to a query is not read ahead into registers that projections need.
-    const int query = ptx::unknown(head * int(p.group) + first_query + j - 1);
-    const float* bias = p.bias + int64_t(query) * kDim + 2 * lane.c;
-    uint32_t q[4];
-    normalise<T>(q, z[j], load_two(bias), load_two(bias + 8));
-    float l[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 q0 = Half16<T>::unpack(q[h]), q1 = Half16<T>::unpack(q[h + 2]), k0 = Half16<T>::unpack(key[h]), k1 = Half16<T>::unpack(key[h + 2]);
-      l[h] = quad_sum(q0.x * k0.x * w0.x + q0.y * k0.y * w0.y + q1.x * k1.x * w1.x + q1.y * k1.y * w1.y) + __ldg(p.offsets + query);
-    }
-    const float2 sinks = sink_weights<T>(p, q, head, make_float2(l[0], l[1]));
-    sum.x += __frcp_rn(1.f + sinks.x);
-    sum.y += __frcp_rn(1.f + sinks.y);
+    add(sum, key.weights<T>(p, z[j], head, ptx::unknown(head * int(p.group) + first_query + j - 1)));
   }
-  if (lane.c != 0) return;
-  sums[lane.g] += sum.x;
-  sums[lane.g + 8] += sum.y;
+  if (key.lane.c != 0) return;
+  sums[key.lane.g] += sum.x;
+  sums[key.lane.g + 8] += sum.y;
 }
 
 // The means of all rows, a head after the other. All threads call it.
@@ -283,37 +301,92 @@ template <class T> __device__ inline void score_many(const KvlarScoreGate& p) {
   store_scores(p, shared, first_head);
 }
 
-// Blocks of 16 rows as the lanes of a warp hold them, next to each other: [m][block][n][lane].
+// Which rows of a tile there are: nothing of the others is kept, added or read.
+__device__ inline uint32_t rows_of(const Shared<Few>& shared) { return __ballot_sync(0xffffffffu, shared.targets[threadIdx.x % 32] >= 0); }
+
+// A warp's projections in shared memory, a row's columns next to each other.
 struct Kept {
-  float4* at;
-  __device__ Kept(void* memory, int64_t index, int m) : at(static_cast<float4*>(memory) + ((index * 2 + m) * kBlocks * 2) * 32 + threadIdx.x % 32) {}
-  __device__ void put(const Projections& z) const {
+  float2* const pairs;
+  __device__ Kept(unsigned char* ring, int warp) : pairs(reinterpret_cast<float2*>(ring) + warp * Few::kRows * kRowPairs) {}
+  __device__ float2& at(int row, int pair) const { return pairs[row * kRowPairs + pair]; }
+  __device__ void put(const Tile& z, uint32_t rows) const {
+    const Lane lane;
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j)
+    for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int n = 0; n < 2; ++n) at[(2 * j + n) * 32] = make_float4(z[j][n][0], z[j][n][1], z[j][n][2], z[j][n][3]);
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * m + 8 * h + lane.g;
+        if (rows >> row & 1)
+#pragma unroll
+          for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+            for (int n = 0; n < 2; ++n) at(row, 8 * j + 4 * n + lane.c) = make_float2(z[m][j][n][2 * h], z[m][j][n][2 * h + 1]);
+      }
   }
-  template <class Load> __device__ void add_to(Projections& z, Load load) const {
+  __device__ void get(Block& z, int m, int block, uint32_t rows) const {
+    const Lane lane;
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j)
+    for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const float4 x = load(at + (2 * j + n) * 32);
-        z[j][n][0] += x.x;
-        z[j][n][1] += x.y;
-        z[j][n][2] += x.z;
-        z[j][n][3] += x.w;
+        const int row = 16 * m + 8 * h + lane.g;
+        const float2 x = rows >> row & 1 ? at(row, 8 * block + 4 * n + lane.c) : make_float2(0.f, 0.f);
+        z[n][2 * h] = x.x;
+        z[n][2 * h + 1] = x.y;
       }
   }
 };
 
-__device__ inline void clear(Projections& z) {
+// Calls use(row, pair of columns) for the rows that there are, shared among all threads.
+template <class Use> __device__ inline void each_pair(uint32_t rows, Use use) {
+  const int end = (32 - __clz(int(rows))) * kPairs;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < end; i += Few::kThreads)
+    if (rows >> i / kPairs & 1) use(i / kPairs, i % kPairs);
+}
+
+// The sum of what CTAs left, in the order of the splits. All wait for it: its loads wait together.
+__device__ inline float2 add_splits(const float2* partial, int splits) {
+  constexpr int kAtOnce = 32;
+  float2 sum = make_float2(0.f, 0.f);
+#pragma unroll 1
+  for (int first = 0; first < splits; first += kAtOnce) {
+    float2 part[kAtOnce];
 #pragma unroll
-  for (int j = 0; j < kBlocks; ++j)
+    for (int j = 0; j < kAtOnce; ++j)
+      part[j] = first + j < splits ? __ldcg(partial + int64_t(first + j) * (Few::kRows * kPairs)) : make_float2(0.f, 0.f);
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) z[j][n][e] = 0.f;
+    for (int j = 0; j < kAtOnce; ++j) add(sum, part[j]);
+  }
+  return sum;
+}
+
+// Adds the weights of a pass's queries, a warp each, to the sums of the rows that Kept(ring, 0) holds. All threads call it.
+template <class T>
+__device__ inline void weigh_rows(Shared<Few>& shared, const KvlarScoreGate& p, unsigned char* ring, uint32_t rows, int head, Pass pass) {
+  static_assert(kQueries == Few::kWarps, "a query has a warp");
+  const int warp = int(threadIdx.x) / 32, row = int(threadIdx.x) % 32;
+  float* const weights = reinterpret_cast<float*>(Kept(ring, 1).pairs);  // [query][row]
+  __syncthreads();  // the projections are there, and all are done with those of warps
+  if (warp + 1 < pass.blocks) {
+    Key key(p);
+#pragma unroll 1
+    for (int m = 0; m < 2; ++m) {
+      if ((rows >> 16 * m & 0xffffu) == 0) continue;
+      Block z;
+      Kept(ring, 0).get(z, m, 0, rows);
+      key.take<T>(z);
+      Kept(ring, 0).get(z, m, warp + 1, rows);
+      const float2 x = key.weights<T>(p, z, head, head * int(p.group) + pass.first_query + warp);
+      float* const own = weights + Few::kRows * warp + 16 * m + key.lane.g;
+      if (key.lane.c == 0) own[0] = x.x, own[8] = x.y;
+    }
+  }
+  __syncthreads();
+  if (warp != 0 || !(rows >> row & 1)) return;
+  float sum = 0.f;
+  for (int j = 1; j < pass.blocks; ++j) sum += weights[Few::kRows * (j - 1) + row];
+  shared.sums[0][row] += sum;
 }
 
 template <class T> __device__ inline void score_few(const KvlarScoreGate& p) {
@@ -323,10 +396,11 @@ template <class T> __device__ inline void score_few(const KvlarScoreGate& p) {
   const int head = unit % int(p.kv_heads), passes = (int(p.group) + kQueries - 1) / kQueries;
   if (!find_rows(shared, p, unit / int(p.kv_heads))) return;
   const Place<Few> at;
-  const int warp = at.sum, stages = (int(p.hidden_dim) + kStageDims - 1) / kStageDims, each = (stages + splits - 1) / splits;
+  const int stages = (int(p.hidden_dim) + kStageDims - 1) / kStageDims, each = (stages + splits - 1) / splits;
   const int first = split * each, last = min(stages, first + each);
-  const auto partial = [&](int of_split, int pass) { return Kept(p.partials, (int64_t(unit) * splits + of_split) * passes + pass, warp); };
-  Projections total;  // of 16 rows: warps 0 and 1
+  const auto partial = [&](int of_split, int pass, int row, int pair) {
+    return reinterpret_cast<float2*>(p.partials) + (((int64_t(unit) * passes + pass) * splits + of_split) * Few::kRows + row) * kPairs + pair;
+  };
   for (int i = 0; i < passes; ++i) {
     const Pass pass = pass_of(p, i);
     find_weights(shared, p, head, pass.first_query, pass.blocks);
@@ -334,25 +408,25 @@ template <class T> __device__ inline void score_few(const KvlarScoreGate& p) {
     {
       Tile z;
       project<T, Few>(z, p, shared, ptx::to_smem(ring), at, first, last, pass.blocks, true);
-      Kept(ring, warp, 0).put(z[0]);
-      Kept(ring, warp, 1).put(z[1]);
+      Kept(ring, at.sum).put(z, rows_of(shared));
     }
     __syncthreads();
-    if (warp < 2) {
-      clear(total);
-      for (int w = 0; w < Few::kSumWarps; ++w) Kept(ring, w, warp).add_to(total, [](const float4* x) { return *x; });
-      if (splits > 1) partial(split, i).put(total);
-      else add_weights<T>(shared.sums[0] + 16 * warp, p, total, head, pass.first_query, pass.blocks);
-    }
-    __syncthreads();
+    const uint32_t rows = rows_of(shared);
+    each_pair(rows, [&](int row, int pair) {
+      float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int w = 0; w < Few::kSumWarps; ++w) add(sum, Kept(ring, w).at(row, pair));
+      if (splits > 1) *partial(split, i, row, pair) = sum;
+      else Kept(ring, 0).at(row, pair) = sum;
+    });
+    if (splits == 1) weigh_rows<T>(shared, p, ring, rows, head, pass);
   }
   if (splits > 1) {
     if (!ptx::arrive_last(p.counters + unit, uint32_t(splits))) return;
-    for (int i = 0; i < passes && warp < 2; ++i) {
-      const Pass pass = pass_of(p, i);
-      clear(total);
-      for (int s = 0; s < splits; ++s) partial(s, i).add_to(total, [](const float4* x) { return __ldcg(x); });
-      add_weights<T>(shared.sums[0] + 16 * warp, p, total, head, pass.first_query, pass.blocks);
+    const uint32_t rows = rows_of(shared);
+    for (int i = 0; i < passes; ++i) {
+      each_pair(rows, [&](int row, int pair) { Kept(ring, 0).at(row, pair) = add_splits(partial(0, i, row, pair), splits); });
+      weigh_rows<T>(shared, p, ring, rows, head, pass_of(p, i));
     }
   }
   store_scores(p, shared, head);
