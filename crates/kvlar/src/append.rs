@@ -4,8 +4,8 @@ use crate::device::Launch;
 use crate::error::{invalid, unsupported};
 use crate::paged::within;
 use crate::{
-    Codec, Device, Dtype, Format, KeyScores, Memory, Pool, Result, RopeLayout, Rows, Stream, Strides, Tables, View, ViewMut, Workspace,
-    WorkspaceSize, abi,
+    Codec, Device, Dtype, Format, KeyScores, Memory, Pool, Result, RopeLayout, Rows, Stream, Strides, Tables, View, ViewMut,
+    Workspace, WorkspaceSize, abi,
 };
 
 /// Largest head dimension of stored rows.
@@ -139,10 +139,7 @@ impl AppendShape {
         if grid > i32::MAX as usize {
             return invalid("new_rows", format!("{rows} rows are too many for one launch"));
         }
-        Ok(AppendPlan {
-            shape: *self,
-            launch: Launch { entry: "kvlar_append", grid: grid as u32, block: 128, shared_bytes: 0 },
-        })
+        Ok(AppendPlan { shape: *self, launch: Launch { entry: "kvlar_append", grid: grid as u32, block: 128, shared_bytes: 0 } })
     }
 }
 
