@@ -11,22 +11,11 @@
 #include <string>
 #include <unordered_map>
 #include <vector>
+#include "sites.h"
 
 namespace machine {
 enum class Space { kShared, kGlobal };
-// An instruction that accesses memory.
-struct Site { const char* entry; const char* instruction; const char* where; };
 struct Total { uint64_t requests = 0, needed = 0, least = 0; };
-
-inline std::vector<Site>& sites() {
-  static std::vector<Site> all;
-  return all;
-}
-template <size_t N> int add_sites(const Site (&some)[N]) {
-  const int first = int(sites().size());
-  sites().insert(sites().end(), some, some + N);
-  return first;
-}
 
 // All counts; printed when the process ends.
 struct Counts {

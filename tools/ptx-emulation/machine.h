@@ -12,6 +12,9 @@
 // Called, not inlined: most of their thousands of places are alike, and compilers take long enough.
 #define PTX_FN __attribute__((noinline))
 #define PTX_CALLED static __attribute__((noinline, unused))
+#ifdef KVLAR_STALLS
+#include "stalls.h"
+#endif
 #define PTX_OP template <class T, class D, class A> PTX_FN void
 #define PTX_OP2 template <class T, class D, class A, class B> PTX_FN void
 #define PTX_OP3 template <class T, class D, class A, class B, class C> PTX_FN void

@@ -2,6 +2,7 @@
 
 use crate::Style;
 use crate::plain::{plain, storage};
+use crate::stalls;
 use crate::syntax::{Entry, Instruction, Module, Operand, Statement};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
@@ -25,7 +26,7 @@ pub fn emit(module: &Module, style: Style) -> Result<String, String> {
         emit_entry(&mut out, module, entry, style, &mut sites).map_err(|e| format!("{}: {e}", entry.name))?;
     }
     let mut head = String::from("#include \"machine.h\"\n");
-    if style == Style::Accesses {
+    if matches!(style, Style::Accesses | Style::Stalls) {
         // One more, for there to be any.
         let _ = writeln!(head, "namespace machine {{\nstatic const Site sites_here[] = {{\n{}{{}}}};", sites.concat());
         let _ = writeln!(head, "static const int first_site = add_sites(sites_here);\n}}  // namespace machine");
@@ -92,14 +93,30 @@ fn emit_entry(out: &mut String, module: &Module, entry: &Entry, style: Style, si
     let name = &entry.name;
     let _ = writeln!(out, "\nnamespace machine {{\nstatic void {name}(const void* given) {{");
     let _ = writeln!(out, "[[maybe_unused]] const uint64_t parameters = reinterpret_cast<uint64_t>(given);");
+    if style == Style::Stalls {
+        let _ = writeln!(out, "stalls::Clock clock(\"{name}\", first_site);");
+    }
     for statement in &entry.body {
-        let accesses = style == Style::Accesses && matches!(statement, Statement::Instruction(i) if accesses_memory(i));
-        if accesses {
-            let _ = write!(out, "{{ here = first_site + {}; ", sites.len());
-            sites.push(site(entry, &context, statement));
+        let Statement::Instruction(instruction) = statement else {
+            emit_statement(out, &mut context, &module.files, statement, style)?;
+            continue;
+        };
+        let number = sites.len();
+        match style {
+            Style::Accesses if accesses_memory(instruction) => {
+                let call = guarded(instruction, call(&context, instruction, style)?);
+                let _ = writeln!(out, "{{ here = first_site + {number}; {call} here = -1; }}");
+            }
+            Style::Stalls => {
+                let call = call(&context, instruction, style)?;
+                let _ = writeln!(out, "{}", stalls::timed(&context, instruction, number, &call)?);
+            }
+            _ => {
+                let _ = writeln!(out, "{}", guarded(instruction, call(&context, instruction, style)?));
+                continue;
+            }
         }
-        emit_statement(out, &mut context, &module.files, statement, style)?;
-        out.push_str(if accesses { "here = -1; }\n" } else { "" });
+        sites.push(site(entry, &context, instruction));
     }
     let bytes = entry.parameter_bytes;
     let _ = writeln!(out, "}}\n}}  // namespace machine\nextern \"C\" const simt::KernelDesc kvlar_simt_kernel_{name};");
@@ -114,9 +131,8 @@ fn accesses_memory(instruction: &Instruction) -> bool {
         || (name == "cp" && instruction.operands.iter().any(|o| matches!(o, Operand::Address(..))))
 }
 
-/// An element of a table of `Site` in `accesses.h`.
-fn site(entry: &Entry, context: &Context, statement: &Statement) -> String {
-    let Statement::Instruction(instruction) = statement else { return String::new() };
+/// An element of a table of `Site` in `sites.h`.
+fn site(entry: &Entry, context: &Context, instruction: &Instruction) -> String {
     let place = context.location.as_deref().unwrap_or_default();
     format!("{{\"{}\", \"{}\", {place:?}}},\n", entry.name, instruction.name.join("."))
 }
@@ -155,6 +171,9 @@ fn emit_statement(
             let names = count.map_or(vec![name.clone()], |n| (0..n).map(|i| format!("{name}{i}")).collect());
             for names in names.chunks(16) {
                 let _ = writeln!(out, "[[maybe_unused]] {kind} r_{};", names.join(", r_"));
+                if style == Style::Stalls {
+                    let _ = writeln!(out, "[[maybe_unused]] uint64_t t_{} = 0;", names.join(" = 0, t_"));
+                }
             }
             context.registers.extend(names.into_iter().map(|n| (n, kind)));
         }
@@ -165,17 +184,22 @@ fn emit_statement(
             let known = places.iter().find_map(|(file, line)| Some((of_a_kernel(file)?, line)));
             context.location = known.map(|(file, line)| format!("{file}:{line}")).or(context.location.take());
         }
+        Statement::Label(label) if style == Style::Stalls => _ = writeln!(out, "{label}: stalls::label(clock);"),
         Statement::Label(label) => _ = writeln!(out, "{label}:;"),
         Statement::Open => out.push_str("{\n"),
         Statement::Close => out.push_str("}\n"),
         Statement::Instruction(instruction) => {
-            if let Some((register, negated)) = &instruction.guard {
-                let _ = write!(out, "if ({}r_{register}) ", if *negated { "!" } else { "" });
-            }
-            let _ = writeln!(out, "{};", call(context, instruction, style)?);
+            let _ = writeln!(out, "{}", guarded(instruction, call(context, instruction, style)?));
         }
     }
     Ok(())
+}
+
+fn guarded(instruction: &Instruction, call: String) -> String {
+    match &instruction.guard {
+        Some((register, negated)) => format!("if ({}r_{register}) {call};", if *negated { "!" } else { "" }),
+        None => format!("{call};"),
+    }
 }
 
 fn call(context: &Context, instruction: &Instruction, style: Style) -> Result<String, String> {
@@ -227,7 +251,7 @@ fn spread(context: &Context, operand: &Operand, into: &mut Vec<String>) -> Resul
     }
 }
 
-fn value(context: &Context, operand: &Operand) -> Result<String, String> {
+pub fn value(context: &Context, operand: &Operand) -> Result<String, String> {
     Ok(match operand {
         Operand::Name(name) if context.is_symbol(name) => {
             format!("Number{{int64_t({})}}", context.symbol(name).unwrap_or_default())

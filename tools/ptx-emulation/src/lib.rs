@@ -8,6 +8,7 @@
 
 mod emit;
 mod plain;
+mod stalls;
 mod syntax;
 
 /// The folder of `machine.h`, which translations include; `kernels/` is the other folder that they need.
@@ -22,6 +23,8 @@ pub enum Style {
     Calls,
     /// Plain, and whatever accesses memory is counted: for a compiler with `KVLAR_ACCESSES` defined (`accesses.h`).
     Accesses,
+    /// Plain, and registers and threads have clocks: for a compiler with `KVLAR_STALLS` defined (`stalls.h`).
+    Stalls,
 }
 
 /// The C++ of a file of PTX: a descriptor `kvlar_simt_kernel_<entry>` for each of its entries, as `kernels/simt/host.h` has them.

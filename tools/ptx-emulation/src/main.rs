@@ -1,15 +1,18 @@
-//! `kvlar-ptx-emulation [--accesses] IN.ptx OUT.cpp`: see the library.
+//! `kvlar-ptx-emulation [--accesses | --stalls] IN.ptx OUT.cpp`: see the library.
 
 use kvlar_ptx_emulation::{Style, translate};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let counted = arguments.first().is_some_and(|a| a == "--accesses");
-    arguments.drain(..usize::from(counted));
-    let style = if counted { Style::Accesses } else { Style::Plain };
+    let style = match arguments.first().and_then(|a| a.to_str()) {
+        Some("--accesses") => Style::Accesses,
+        Some("--stalls") => Style::Stalls,
+        _ => Style::Plain,
+    };
+    arguments.drain(..usize::from(style != Style::Plain));
     let [from, to] = &arguments[..] else {
-        eprintln!("usage: kvlar-ptx-emulation [--accesses] IN.ptx OUT.cpp");
+        eprintln!("usage: kvlar-ptx-emulation [--accesses | --stalls] IN.ptx OUT.cpp");
         return ExitCode::from(2);
     };
     let translated = std::fs::read_to_string(from)
