@@ -1,9 +1,10 @@
 //! Where cases run.
 
 use crate::gpu;
-use kvlar::{Backend, Buffer, Device, Dtype, Result, Stream};
+use kvlar::{Backend, Buffer, Device, Dtype, Result, SimtOptions, Stream};
 use kvlar_kernels::simt::DRIVER_DEVICE;
 use kvlar_reference::testing::Rng;
+use kvlar_tests::emulation;
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,27 @@ const L2_BYTES: usize = 60 << 20;
 /// Memory that a case may take in emulation.
 const EMULATED_BYTES: usize = 1 << 30;
 
+/// SMs of an H200: what the emulation pretends where a GPU's shapes are asked for.
+const SMS: u32 = 132;
+
 const SEED: u64 = 1;
+
+fn asks_for_full_shapes() -> bool {
+    std::env::var("KVLAR_BENCH_SHAPES").as_deref() == Ok("full")
+}
+
+/// The linked one, or the one that `KVLAR_SIMT_LIBRARY` names.
+fn emulated_device() -> Result<Device> {
+    let mut options = SimtOptions::default();
+    if asks_for_full_shapes() {
+        options.sm_count = SMS;
+    }
+    match emulation::named() {
+        // SAFETY: a build of the same sources touches what the linked one does.
+        Some(named) => Ok(unsafe { Device::simt_through(options, named) }),
+        None => Device::simt(options),
+    }
+}
 
 fn is_emulated(device: &Device) -> bool {
     device.backend() != Backend::Cuda || device.info().name == DRIVER_DEVICE
@@ -41,7 +62,7 @@ impl Rig {
             Err(e) => {
                 assert!(std::env::var_os("KVLAR_REQUIRE_GPU").is_none(), "KVLAR_REQUIRE_GPU is set: {e}");
                 eprintln!("no GPU: {e}");
-                match Device::simt(Default::default()) {
+                match emulated_device() {
                     Ok(device) => device,
                     Err(e) => {
                         eprintln!("skipped, for there is no emulation either: {e}");
@@ -75,7 +96,7 @@ impl Rig {
 
     /// Whether cases should be tiny: emulated ones are, unless `KVLAR_BENCH_SHAPES=full` asks for those of a GPU.
     pub fn wants_tiny_shapes(&self) -> bool {
-        self.is_emulated() && std::env::var("KVLAR_BENCH_SHAPES").as_deref() != Ok("full")
+        self.is_emulated() && !asks_for_full_shapes()
     }
 
     /// Bytes of the last cache before memory.

@@ -537,13 +537,16 @@ fn stalls_of_a_child() {
     }
     let located = |body: &str| format!(".loc 1 7 1\n{}", body.replacen(";", ";\n.loc 1 8 1\n", 1));
     let entries: String = CHAINS.iter().map(|(name, body, _)| entry(name, &located(body))).collect();
-    let ptx = format!(".extern .shared .align 128 .b8 raw[];\n.file 1 \"/somewhere/kernels/made/up.cu\"\n{entries}");
+    let ptx = format!(
+        ".extern .shared .align 128 .b8 raw[];\n.file 1 \"/somewhere/kernels/made/up.cu\"\n{entries}{}",
+        program_of_cases()
+    );
     let machine = Machine::build(&ptx, Style::Stalls).expect("a compiler").unwrap();
     for (name, ..) in CHAINS {
         machine.launch_blocks(name, 2, 64, 128, 4).unwrap();
     }
     // Results are what they are without clocks.
-    let out = Machine::build(&program_of_cases(), Style::Stalls).expect("a compiler").unwrap().launch("cases", 1, 0, CASES.len());
+    let out = machine.launch("cases", 1, 0, CASES.len());
     for ((instruction, _, operands, expected), got) in CASES.iter().zip(out.unwrap()) {
         assert_eq!(got, *expected, "{instruction} {operands:?}: {got:#x}, not {expected:#x}");
     }
