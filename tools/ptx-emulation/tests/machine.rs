@@ -471,7 +471,7 @@ fn accesses_are_counted() {
 }
 
 /// What an entry does, and between which cycles the last of its two warps ends, where a load takes 1000.
-const CHAINS: [(&str, &str, [u64; 2]); 12] = [
+const CHAINS: [(&str, &str, [u64; 2]); 13] = [
     ("dependent", "st.global.u64 [%rd0], %rd0; ld.global.u64 %rd1, [%rd0]; ld.global.u64 %rd2, [%rd1]; ld.global.u64 %rd3, [%rd2]; add.s64 %rd4, %rd3, 1;", [3000, 3020]),
     (
         "independent",
@@ -488,6 +488,8 @@ const CHAINS: [(&str, &str, [u64; 2]); 12] = [
         [2000, 2030],
     ),
     ("not_taken", "setp.eq.s64 %p1, %rd0, 0; @%p1 ld.global.u64 %rd1, [%rd0]; add.s64 %rd2, %rd1, 1;", [0, 40]),
+    // What is not done waits for the vote that says so.
+    ("skipped", "setp.eq.s64 %p1, %rd0, 0; vote.sync.any.pred %p2, %p1, -1; @%p2 add.s64 %rd2, %rd0, 1;", [35, 45]),
     // The first warp is late, and then the second: a barrier waits for both, one after the other.
     (
         "barrier",
@@ -576,8 +578,9 @@ fn stalls_follow_what_is_waited_for() {
     // Who waits, and for what, by lines.
     let waits = "wait\tindependent\tmade/up.cu:8\tadd.s64\tmade/up.cu:8\tld.global.u64\t2\t";
     assert!(all.contains(waits), "no {waits:?} in\n{all}");
-    let others = "others\tbarrier\tmade/up.cu:8\tbar.sync\t";
-    assert!(all.contains(others), "no {others:?} in\n{all}");
+    // In both CTAs half of the threads wait at each of the barriers.
+    let others = all.lines().find_map(|l| l.strip_prefix("others\tbarrier\tmade/up.cu:8\tbar.sync\t")).expect(&all);
+    assert!((1900..=2200).contains(&others.parse::<u64>().unwrap()), "{others} cycles in\n{all}");
 }
 
 #[test]
