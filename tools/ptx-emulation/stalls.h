@@ -3,11 +3,12 @@
 // Every register has a time when its value is there, and every thread a clock. Between labels, branches and barriers an instruction
 // issues as soon as its operands are there (ptxas changes the order within such a block), and a block ends when all of it has issued,
 // one instruction a cycle. A wait is what an instruction's operands, the slowest of them, put off that end by. At a barrier all go on
-// from the latest, and take over what it has waited for: the waits of a CTA are those on the way to its last instruction.
+// from the latest, and take over what it has waited for: the waits of a CTA are those on the way to its last instruction. A branch
+// over a little arithmetic is none, as ptxas writes predicates for it (src/stalls.rs).
 //
-// What is not in it: other warps on the same SM, and queues of any kind; the two sides of a branch, one after the other; loads that
-// ptxas moves ahead of a branch, and what it makes of PTX otherwise; how long ago a value was stored that is loaded; other CTAs, whose
-// clocks all begin with zero; bulk copies, which take no time.
+// What is not in it: other warps on the same SM, and queues of any kind; the two sides of a branch, one after the other; how long ago
+// a value was stored that is loaded; other CTAs, whose clocks all begin with zero; bulk copies, which take no time; and what ptxas
+// does across branches. Where it moves loads ahead of one, a chain that is listed here is none: look at the machine code as well.
 #pragma once
 #include <algorithm>
 #include <cstdio>

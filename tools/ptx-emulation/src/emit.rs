@@ -2,7 +2,7 @@
 
 use crate::Style;
 use crate::plain::{plain, storage};
-use crate::stalls;
+use crate::stalls::{self, Predicated};
 use crate::syntax::{Entry, Instruction, Module, Operand, Statement};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
@@ -96,10 +96,18 @@ fn emit_entry(out: &mut String, module: &Module, entry: &Entry, style: Style, si
     if style == Style::Stalls {
         let _ = writeln!(out, "stalls::Clock clock(\"{name}\", first_site);");
     }
-    for statement in &entry.body {
-        let Statement::Instruction(instruction) = statement else {
-            emit_statement(out, &mut context, &module.files, statement, style)?;
-            continue;
+    let predicated = if style == Style::Stalls { stalls::predicated(&entry.body) } else { Predicated::default() };
+    for (at, statement) in entry.body.iter().enumerate() {
+        let instruction = match statement {
+            Statement::Instruction(instruction) => instruction,
+            Statement::Label(label) if predicated.labels.contains(label) => {
+                let _ = writeln!(out, "{label}:;");
+                continue;
+            }
+            _ => {
+                emit_statement(out, &mut context, &module.files, statement, style)?;
+                continue;
+            }
         };
         let number = sites.len();
         match style {
@@ -109,7 +117,8 @@ fn emit_entry(out: &mut String, module: &Module, entry: &Entry, style: Style, si
             }
             Style::Stalls => {
                 let call = call(&context, instruction, style)?;
-                let _ = writeln!(out, "{}", stalls::timed(&context, instruction, number, &call)?);
+                let _ =
+                    writeln!(out, "{}", stalls::timed(&context, instruction, predicated.by.get(&at).copied(), number, &call)?);
             }
             _ => {
                 let _ = writeln!(out, "{}", guarded(instruction, call(&context, instruction, style)?));

@@ -2,14 +2,98 @@
 //! register `r_x`, that is `t_x`.
 
 use crate::emit::{Context, value};
-use crate::syntax::{Instruction, Operand};
+use crate::syntax::{Instruction, Operand, Statement};
+use std::collections::{HashMap, HashSet};
 
-/// An instruction's statement with its calls; `site` is its number among the sites of the file.
-pub fn timed(context: &Context, instruction: &Instruction, site: usize, statement: &str) -> Result<String, String> {
+/// A branch over no more instructions than that becomes their predicate (a guess at what ptxas does).
+const PREDICATED: usize = 12;
+
+/// Branches that are none: what they jump over is short and nothing but arithmetic, for which ptxas writes predicates. A block goes
+/// on across them.
+#[derive(Debug, Default)]
+pub struct Predicated<'a> {
+    /// The predicates of such branches, and of what they jump over, by places in the body.
+    pub by: HashMap<usize, &'a String>,
+    /// Labels that nothing else leads to.
+    pub labels: HashSet<&'a String>,
+}
+
+/// Those of an entry's body.
+pub fn predicated(body: &[Statement]) -> Predicated<'_> {
+    let target = |statement: &Statement| match statement {
+        Statement::Instruction(Instruction { name, operands, .. }) if name[0] == "bra" => match &operands[..] {
+            [Operand::Name(label)] => Some(label.clone()),
+            _ => None,
+        },
+        _ => None,
+    };
+    let mut branches: HashMap<String, usize> = HashMap::new();
+    body.iter().filter_map(target).for_each(|label| *branches.entry(label).or_default() += 1);
+    let mut all = Predicated::default();
+    for (at, statement) in body.iter().enumerate() {
+        let (Statement::Instruction(Instruction { guard: Some((register, _)), .. }), Some(label)) =
+            (statement, target(statement))
+        else {
+            continue;
+        };
+        let arithmetic = |s: &Statement| match s {
+            Statement::Location(_) => true,
+            Statement::Instruction(i) => i.guard.is_none() && is_arithmetic(&i.name[0]),
+            _ => false,
+        };
+        let end = at + 1 + body[at + 1..].iter().take_while(|s| arithmetic(s)).count();
+        let over = body[at + 1..end].iter().filter(|s| matches!(s, Statement::Instruction(_))).count();
+        if let Some(Statement::Label(reached)) = body.get(end)
+            && *reached == label
+            && branches[&label] == 1
+            && over <= PREDICATED
+        {
+            all.by.extend((at..end).map(|i| (i, register)));
+            all.labels.insert(reached);
+        }
+    }
+    all
+}
+
+fn is_arithmetic(name: &str) -> bool {
+    let others = [
+        "ld",
+        "st",
+        "atom",
+        "red",
+        "bra",
+        "ret",
+        "exit",
+        "bar",
+        "membar",
+        "fence",
+        "shfl",
+        "vote",
+        "match",
+        "redux",
+        "cp",
+        "mma",
+        "ldmatrix",
+        "movmatrix",
+        "mbarrier",
+        "prefetch",
+    ];
+    !others.contains(&name)
+}
+
+/// An instruction's statement with its calls; `site` is its number among the sites of the file, `predicate` that of a branch over it
+/// that is none.
+pub fn timed(
+    context: &Context,
+    instruction: &Instruction,
+    predicate: Option<&String>,
+    site: usize,
+    statement: &str,
+) -> Result<String, String> {
     let parts: Vec<_> = instruction.name.iter().map(String::as_str).collect();
     let (made, used) = registers(context, &parts, &instruction.operands);
     let guard = instruction.guard.as_ref().map(|(register, negated)| (register, if *negated { "!" } else { "" }));
-    let ready: Vec<_> = guard.iter().map(|(r, _)| *r).chain(used).map(|r| format!("t_{r}")).collect();
+    let ready: Vec<_> = guard.iter().map(|(r, _)| *r).chain(used).chain(predicate).map(|r| format!("t_{r}")).collect();
     let with = |what: &[String]| -> String { what.iter().map(|t| format!(", {t}")).collect() };
     let call = |name: &str, what: String| format!("stalls::{name}(clock, {site}{what})");
     let to: String = made.iter().map(|r| format!("t_{r} = ")).collect();
@@ -17,6 +101,9 @@ pub fn timed(context: &Context, instruction: &Instruction, site: usize, statemen
 
     if let ["bra" | "ret" | "exit", ..] = parts[..] {
         let on = guard.map_or(String::new(), |(r, not)| format!("if ({not}r_{r}) "));
+        if predicate.is_some() {
+            return Ok(format!("{on}{statement};"));
+        }
         return Ok(format!("{}; {on}{statement};", call("branch", with(&ready))));
     }
     let whole = match parts[..] {

@@ -471,7 +471,7 @@ fn accesses_are_counted() {
 }
 
 /// What an entry does, and between which cycles the last of its two warps ends, where a load takes 1000.
-const CHAINS: [(&str, &str, [u64; 2]); 13] = [
+const CHAINS: [(&str, &str, [u64; 2]); 14] = [
     ("dependent", "st.global.u64 [%rd0], %rd0; ld.global.u64 %rd1, [%rd0]; ld.global.u64 %rd2, [%rd1]; ld.global.u64 %rd3, [%rd2]; add.s64 %rd4, %rd3, 1;", [3000, 3020]),
     (
         "independent",
@@ -488,6 +488,14 @@ const CHAINS: [(&str, &str, [u64; 2]); 13] = [
         [2000, 2030],
     ),
     ("not_taken", "setp.eq.s64 %p1, %rd0, 0; @%p1 ld.global.u64 %rd1, [%rd0]; add.s64 %rd2, %rd1, 1;", [0, 40]),
+    // What is jumped over is arithmetic: predicates do, and the second load need not wait.
+    (
+        "predicated",
+        "ld.global.u64 %rd1, [%rd0]; mov.u64 %rd2, 0; setp.eq.s64 %p1, %rd1, 0; @%p1 bra $L_next; add.s64 %rd2, %rd0, 1;
+         $L_next: ld.global.u64 %rd3, [%rd0+8]; mov.u64 %rd4, 0; setp.eq.s64 %p2, %rd3, 0; @%p2 bra $L_end; add.s64 %rd4, %rd3, 1;
+         $L_end: add.s64 %rd5, %rd2, %rd4;",
+        [1000, 1030],
+    ),
     // What is not done waits for the vote that says so.
     ("skipped", "setp.eq.s64 %p1, %rd0, 0; vote.sync.any.pred %p2, %p1, -1; @%p2 add.s64 %rd2, %rd0, 1;", [35, 45]),
     // The first warp is late, and then the second: a barrier waits for both, one after the other.
