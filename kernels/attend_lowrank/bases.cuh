@@ -44,25 +44,29 @@ template <class T, int NT, int kLatent> struct KeyBases {
     const char* const bases = static_cast<const char*>(p.key_basis) + ((unit.seq * p.key_basis_seq_stride) << Scoring::kBasisShift);
 #pragma unroll 1
     for (int first = t / 32 * kRowsAWarp + lane / kLanesARow; first < rows(); first += warps * kRowsAWarp) {
-      const uint4* from[kRowsALane];  // null for a row that pads
+      const uint4* from[kRowsALane];
+      bool exists[kRowsALane];  // a row that pads is read as another, and is zeros: a load on a condition takes its registers from afar
       float sum[kRowsALane] = {};
 #pragma unroll
       for (int j = 0; j < kRowsALane; ++j) {
         const Row row(p, first + 32 / kLanesARow * j);
-        const int64_t element = (int64_t(unit.head[row.head]) * p.attend.head_dim + row.dim) * rank;
-        from[j] = row.dim < int(p.attend.head_dim) ? reinterpret_cast<const uint4*>(bases + (element << Scoring::kBasisShift)) : nullptr;
+        exists[j] = row.dim < int(p.attend.head_dim);
+        const int64_t element = (int64_t(unit.head[row.head]) * p.attend.head_dim + (exists[j] ? row.dim : 0)) * rank;
+        from[j] = reinterpret_cast<const uint4*>(bases + (element << Scoring::kBasisShift));
       }
 #pragma unroll 1
       for (int part = lane % kLanesARow; part < parts; part += kLanesARow) {  // 32 bytes each
         uint4 low[kRowsALane], high[kRowsALane];
 #pragma unroll
         for (int j = 0; j < kRowsALane; ++j) {
-          low[j] = from[j] ? __ldg(from[j] + 2 * part) : make_uint4(0, 0, 0, 0);
-          high[j] = from[j] ? __ldg(from[j] + 2 * part + 1) : make_uint4(0, 0, 0, 0);
+          low[j] = __ldg(from[j] + 2 * part);
+          high[j] = __ldg(from[j] + 2 * part + 1);
         }
 #pragma unroll
         for (int j = 0; j < kRowsALane; ++j) {
-          const uint32_t words[8] = {low[j].x, low[j].y, low[j].z, low[j].w, high[j].x, high[j].y, high[j].z, high[j].w};
+          uint32_t words[8] = {low[j].x, low[j].y, low[j].z, low[j].w, high[j].x, high[j].y, high[j].z, high[j].w};
+#pragma unroll
+          for (int i = 0; i < 8; ++i) words[i] = exists[j] ? words[i] : 0u;
           if (p.shared.resident) store(layout, first + 32 / kLanesARow * j, part, words);
           if constexpr (kInt8) sum[j] += sum_of(words);
         }

@@ -220,15 +220,16 @@ template <class T, int NT, int V, int kLatent> struct Warp {
   template <class Find, class Issue, class Consume>
   __device__ __forceinline__ void take(const Tiles& tiles, Find find_tile, Issue issue, Consume consume) {
     const int warps = int(lowrank.shared.warp_count);
-    int stage = 1, tile = tiles.first + int(threadIdx.x) / 32;
+    // The tile at hand and, in bit 0, its stage: one register.
+    int at_hand = 2 * (tiles.first + int(threadIdx.x) / 32 - warps) + 1;
     TileRows coming{};  // pages are looked up a tile before the copies need them
-    if (tile < tiles.end) coming = find_tile(tile);
+    if ((at_hand >> 1) + warps < tiles.end) coming = find_tile((at_hand >> 1) + warps);
     // The round before the first starts its copies and has nothing to consume: copies are a lot of code, once.
 #pragma unroll 1
-    for (tile -= warps; tile < tiles.end; tile += warps) {
+    for (; at_hand >> 1 < tiles.end; at_hand = (at_hand + 2 * warps) ^ 1) {
       ptx::cp_async_wait<0>();
       __syncwarp();  // every lane's copies of this stage have landed, and every lane is done with the one before
-      const int next = tile + warps;
+      const int tile = at_hand >> 1, next = tile + warps, stage = at_hand & 1;
       if (next < tiles.end) {
         issue(coming, stage ^ 1, next);
         if (lane == 0) {
@@ -248,7 +249,6 @@ template <class T, int NT, int V, int kLatent> struct Warp {
         here.valid = record[2];
         consume(here, stage, tile);
       }
-      stage ^= 1;
     }
     ptx::cp_async_wait<0>();
   }
