@@ -1,7 +1,7 @@
 //! Bugs of attention over selected rows.
 
 use super::{Bug, Compiler, Suite, bug};
-use kvlar::{Codec, Dtype};
+use kvlar::{Codec, Dtype, Schedule};
 use kvlar_tests::Lab;
 use kvlar_tests::attend::{AttendCase, SegmentCase};
 use kvlar_tests::attend_cut::{AttendCutCase, Cut, Scores, check};
@@ -16,14 +16,19 @@ const BUGS: &[Bug] = &[
     bug("scores compared as bits", FILE, "ordered_key(score)", "__float_as_uint(score)"),
     bug("ties by the row of a tile", FILE, "uint32_t(row)) >= cut;", "uint32_t(lane)) >= cut;"),
     bug("sinks one too many", FILE, "row < int(selection.sink_rows)", "row <= int(selection.sink_rows)"),
-    bug("sinks not kept", FILE, "row < int(selection.sink_rows) ||", ""),
+    bug("sinks not kept", FILE, "(row < int(selection.sink_rows)) | ", ""),
     bug(
         "recent rows one too few",
         FILE,
         "row >= length - int(selection.recent_rows)",
         "row > length - int(selection.recent_rows)",
     ),
-    bug("recent rows of the first segment's length", FILE, "shared.unit.length[selection.segment]", "shared.unit.length[0]"),
+    bug(
+        "recent rows of the first segment's length",
+        FILE,
+        "selected(row, length, score[i])",
+        "selected(row, shared.unit.length[0], score[i])",
+    ),
     bug(
         "scores of the first head",
         FILE,
@@ -31,9 +36,14 @@ const BUGS: &[Bug] = &[
         "scores(selection.scores)",
     ),
     bug("the cut of another sequence", FILE, "__ldg(selection.cuts + head_index())", "__ldg(selection.cuts + shared.unit.head)"),
-    bug("scores of any segment", FILE, "shown = there && (segment != int(selection.segment) || ", "shown = there && ("),
-    bug("rows beyond the end", FILE, "return lane % kRows < at.valid;", "return true;"),
-    bug("tiles beyond the end", FILE, "if (tile >= end) return false;", "if (tile > end) return false;"),
+    bug("scores of any segment", FILE, "there & (!scored | selected", "there & (selected"),
+    bug("rows beyond the end", FILE, "min(length - from.row, (end - tile) * kRows)", "(end - tile) * kRows"),
+    bug(
+        "tiles beyond the end",
+        FILE,
+        "min(length - from.row, (end - tile) * kRows)",
+        "min(length - from.row, (end + 1 - tile) * kRows)",
+    ),
     bug("looks that overlap", FILE, "walk.next += 32 * kWarps;", "walk.next += 31 * kWarps;"),
     bug("looks with a gap", FILE, "walk.next += 32 * kWarps;", "walk.next += 33 * kWarps;"),
     bug(
@@ -62,6 +72,9 @@ const BUGS: &[Bug] = &[
         "if (stages == 3) ptx::cp_async_wait<1>(); else",
         "if (stages == 3) ptx::cp_async_wait<2>(); else",
     ),
+    bug("a segment at the tiles of those before", FILE, "lane / kRows - seen)", "lane / kRows)"),
+    bug("a segment over those before", FILE, "own |= bits", "own = bits"),
+    bug("a tile too many of a segment", FILE, "(rows + kTileStep - 1) / kTileStep;", "rows / kTileStep + 1;"),
 ];
 
 const SOURCE: &str = r#"
@@ -90,6 +103,13 @@ fn short_suites(lab: &Lab) {
             c.segments = vec![segment([4, 2]), segment([90, 33]), segment([17, 1])];
         });
         check(lab, &AttendCutCase::new(tiers, Cut::Best(7)).with(|c| (c.segment, c.recent_rows) = (1, 2)));
+        // A segment that ends where a round of the warps does.
+        let round = base(d, &[0, 0]).with(|c| {
+            let segment =
+                |lengths: [usize; 2]| SegmentCase { capacity: 300, ..SegmentCase::new(Codec::Bf16, Layout::Hnd(32), &lengths) };
+            (c.segments, c.schedule) = (vec![segment([128, 256]), segment([300, 90])], Schedule::Own);
+        });
+        check(lab, &AttendCutCase::new(round, Cut::Best(90)).with(|c| c.segment = 1));
     }
     // A CTA's share is several looks of a warp, some without a row.
     let long = AttendCase::new(Dtype::Bf16, (1, 1), 8, &[56_000]).with(|c| c.segments[0].layout = Layout::Contiguous);

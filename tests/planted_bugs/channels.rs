@@ -78,7 +78,7 @@ const BUGS: &[Bug] = &[
         "x[i] == x[i] ? fminf(low[i], x[i]) : -INFINITY;",
         "fminf(low[i], x[i]);",
     ),
-    bug("new rows encoded before they are rounded", "append/groups.cu", "if (!values) round_as_stored(x, p.exact.dtype);", ""),
+    bug("new rows encoded before they are rounded", "append/groups.cu", "    round_as_stored(x, p.exact.dtype);\n", ""),
     bug("pages of earlier rows taken from the first", "append/groups.cu", "row - at.source_first, page", "row, page"),
     bug(
         "a step's last group left out",

@@ -4,7 +4,7 @@ use super::{Bug, Compiler, Suite, bug};
 use kvlar::{Codec, Dtype, MergeShape, RopeLayout, Schedule};
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
-use kvlar_reference::{Rope, RopeScaling, compare};
+use kvlar_reference::{Rope, RopeScaling, Yarn, compare};
 use kvlar_tests::Lab;
 use kvlar_tests::append::AppendCase;
 use kvlar_tests::attend::{AttendCase, AttendData, AttendRun, SegmentCase, check};
@@ -34,10 +34,10 @@ const BUGS: &[Bug] = &[
     bug(
         "swapped RoPE halves",
         "device/rope.cuh",
-        "second ? __fmul_rn(partner, sin) : -__fmul_rn(partner, sin)",
-        "second ? -__fmul_rn(partner, sin) : __fmul_rn(partner, sin)",
+        "second ? __fmul_rn(partner[j], sin) : -__fmul_rn(partner[j], sin)",
+        "second ? -__fmul_rn(partner[j], sin) : __fmul_rn(partner[j], sin)",
     ),
-    bug("interleaved pairs taken as halves", "device/rope.cuh", ": i ^ 1];", ": (i < half ? i + half : i - half)];"),
+    bug("interleaved pairs taken as halves", "device/rope.cuh", ": i ^ 1, pair", ": (i >= half ? i - half : i + half), pair"),
     bug("off-by-one page", "attend/columns.cuh", "table, rows.row + 16 * b) : 0;", "table, max(0, rows.row + 16 * b - 1)) : 0;"),
     bug(
         "rows of a page not wrapped",
@@ -50,8 +50,8 @@ const BUGS: &[Bug] = &[
     bug(
         "splits merged with another split's state",
         "attend/attend.cuh",
-        "const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state(slot, column)));",
-        "const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state(slot_of_split(share, share.splits - 1 - s), column)));",
+        "from[j] = __ldcg(partial_state(slot, column));",
+        "from[j] = __ldcg(partial_state(slot_of_split(share, max(0, share.splits - 1 - first - j)), column));",
     ),
     bug("partial results share a slot", "attend/work_list.cuh", "(first_cell(cells, ctas, first) < unit_start ? 1 : 0)", "0"),
     bug("counter not left at zero", "device/ptx.cuh", "if (last) st_release(counter, 0);", ""),
@@ -94,10 +94,69 @@ const BUGS: &[Bug] = &[
     bug(
         "dropped warp barrier between rotation and rows",
         "append/append.cuh",
-        "scratch[kLaneDims * lane + i] = x[i];\n  __syncwarp();",
-        "scratch[kLaneDims * lane + i] = x[i];",
+        "to[1] = make_float4(x[4], x[5], x[6], x[7]);\n  __syncwarp();",
+        "to[1] = make_float4(x[4], x[5], x[6], x[7]);",
     ),
     bug("merge keeps vanished parts", "merge/merge.cu", "if (lse == -INFINITY) continue;", ""),
+    bug(
+        "angles of halves for interleaved pairs",
+        "device/rope.cuh",
+        "pair = split ? min(i, other) : i / 2",
+        "pair = min(i, other)",
+    ),
+    bug("dims beyond the rotary ones scaled", "device/rope.cuh", "x[j] = i < rotary ? turned : x[j];", "x[j] = turned;"),
+    bug("sines without the factor", "device/rope.cuh", "sin = __fmul_rn(sin, rope.attention_factor);", ""),
+    bug(
+        "keys at the positions of the first sequence",
+        "append/append.cuh",
+        "p.positions + int64_t(seq) * p.new_rows + row",
+        "p.positions + row",
+    ),
+    bug(
+        "a row a CTA whatever is shared",
+        "append/append.cuh",
+        "const bool shared = p.key_format",
+        "const bool shared = true || p.key_format",
+    ),
+    bug(
+        "splits beyond the first eight",
+        "attend/attend.cuh",
+        "first < share.splits; first += kAtOnce",
+        "first < min(share.splits, kAtOnce); first += kAtOnce",
+    ),
+    bug(
+        "the last split counted again",
+        "attend/attend.cuh",
+        "if (first + j < share.splits) add_scaled(x, ptx",
+        "add_scaled(x, ptx",
+    ),
+    bug(
+        "states of splits beyond the first 32",
+        "attend/attend.cuh",
+        "s < share.splits; s += 32",
+        "s < min(share.splits, 32); s += 32",
+    ),
+    bug("the top of one split", "attend/attend.cuh", "step < 32; step *= 2) top = fmaxf", "step < 1; step *= 2) top = fmaxf"),
+    bug("the sum of one split", "attend/attend.cuh", "step < 32; step *= 2) sum += ", "step < 1; step *= 2) sum += "),
+    bug("splits' sums not rescaled", "attend/attend.cuh", "sum *= ptx::ex2_approx(own - top);", ""),
+    bug(
+        "sums not rescaled to a lane's raised top",
+        "attend/attend.cuh",
+        "fmaf(sum, ptx::ex2_approx(top - raised), state.y",
+        "fmaf(sum, 1.f, state.y",
+    ),
+    bug(
+        "states of the first column",
+        "attend/attend.cuh",
+        "const float top = merged[column].x;",
+        "const float top = merged[0].x;",
+    ),
+    bug(
+        "dropped barrier behind the states of columns",
+        "attend/attend.cuh",
+        "merge_states(merged, share, columns);\n    __syncthreads();",
+        "merge_states(merged, share, columns);",
+    ),
 ];
 
 /// What the short suites need, in one translation unit.
@@ -127,6 +186,9 @@ fn short_suites(lab: &Lab) {
         base(&[3000]).with(|c| (c.q_size, c.query_rows) = (40.0, 3)),
         base(&[50, 30]).with(|c| c.softcap = 5.0),
         base(&[400, 90]).with(|c| c.schedule = Schedule::Own).with(|c| c.segments[0].capacity = 700),
+        // 34 splits.
+        AttendCase::new(Dtype::Bf16, (2, 1), 8, &[17_000])
+            .with(|c| (c.schedule, c.segments[0].layout) = (Schedule::Own, Layout::Contiguous)),
         base(&[0, 0]).with(|c| {
             let segment =
                 |codec, layout, lengths: [usize; 2]| SegmentCase { capacity: 96, ..SegmentCase::new(codec, layout, &lengths) };
@@ -151,8 +213,10 @@ fn short_suites(lab: &Lab) {
     for codec in [Codec::Bf16, Codec::Int8] {
         AppendCase { slots: Some(vec![39, -1, 0, 17, 16, -1, -1, 31, 32, 3]), ..AppendCase::new(Dtype::Bf16, codec, 64) }
             .check(lab);
-        let rope = Rope::new(10000.0, 48, RopeLayout::Interleaved, RopeScaling::None);
-        AppendCase { rope, ..AppendCase::new(Dtype::F16, codec, 64) }.check(lab);
+        for scaling in [RopeScaling::None, RopeScaling::Yarn(Yarn::new(4.0, 4096.0))] {
+            let rope = Rope::new(10000.0, 48, RopeLayout::Interleaved, scaling);
+            AppendCase { rope, ..AppendCase::new(Dtype::F16, codec, 64) }.check(lab);
+        }
     }
     let (n, rows, dim) = (3, 2, 64);
     let mut rng = Rng::new(2);

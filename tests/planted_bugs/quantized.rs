@@ -9,6 +9,8 @@ use kvlar_tests::pages::{Layout, RowFormat};
 
 pub const SUITE: Suite = Suite { name: "quantized", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
+const QUERIES: &str = "attend_quantized/queries.cuh";
+
 const BUGS: &[Bug] = &[
     bug(
         "4-bit codes meet queries in another order",
@@ -22,8 +24,8 @@ const BUGS: &[Bug] = &[
         "16 * word + 2 * j + half + 8 * e",
         "16 * word + 4 * j + 2 * half + e",
     ),
-    bug("4-bit queries not divided by the codes' weights", "attend_quantized/keys.cuh", "(half ? 16 : 1)", "1"),
-    bug("2-bit queries not divided by the codes' weights", "attend_quantized/keys.cuh", "1 << (2 * ((2 * k + half) % 4))", "1"),
+    bug("4-bit queries not divided by the codes' weights", "attend_quantized/keys.cuh", "bits == 4 ? 4 * half", "bits == 4 ? 0"),
+    bug("2-bit queries not divided by the codes' weights", "attend_quantized/keys.cuh", "2 * ((2 * k + half) % 4)", "0"),
     bug("4-bit sums not divided by the codes' weights", "attend_quantized/values.cuh", "(upper ? 16.f : 1.f)", "1.f"),
     bug(
         "2-bit sums divided by the wrong weights",
@@ -37,12 +39,7 @@ const BUGS: &[Bug] = &[
         "const uint32_t u = __byte_perm(x[0][w], x[1][w], m < 2",
         "const uint32_t u = __byte_perm(x[1][w], x[0][w], m < 2",
     ),
-    bug(
-        "the codes' 1024 forgotten in scores",
-        "attend_quantized/queries.cuh",
-        "Keys::kMagic * __shfl_sync(0xffffffffu, all, lane)",
-        "0.f * __shfl_sync(0xffffffffu, all, lane)",
-    ),
+    bug("the codes' 1024 forgotten in scores", QUERIES, "Keys::kMagic * all", "0.f * all"),
     bug(
         "queries not rotated",
         "attend_quantized/queries.cuh",
@@ -128,6 +125,34 @@ const BUGS: &[Bug] = &[
         "device/hadamard.cuh",
         "x[i] = __fmul_rn(x[i], scale);",
         "x[i] = x[i] + 0.f * scale;",
+    ),
+    bug("words of a lane in another order", QUERIES, "4 + 2 * (k % 2) + h] = word", "4 + 2 * h + k % 2] = word"),
+    bug("words of other lanes", QUERIES, "32 + 4 * (column % 8) + c) * 4", "32 + column % 8 + 8 * c) * 4"),
+    bug("queries divided by twice the weights", QUERIES, "uint32_t(127 - log) << 23", "uint32_t(126 - log) << 23"),
+    bug("sums without the weights", QUERIES, "uint32_t(127 + log) << 23", "uint32_t(127) << 23"),
+    bug("the largest dim of a lane", QUERIES, "largest = warp_max(largest);\n      const uint32_t", "const uint32_t"),
+    bug(
+        "8-bit queries by the largest of a lane",
+        QUERIES,
+        "largest = warp_max(largest);\n    const float multiplier",
+        "const float multiplier",
+    ),
+    bug("8-bit queries by the first row", QUERIES, "s < int(p.query_rows)", "s < 1"),
+    bug("the first lane's sum of dims", QUERIES, "      coded = warp_sum(coded);\n", ""),
+    bug("the first lane's sum of codes", QUERIES, "      all = warp_sum(all);\n", ""),
+    bug(
+        "dropped warp barrier before a row is read",
+        QUERIES,
+        "}\n      __syncwarp();\n      float coded",
+        "}\n      float coded",
+    ),
+    bug("sums of other columns", QUERIES, "kStates + 8 * n + 2 * at.c", "kStates + 8 * n + at.c"),
+    bug("scales not returned to the size of the query", QUERIES, "= multiplier * up;", "= multiplier;"),
+    bug(
+        "neighbouring values in another order",
+        "attend/attend.cuh",
+        "make_float4(state.o[i][n][e], state.o[i][n][e + 2], state.o[i + 1][n][e], ",
+        "make_float4(state.o[i][n][e], state.o[i + 1][n][e], state.o[i][n][e + 2], ",
     ),
 ];
 

@@ -1,7 +1,7 @@
 //! Bugs of scan and reduce, and of product quantization.
 
 use super::{Bug, Compiler, Suite, bug};
-use kvlar::{Codec, Dtype, EncodeShape, Format, ReduceArgs, ReduceShape, Reduction, SCORE_BINS, Workspace};
+use kvlar::{Codec, Dtype, EncodeShape, Format, ReduceArgs, ReduceShape, Reduction, SCORE_BINS, Schedule, Workspace};
 use kvlar_reference::compare::compare;
 use kvlar_reference::testing::Rng;
 use kvlar_reference::tolerance::Tolerance;
@@ -12,6 +12,8 @@ use kvlar_tests::pages::{DevicePages, Layout, Pages, RowFormat};
 use kvlar_tests::scan::{ScanCase, bin_of, check};
 
 pub const SUITE: Suite = Suite { name: "scan", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
+
+const PQ: &str = "device/pq.cuh";
 
 const BUGS: &[Bug] = &[
     bug("distances of a pair of dimensions lost", "encode/pq.cu", "own[i + 1], two.y);", "own[i + 1], own[i + 1]);"),
@@ -67,12 +69,7 @@ const BUGS: &[Bug] = &[
     bug("bins not cleared between units", "scan/scan.cuh", "out.bins[i] = 0;\n      {", ";\n      {"),
     bug("counts left behind", "device/order.cuh", "counts[i] = 0;", ""),
     bug("-0 below 0", "device/order.cuh", "x == 0.f ? 0u : __float_as_uint(x)", "__float_as_uint(x)"),
-    bug(
-        "parts of a unit not merged",
-        "scan/scan.cuh",
-        "for (int s = 0; s < share.splits; ++s) {",
-        "for (int s = 0; s < 1; ++s) {",
-    ),
+    bug("parts of a unit not merged", "scan/scan.cuh", "s < share.splits; s += 32", "s < 1; s += 32"),
     bug("sums not rescaled to a raised top", "scan/log_sum.cuh", "sum *= weight(top, raised);", ""),
     bug("rows beyond a length not filled", "scan/scan.cuh", "if (out.scores) out.scores[row] = -INFINITY;", ""),
     bug("-inf minus an lse of -inf", "reduce/reduce.cu", "if (prob && y != -INFINITY) y -= lse[h];", "if (prob) y -= lse[h];"),
@@ -88,6 +85,76 @@ const BUGS: &[Bug] = &[
         "if (p.histogram && row < length)",
         "if (p.histogram && row < int(p.row_count))",
     ),
+    bug(
+        "ties of lanes go to the higher code",
+        PQ,
+        "__reduce_min_sync(0xffffffffu, distance == least ? uint32_t(best.code) : 0xffffffffu)",
+        "__reduce_max_sync(0xffffffffu, distance == least ? uint32_t(best.code) : 0u)",
+    ),
+    bug(
+        "ties of a lane go to the higher code",
+        PQ,
+        "first + 32 * j < count && sum < best.distance",
+        "first + 32 * j < count && sum <= best.distance",
+    ),
+    bug(
+        "a lane's first centroids alone",
+        PQ,
+        "first < count; first += 32 * kCodes",
+        "first < min(count, 32 * kCodes); first += 32 * kCodes",
+    ),
+    bug("centroids of the first sub-vector", PQ, "codebooks + int64_t(s) * count * width", "codebooks"),
+    bug("a sub-vector skipped", PQ, "each * (share.parts - 1) + 1", "each * (share.parts - 1) + 2"),
+    bug(
+        "sub-vectors of the first warp alone",
+        PQ,
+        "s % each < each - 1 ? 1 : each * (share.parts - 1) + 1",
+        "s % each < each - 1 ? 1 : subvectors",
+    ),
+    bug("words of another warp's codes", PQ, "lane % share.parts != share.part", "(lane + 1) % share.parts != share.part"),
+    bug("codes of the wrong lane", PQ, "if (lane == s / each) {", "if (lane == s / each % share.parts) {"),
+    bug(
+        "rows of codes written by the first warp alone",
+        "device/row_codec.cuh",
+        "format.codec != KVLAR_CODEC_PQ && share.part != 0",
+        "share.part != 0",
+    ),
+    bug("a row a warp whatever is shared", "append/append.cuh", "shared ? cta : cta * 4 + warp", "cta * 4 + warp"),
+    bug("the parts of the first warp alone", "append/append.cuh", "RowShare{warp, 4}", "RowShare{0, 4}"),
+    bug(
+        "pairs beyond the first eight of a lane",
+        "scan/centroids.cuh",
+        "first < pairs; first += 32 * kAtOnce",
+        "first < min(pairs, 32 * kAtOnce); first += 32 * kAtOnce",
+    ),
+    bug("pairs beyond the last", "scan/centroids.cuh", "          if (i >= pairs) continue;\n", ""),
+    bug(
+        "sub-vectors that overlap",
+        "scan/centroids.cuh",
+        "to + s * stride + (i << 2)",
+        "to + s * (stride - 2 * width) + (i << 2)",
+    ),
+    bug(
+        "centroids of the sub-vector before",
+        "scan/centroids.cuh",
+        "from + s * pairs + min",
+        "from + max(s - 1, 0) * pairs + min",
+    ),
+    bug(
+        "dimensions of queries in another order",
+        "scan/centroids.cuh",
+        "4 * k + 2 * (column / 8) + column % 2",
+        "4 * k + column / 8 + column % 2 * 2",
+    ),
+    bug("splits beyond the first 32", "scan/scan.cuh", "s < share.splits; s += 32", "s < min(share.splits, 32); s += 32"),
+    bug("one split's sums", "scan/scan.cuh", "step < 32; step *= 2) state = ", "step < 1; step *= 2) state = "),
+    bug(
+        "counts beyond the first eight of a thread",
+        "device/order.cuh",
+        "first < KVLAR_SCORE_BINS; first += kAtOnce * threads",
+        "first < min(KVLAR_SCORE_BINS, kAtOnce * threads); first += kAtOnce * threads",
+    ),
+    bug("the first counts of a thread for all", "device/order.cuh", "each(i, count[j]);", "each(i, count[0]);"),
 ];
 
 /// What the short suites need, in one translation unit.
@@ -176,6 +243,10 @@ fn short_suites(lab: &Lab) {
     for width in [2, 4, 16] {
         AppendCase { values: rows(width), ..AppendCase::new(Dtype::Bf16, Codec::Bf16, 64) }.check(lab);
     }
+    // Of so many coarse centroids there are equal ones.
+    let mut coarse = RowFormat::from(Format::pq(4, 256)).with_codebooks(3, 64);
+    coarse.codebooks.iter_mut().for_each(|x| *x = x.round());
+    AppendCase { values: coarse, ..AppendCase::new(Dtype::Bf16, Codec::Int8, 64) }.check(lab);
     let case = |keys: Format, heads, lengths: &[usize]| ScanCase::new(keys, heads, 64, lengths);
     let method = |m: Reduction| move |c: &mut ScanCase| c.scores = Some(m);
     let decoded = Format { group: Some(16), ..Codec::Int4.into() };
@@ -196,6 +267,9 @@ fn short_suites(lab: &Lab) {
         case(Format::pq(32, 16), (1, 1), &[130, 40]).with(method(Reduction::MeanLogit)),
         case(decoded, (6, 2), &[70, 33]).with(|c| c.capacity = 100),
         case(decoded, (9, 1), &[33]),
+        case(Format::pq(4, 200), (6, 2), &[70, 33]),
+        // 34 splits.
+        ScanCase::new(Codec::Bf16, (2, 1), 8, &[17_000]).with(|c| (c.schedule, c.layout) = (Schedule::Own, Layout::Contiguous)),
     ] {
         check(lab, &case).unwrap_or_else(|e| panic!("{e}"));
     }

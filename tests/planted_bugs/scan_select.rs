@@ -24,8 +24,8 @@ const BUGS: &[Bug] = &[
     bug(
         "rows that are always kept compete",
         "scan/cut.cuh",
-        "i = first + int(threadIdx.x); i < end;",
-        "i = int(threadIdx.x); i < length;",
+        "from = first + int(threadIdx.x); from < end;",
+        "from = int(threadIdx.x); from < end;",
     ),
     bug("a list that ends early", "scan/cut.cuh", "if (int(slot) < room)", "if (int(slot) < room && slot < 16)"),
     bug("lists that are too long trusted", "scan/cut.cuh", "int(shared.listed) <= room;", "true;"),
@@ -35,7 +35,7 @@ const BUGS: &[Bug] = &[
     bug("digits that overlap", "scan/cut.cuh", "      known = shift;\n", ""),
     bug("a digit too few", "scan/cut.cuh", "digit < 5 && !whole", "digit < 3 && !whole"),
     bug("counts of the last CTA alone", "scan/scan.cuh", "      out.bins[i] = count;\n", ""),
-    bug("counts left behind", "scan/scan.cuh", "      counts[i] = 0;\n", ""),
+    bug("counts left behind", "device/order.cuh", "      counts[i] = 0;\n", ""),
     bug("any CTA finds a cut", "scan/scan.cuh", "bool last = share.splits == 1;", "bool last = true;"),
     bug("one k for all", "scan/scan.cuh", "s.ks + head * s.k_stride", "s.ks"),
     bug(
@@ -45,6 +45,20 @@ const BUGS: &[Bug] = &[
         "int(__ldg(s.ks + head * s.k_stride))",
     ),
     bug("cuts of the first sequence", "scan/scan.cuh", "s.cuts[head] = found;", "s.cuts[unit.head] = found;"),
+    bug(
+        "the last score listed again",
+        "scan/cut.cuh",
+        "if (i >= end || own >> 21 != bin) continue;",
+        "if (own >> 21 != bin) continue;",
+    ),
+    bug(
+        "a list of a thread's first sixteen",
+        "scan/cut.cuh",
+        "from < end; from += kAtOnce * kThreads",
+        "from < min(end, first + kAtOnce * kThreads); from += kAtOnce * kThreads",
+    ),
+    bug("a thread's bins but the last four", "scan/cut.cuh", "i < kEach / 4; ++i", "i < kEach / 4 - 1; ++i"),
+    bug("counts of a thread's first score", "scan/cut.cuh", "ordered_key(x[j]);", "ordered_key(x[0]);"),
 ];
 
 const SOURCE: &str = r#"
@@ -66,6 +80,11 @@ fn short_suites(lab: &Lab) {
     for k in [1, 600, 1199] {
         ScanSelectCase::new(one.clone(), k).check(lab);
     }
+    // The last row that competes is now and then a little above the cut.
+    let short = ScanCase::new(Codec::Bf16, (1, 1), 8, &[130]);
+    for recent_rows in 0..50 {
+        ScanSelectCase::new(short.clone(), 40 + recent_rows).with(|c| c.recent_rows = recent_rows).check(lab);
+    }
     for k in [2, 33, 199] {
         let equal = ScanCase::new(Codec::Int4, (2, 1), 64, &[200]).with(|c| c.q_size = 0.0);
         ScanSelectCase::new(equal, k).with(|c| c.sink_rows = 1).check(lab);
@@ -73,4 +92,7 @@ fn short_suites(lab: &Lab) {
     // More equal scores than there is room for.
     let many = ScanCase::new(Codec::Int2, (1, 1), 8, &[4700]).with(|c| c.q_size = 0.0);
     ScanSelectCase::new(many, 3000).check(lab);
+    // More than threads list at once, and room for them.
+    let listed = ScanCase::new(Codec::Bf16, (1, 1), 8, &[2500]).with(|c| c.q_size = 0.0);
+    ScanSelectCase::new(listed, 2300).check(lab);
 }

@@ -73,15 +73,23 @@ const BUGS: &[Bug] = &[
     bug("sums of the launch before", GATE, "shared.sums[h][i] = 0.f;", "shared.sums[h][i] += 0.f;"),
     bug("passes beyond the last query", GATE, "min(kQueries, int(p.group) - pass * kQueries)", "kQueries"),
     bug("dims of one warp alone", GATE, "for (int w = 0; w < Few::kSumWarps; ++w)", "for (int w = 0; w < 1; ++w)"),
-    bug("partial sums of one split", GATE, "for (int s = 0; s < splits; ++s)", "for (int s = 0; s < 1; ++s)"),
-    bug("passes in each other's partial sums", GATE, "+ of_split) * passes + pass, warp)", "+ of_split) * passes, warp)"),
+    bug("partial sums of one split", GATE, "first + j < splits ? __ldcg", "first + j < 1 ? __ldcg"),
+    bug(
+        "passes in each other's partial sums",
+        GATE,
+        "(int64_t(unit) * passes + pass) * splits",
+        "int64_t(unit) * passes * splits",
+    ),
     bug("splits that overlap", GATE, "last = min(stages, first + each);", "last = min(stages, first + each + 1);"),
     bug(
         "dropped barrier after warps' sums",
         GATE,
-        "Kept(ring, warp, 1).put(z[1]);\n    }\n    __syncthreads();",
-        "Kept(ring, warp, 1).put(z[1]);\n    }",
+        "Kept(ring, at.sum).put(z, rows_of(shared));\n    }\n    __syncthreads();",
+        "Kept(ring, at.sum).put(z, rows_of(shared));\n    }",
     ),
+    bug("dropped barrier after queries' weights", GATE, "__syncthreads();\n  if (warp != 0 ||", "if (warp != 0 ||"),
+    bug("sixteen rows for all", GATE, "(rows >> 16 * m & 0xffffu) == 0", "(rows & 0xffffu) == 0"),
+    bug("the first query in all", GATE, "get(z, m, warp + 1, rows)", "get(z, m, 1, rows)"),
 ];
 
 const SOURCE: &str = "#include \"score/gate.cu\"\n";
@@ -106,6 +114,8 @@ fn short_suites(lab: &Lab) {
         });
         case.check(lab);
     }
+    // The first 16 rows of a tile are not kept.
+    GateCase::new(Dtype::Bf16, (1, 20), gate(64, (2, 2), 16)).with(|c| c.first_columns = Some(vec![-17])).check(lab);
     // What is not finite; rows so small that the epsilon shows.
     let mut odd = GateCase::new(Dtype::F16, (1, 4), gate(64, (2, 2), 16));
     odd.hidden[70] = f32::INFINITY;

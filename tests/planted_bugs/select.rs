@@ -58,12 +58,7 @@ const BUGS: &[Bug] = &[
     ),
     bug("nothing behind the rows kept", "select/order.cuh", "p.selected[int64_t(row) * p.k + i] = -1;", "{}"),
     bug("rows listed over those of earlier warps", "select/order.cuh", "out[before + __popc(", "out[__popc("),
-    bug(
-        "candidates in each other's slots",
-        "select/set.cu",
-        "__shfl_sync(0xffffffffu, slot, 0) + ",
-        "__shfl_sync(0xffffffffu, slot, 0) + 0 * ",
-    ),
+    bug("candidates in each other's slots", "select/set.cu", "to + __popc(all & ((1u << lane) - 1))", "to"),
     bug(
         "the digit above not taken off",
         "select/set.cu",
@@ -82,9 +77,9 @@ const BUGS: &[Bug] = &[
     bug("bins left behind", "select/set.cu", "bins[i] = 0;\n}\nGPU_EXPORT(kvlar_topk_cut)", "{}\n}\nGPU_EXPORT(kvlar_topk_cut)"),
     bug("candidates left behind", "select/set.cu", "p.found[part.set] = 0;", "{}"),
     bug("the cut of another set", "select/set.cu", ": row / int(p.members)", ": row % int(p.members)"),
-    bug("floors compete", "select/set.cu", "key >> 21 == bin && place < below", "key >> 21 == bin"),
+    bug("floors compete", "select/set.cu", " && scores.place(free, j) < scores.below", ""),
     bug("floors counted among the others", "select/set.cu", "free.before + uint32_t(i)) < below)", "0) <= kNone)"),
-    bug("floors do not count", "select/set.cu", "max(0, f.count() - floor)", "f.count()"),
+    bug("floors do not count", "select/set.cu", "max(0, free.count() - int(p.floor))", "free.count()"),
     bug(
         "the cut of all over floors",
         "select/set.cu",
@@ -96,6 +91,58 @@ const BUGS: &[Bug] = &[
     bug("the first row's histogram", "select/order.cuh", "int64_t(free.at) * kBins + i", "i"),
     bug("recent rows taken for sinks", "select/order.cuh", "i < free.first ? i : i + free.count()", "i"),
     bug("a length a row", "select/order.cuh", "p.lengths + at / p.length_rows", "p.lengths + at % p.length_rows"),
+    bug(
+        "warps in each other's slots",
+        "select/set.cu",
+        "(uint32_t(shared.number) + uint32_t(before))",
+        "uint32_t(shared.number)",
+    ),
+    bug("rounds in each other's slots", "select/set.cu", "    to += __popc(all);\n", ""),
+    bug(
+        "CTAs in each other's slots",
+        "select/set.cu",
+        "before + own > 0) shared.number = int(atomicAdd(p.found + part.set, uint32_t(before + own)))",
+        "before + own > 0) shared.number = 0 * int(atomicAdd(p.found + part.set, uint32_t(before + own)))",
+    ),
+    bug(
+        "the candidates of the last warp alone",
+        "select/set.cu",
+        "atomicAdd(p.found + part.set, uint32_t(before + own))",
+        "atomicAdd(p.found + part.set, uint32_t(own))",
+    ),
+    bug("rows that the first lane does not sum up", "select/set.cu", "    held = __reduce_add_sync(0xffffffffu, held);\n", ""),
+    bug("rows that the first warp does not sum up", "select/set.cu", "int(shared.bins[lane])", "int(shared.bins[0])"),
+    bug("what competes taken for what is held", "select/set.cu", "int(shared.bins[kWarps + lane])", "int(shared.bins[lane])"),
+    bug(
+        "candidates beyond the first four of a thread",
+        "select/set.cu",
+        "i < count; i += 4 * kThreads",
+        "i < min(count, 4 * uint32_t(kThreads)); i += 4 * kThreads",
+    ),
+    bug(
+        "scores beyond the first eight of a thread",
+        "select/order.cuh",
+        "i < end; i += kScores * kThreads",
+        "i < min(end, first + kScores * kThreads); i += kScores * kThreads",
+    ),
+    bug(
+        "scores beyond the first four of a lane",
+        "select/order.cuh",
+        "for (; first < end; first += 32 * kShareScores) {",
+        "if (first < end) {",
+    ),
+    bug(
+        "rows of the next warp counted",
+        "select/order.cuh",
+        "const bool in = i < end && free.selected(i, x, cut);\n    if (mask",
+        "const bool in = free.selected(i, x, cut);\n    if (mask",
+    ),
+    bug(
+        "ties of the next warp counted",
+        "select/row.cuh",
+        "{ own += __popc(__ballot_sync(0xffffffffu, i < end && ",
+        "{ own += __popc(__ballot_sync(0xffffffffu, ",
+    ),
 ];
 
 const SOURCE: &str = r#"
@@ -132,6 +179,12 @@ fn short_suites(lab: &Lab) {
     let mut equal = TopkCase::sets(7, (2, 2), 700, 900);
     equal.scores.iter_mut().for_each(|x| *x = x.round());
     equal.check(lab);
+    // More scores, candidates and rows than threads take at once.
+    TopkCase::normal(12, 1, 9000, 800).check(lab);
+    let mut one_digit = TopkCase::sets(13, (1, 2), 4500, 700);
+    one_digit.scores = (0..9000u32).map(|i| f32::from_bits(0x3f80_0000 ^ (i * 37 % 9001))).collect();
+    one_digit.check(lab);
+    TopkCase::sets(14, (1, 40), 40, 300).check(lab);
     // Floors, histograms, lengths of several rows.
     let mut floors = TopkCase::sets(8, (2, 3), 300, 130).forced(3, 2).floor(20);
     floors.scores[..600].iter_mut().for_each(|x| *x = x.round() - 50.0);

@@ -27,9 +27,14 @@ const BUGS: &[Bug] = &[
     bug("steps of 1/8", "select/topp.cu", "double(x)), 16.)", "double(x)), 8.)"),
     bug("negative logits turned over", "select/topp.cu", "key & 0x7fffffffu : ~key", "key & 0x7fffffffu : key"),
     bug("a step too many", "select/topp.cu", "<= double(steps)) inside", "<= double(steps + 1)) inside"),
-    bug("masses of the digit before", "select/topp.cu", "shared.masses[i] = 0;\n  __syncthreads();", "__syncthreads();"),
+    bug(
+        "masses of the digit before",
+        "select/topp.cu",
+        "shared.low[i] = shared.high[i] = 0;\n  __syncthreads();",
+        "__syncthreads();",
+    ),
     bug("a bin too early", "select/topp.cu", "need <= before + high;", "need < before + high;"),
-    bug("masses of keys that differ above them", "select/topp.cu", "if (key >> known != prefix >> known) continue;", ""),
+    bug("masses of keys that differ above them", "select/topp.cu", "if (key >> known == prefix >> known) add_mass", "add_mass"),
     bug("masses above the bin kept twice", "select/topp.cu", "left -= shared.above;", ""),
     bug("ties rounded down", "select/topp.cu", "(left + each - 1) / each", "left / each + (left < each)"),
     bug("ties one too many", "select/topp.cu", "(left + each - 1) / each", "left / each + 1"),
@@ -55,13 +60,41 @@ const BUGS: &[Bug] = &[
         "max(kFinite, find_cut(shared.select, p.rows, free, need))",
         "find_cut(shared.select, p.rows, free, need)",
     ),
-    bug("the mass of all", "select/topp.cu", "if (free.selected(i, cut)) kept", "kept"),
+    bug("the mass of all", "select/topp.cu", "if (free.selected(i, x, cut)) kept", "kept"),
     bug("mass of nothing", "select/topp.cu", "whole > 0 ? float(", "true ? float("),
     bug(
         "dropped barrier after the masses",
         "select/topp.cu",
-        "      }\n      __syncthreads();\n    }\n    find_mass_bin",
-        "      }\n    }\n    find_mass_bin",
+        "      });\n      __syncthreads();\n    }\n    find_mass_bin",
+        "      });\n    }\n    find_mass_bin",
+    ),
+    bug("high words of the digit before", "select/topp.cu", "shared.low[i] = shared.high[i] = 0;", "shared.low[i] = 0;"),
+    bug("dropped carries", "select/topp.cu", " + (before + low < low)", ""),
+    bug("carries of the sum before", "select/topp.cu", "(before + low < low)", "(before < low)"),
+    bug("high words lost", "select/topp.cu", "  if (high) atomicAdd(shared.high + bin, high);\n", ""),
+    bug(
+        "high and low words swapped",
+        "select/topp.cu",
+        "uint64_t(shared.high[bin]) << 32 | shared.low[bin]",
+        "uint64_t(shared.low[bin]) << 32 | shared.high[bin]",
+    ),
+    bug(
+        "logits beyond the first sixteen of a thread",
+        "select/topp.cu",
+        "left > 0; left -= kAtOnce * kThreads",
+        "left > 0 && left > free.length - kThreads; left -= kAtOnce * kThreads",
+    ),
+    bug(
+        "the largest of the first logits of threads",
+        "select/topp.cu",
+        "j < kAtOnce; ++j) top = fmaxf",
+        "j < 1; ++j) top = fmaxf",
+    ),
+    bug(
+        "logits beyond the first eight of a thread",
+        "select/order.cuh",
+        "i < end; i += kScores * kThreads",
+        "i < min(end, first + kScores * kThreads); i += kScores * kThreads",
     ),
 ];
 
@@ -103,6 +136,15 @@ fn short_suites(lab: &Lab) {
         let beside = |i: usize| [f32::next_up, |x| x, f32::next_down][i % 3](3.0 - (i / 3) as f32 / 16.0);
         ToppCase::one(&(0..180).map(beside).collect::<Vec<_>>(), top_p).bins().check(lab);
     }
+    // More than threads take at once, the largest behind the first ones.
+    for (rows, largest) in [(2000, 1500), (16_501, 16_500)] {
+        let mut many: Vec<f32> = (0..rows).map(|i| (i * 37 % 701) as f32 / 100.0).collect();
+        many[largest] = 60.0;
+        ToppCase::one(&many, 0.9).check(lab);
+    }
+    // All that has mass, where it is little.
+    let little: Vec<f32> = (0..20).map(|i| if i == 0 { 0.0 } else { -30.0 - i as f32 / 4.0 }).collect();
+    assert_eq!(ToppCase::one(&little, 1.0).check(lab)[0].len(), 20);
     let mut ragged = ToppCase::normal(3, 3, 200, 0.7).with(|s| (s.k_min, s.k_max, s.sink_rows) = (30, 40, 6));
     ragged.lengths = Some(vec![200, 20, 90]);
     (ragged.limits, ragged.histogram) = (true, true);
