@@ -81,9 +81,9 @@ fn short_suites(lab: &Lab) {
         ScanSelectCase::new(one.clone(), k).check(lab);
     }
     // The last row that competes is now and then a little above the cut.
-    let short = ScanCase::new(Codec::Bf16, (1, 1), 8, &[130]);
-    for recent_rows in 0..50 {
-        ScanSelectCase::new(short.clone(), 40 + recent_rows).with(|c| c.recent_rows = recent_rows).check(lab);
+    let short = ScanCase::new(Codec::Bf16, (4, 4), 8, &[130, 130]);
+    for recent_rows in 0..30 {
+        ScanSelectCase::new(short.clone(), 20 + recent_rows).with(|c| c.recent_rows = recent_rows).check(lab);
     }
     for k in [2, 33, 199] {
         let equal = ScanCase::new(Codec::Int4, (2, 1), 64, &[200]).with(|c| c.q_size = 0.0);
