@@ -24,6 +24,7 @@ on_every_device!(
     many_random_cases,
     equal_bits_from_run_to_run,
     own_schedule_ignores_the_batch,
+    many_splits,
     workspace_is_left_zeroed,
     broken_rows_reach_only_those_who_see_them,
     bad_pages_and_lengths_are_clamped_and_reported,
@@ -289,6 +290,13 @@ fn equal_bits_from_run_to_run(lab: &Lab) {
 }
 
 /// Rows [0, n) of a case's first sequence alone give the same bits as within a batch.
+/// From 1 to 35 of a unit: a merge takes eight at a time, and a lane's states are 32 apart.
+fn many_splits(lab: &Lab) {
+    let case = AttendCase::new(Dtype::Bf16, (2, 1), 8, &[17_400, 16_300, 15_900, 4_500, 4_000, 3_600, 700])
+        .with(|c| (c.schedule, c.segments[0].layout) = (Schedule::Own, Layout::Contiguous));
+    all(lab, [case.clone(), case.clone().with(|c| c.sinks = true), case.with(int8)]);
+}
+
 fn own_schedule_ignores_the_batch(lab: &Lab) {
     let own = |lengths: &[usize]| {
         AttendCase::new(Dtype::F16, (4, 2), 64, lengths).with(|c| {

@@ -29,6 +29,8 @@ on_every_device!(
     many_random_cases,
     equal_bits_from_run_to_run,
     own_schedule_ignores_the_batch,
+    many_splits,
+    nothing_of_an_earlier_launch_is_merged,
     broken_rows_reach_only_those_who_see_them,
 );
 
@@ -140,16 +142,19 @@ fn dense_values(lab: &Lab) {
 }
 
 /// Sinks before, recent rows behind the latents.
-fn with_exact_rows(c: &mut LowrankCase, sinks: usize, recent: usize) {
-    let segment = |lengths: Vec<usize>| SegmentCase {
+fn exact(lengths: Vec<usize>) -> SegmentCase {
+    SegmentCase {
         latent: false,
         layout: Layout::Hnd(16),
         capacity: lengths.iter().copied().max().unwrap_or(0).max(1),
         lengths,
         positions: Positions::Index,
-    };
-    c.segments.insert(0, segment(vec![sinks; c.seqs]));
-    c.segments.push(segment((0..c.seqs).map(|b| recent.saturating_sub(b)).collect()));
+    }
+}
+
+fn with_exact_rows(c: &mut LowrankCase, sinks: usize, recent: usize) {
+    c.segments.insert(0, exact(vec![sinks; c.seqs]));
+    c.segments.push(exact((0..c.seqs).map(|b| recent.saturating_sub(b)).collect()));
 }
 
 fn exact_rows_beside_latents(lab: &Lab) {
@@ -338,6 +343,35 @@ fn equal_bits_from_run_to_run(lab: &Lab) {
         assert!(run.counters().iter().all(|&c| c == 0));
     }
     compare(&data, &first).unwrap();
+}
+
+/// More than 32, whose factors are at hand at a time.
+fn many_splits(lab: &Lab) {
+    let case = |exact_rows: usize| {
+        LowrankCase::new(Dtype::Bf16, (8, 8), 8, 32, (32, 32), &[40]).with(|c| {
+            c.segments.insert(0, exact(vec![exact_rows]));
+            c.schedule = Schedule::Own;
+        })
+    };
+    all(lab, [480, 992, 1024, 1100].map(case));
+    // All of them of latent rows, of two slices.
+    all(lab, [LowrankCase::new(Dtype::F16, (1, 1), 1, 16, (32, 288), &[9_100]).with(|c| c.schedule = Schedule::Own)]);
+}
+
+/// What a launch leaves in the workspace, infinities among it, is no part of the next one's, which has no latent rows.
+fn nothing_of_an_earlier_launch_is_merged(lab: &Lab) {
+    let broken = LowrankCase::new(Dtype::Bf16, (4, 2), 2, 64, (32, 32), &[90, 64]).with(|c| {
+        c.segments.push(exact(vec![20, 3]));
+        c.broken = true;
+    });
+    let data = LowrankData::new(&broken);
+    let [mut used, mut fresh] = [(); 2].map(|()| LowrankRun::new(lab, &data));
+    used.enqueue();
+    for run in [&mut used, &mut fresh] {
+        run.set_lengths(0, &[0; 4]);
+        run.enqueue();
+    }
+    assert_eq!(used.result(), fresh.result());
 }
 
 fn own_schedule_ignores_the_batch(lab: &Lab) {

@@ -28,6 +28,7 @@ on_every_device!(
     random_scans,
     equal_bits_from_run_to_run,
     own_schedule_ignores_the_batch,
+    many_splits,
     lengths_are_read_from_the_device,
     a_bad_page_is_reported,
     a_product_code_worked_by_hand,
@@ -257,6 +258,15 @@ fn equal_bits_from_run_to_run(lab: &Lab) {
             assert!(run.counters().iter().all(|&c| c == 0));
         }
     }
+}
+
+/// From 1 to 35 of a unit: a lane's are 32 apart.
+fn many_splits(lab: &Lab) {
+    let case = |codec| {
+        ScanCase::new(codec, (2, 1), 8, &[17_400, 16_300, 15_900, 700])
+            .with(|c| (c.schedule, c.layout, c.lse) = (Schedule::Own, Layout::Contiguous, true))
+    };
+    all(lab, [Codec::Bf16, Codec::Int8].map(case));
 }
 
 fn own_schedule_ignores_the_batch(lab: &Lab) {

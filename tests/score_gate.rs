@@ -171,9 +171,11 @@ fn scores_land_where_told(lab: &Lab) {
         // More rows than there are, fewer than none; columns before the first and behind the last.
         let odd = case.clone().with(|c| c.counts = Some(vec![rows as i32 + 9, -1, 1]));
         odd.check(lab);
-        let outside = case.with(|c| c.first_columns = Some(vec![-2, 5, 2 * rows as i32]));
-        assert!(outside.expected().1);
-        outside.check(lab);
+        for first in [-2, -16, -17] {
+            let outside = case.clone().with(|c| c.first_columns = Some(vec![first, 5, 2 * rows as i32]));
+            assert!(outside.expected().1);
+            outside.check(lab);
+        }
     }
 }
 
