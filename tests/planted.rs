@@ -20,6 +20,8 @@ mod compact;
 mod dense;
 #[path = "planted_bugs/lowrank.rs"]
 mod lowrank;
+#[path = "planted_bugs/lowrank_bytes.rs"]
+mod lowrank_bytes;
 #[path = "planted_bugs/project.rs"]
 mod project;
 #[path = "planted_bugs/quantized.rs"]
@@ -86,6 +88,7 @@ const SUITES: &[&Suite] = &[
     &compact::SUITE,
     &dense::SUITE,
     &lowrank::SUITE,
+    &lowrank_bytes::SUITE,
     &project::SUITE,
     &quantized::SUITE,
     &scan::SUITE,
