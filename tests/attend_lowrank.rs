@@ -354,6 +354,9 @@ fn many_splits(lab: &Lab) {
         })
     };
     all(lab, [480, 992, 1024, 1100].map(case));
+    // A window hides the rows of the first ones.
+    let hidden = case(1100).with(|c| (c.segments[1].positions, c.window) = (Positions::From(5000), 60));
+    all(lab, [hidden]);
     // All of them of latent rows, of two slices.
     all(lab, [LowrankCase::new(Dtype::F16, (1, 1), 1, 16, (32, 288), &[9_100]).with(|c| c.schedule = Schedule::Own)]);
 }

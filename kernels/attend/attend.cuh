@@ -14,8 +14,8 @@
 // 128 KB an SM. Main-loop instructions per 16 rows and the issue time they imply: ledger/static.json.
 #pragma once
 #include "attend/columns.cuh"
+#include "attend/split_states.cuh"
 #include "attend/state.cuh"
-#include "attend/work_list.cuh"
 
 namespace kvlar::attend {
 
@@ -45,7 +45,10 @@ template <class Warp> struct Cta {
     return p.partials + int64_t(p.slots) * kColumns * p.value_dim + (int64_t(slot) * kColumns + column) * 2;
   }
 
-  __device__ void load_shared(int unit) const {
+  // The unit that has `cell`, and the CTA's share of it: two threads of different warps wait for them at the same time.
+  __device__ void load_shared(int cell, int unit) const {
+    static_assert(kWarps > 1, "two warps");
+    if (t == 32) shared.progress = progress_at(p, cell, unit);
     if (t == 0) {
       load_unit(p, unit, shared.unit);
       FOR_EACH_SEGMENT(p, s) {
@@ -90,7 +93,7 @@ template <class Warp> struct Cta {
   // The factor that turns a merged, unnormalized output into the result, and the column's lse.
   __device__ float normalize(int column, float top, float sum, bool first_thread) const {
     const int i = shared.unit.query_tile * kColumns + column;
-    const int row = i / int(p.group), head = shared.unit.head * int(p.group) + i % int(p.group);
+    const int row = query_row_of(p, i), head = (shared.unit.head - row) * int(p.group) + i;
     float scale = 1.f;
     if (p.sink_logits) {  // one more logit in the denominator
       const float sink = __ldg(p.sink_logits + head) * kLog2E, raised = fmaxf(top, sink);
@@ -106,7 +109,7 @@ template <class Warp> struct Cta {
 
   __device__ void write_out(int column, int dim, float4 x, float factor) const {
     const int i = shared.unit.query_tile * kColumns + column;
-    const int row = i / int(p.group), head = shared.unit.head * int(p.group) + i % int(p.group);
+    const int row = query_row_of(p, i), head = (shared.unit.head - row) * int(p.group) + i;
     const int64_t at = shared.unit.seq * p.out_seq_stride + head * p.out_head_stride + row * p.out_row_stride + dim;
     x.x *= factor; x.y *= factor; x.z *= factor; x.w *= factor;
     if (p.out_dtype == KVLAR_DTYPE_F32) *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = x;
@@ -149,7 +152,7 @@ template <class Warp> struct Cta {
     constexpr int kAtOnce = 8;
     const int quads = int(p.value_dim) / 4, columns = columns_in_use(p, shared.unit.query_tile);
     float2* const merged = reinterpret_cast<float2*>(raw);  // a column's top, and the factor of its result
-    merge_states(merged, share, columns);
+    merge_columns(merged, share, columns);
     __syncthreads();
     for (int i = t; i < columns * quads; i += kThreads) {
       const int column = i / quads, dim = i % quads * 4;
@@ -173,39 +176,26 @@ template <class Warp> struct Cta {
     }
   }
 
-  // A warp a column, a lane a split.
-  __device__ void merge_states(float2* merged, const Share& share, int columns) const {
-    const int lane = t & 31;
+  // A warp a column.
+  __device__ void merge_columns(float2* merged, const Share& share, int columns) const {
     for (int column = t / 32; column < columns; column += kWarps) {
-      float top = kFloor, sum = 0.f;
-#pragma unroll 2
-      for (int s = lane; s < share.splits; s += 32) {
-        const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state(slot_of_split(share, s), column)));
-        const float raised = fmaxf(top, state.x);
-        sum = fmaf(sum, ptx::ex2_approx(top - raised), state.y * ptx::ex2_approx(state.x - raised));
-        top = raised;
-      }
-      const float own = top;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-      sum *= ptx::ex2_approx(own - top);
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane == 0) merged[column] = make_float2(top, normalize(column, top, sum, true));
+      const float2 state = merge_states(share.splits, [&](int s) {
+        return __ldcg(reinterpret_cast<const float2*>(partial_state(slot_of_split(share, s), column)));
+      });
+      if (t % 32 == 0) merged[column] = make_float2(state.x, normalize(column, state.x, state.y, true));
     }
   }
 
   __device__ void run() const {
     const int cta = int(blockIdx.x);
     const int32_t* record = cta_records(p) + 4 * cta;
-    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1), cell_end = __ldg(record + 1);
+    const int ctas = __ldg(p.work + 1);
     int cell = __ldg(record), unit = __ldg(record + 2);
     if (cta >= ctas) return;  // the whole CTA, before any barrier
-    while (cell < cell_end) {
-      const int start = __ldg(cell_starts(p) + unit), end = __ldg(cell_starts(p) + unit + 1);
-      load_shared(unit);
+    bool more;
+    do {
+      load_shared(cell, unit);
       __syncthreads();
-      const Share share = share_of(p, cells, ctas, cta, cell, cell_end, start, end, shared.unit.tile_count);
       {
         Warp warp(p, shared, raw);
         if constexpr (Warp::kPrepares) {  // queries, in what will be the rings
@@ -216,18 +206,20 @@ template <class Warp> struct Cta {
         } else {
           warp.start();
         }
-        warp.take(shared.unit.first_tile + share.tile, shared.unit.first_tile + share.tile_end);
+        warp.take(shared.first_tile(), shared.tile_end());
         warp.finish();
         __syncthreads();  // all rings are drained: their memory becomes scratch
         store_warp(warp.state, warp.at);
       }
       __syncthreads();
+      const Share share = shared.progress.share;
       merge_warps(share);
-      if (share.splits > 1 && ptx::arrive_last(p.counters + unit, uint32_t(share.splits))) merge_splits(share);
+      if (share.splits > 1 && ptx::arrive_last(p.counters + shared.progress.unit, uint32_t(share.splits))) merge_splits(share);
+      cell = shared.progress.next_cell;
+      unit = shared.progress.next_unit;
+      more = cell < shared.progress.cell_end;
       __syncthreads();  // scratch and unit are free again
-      cell += share.cells;
-      if (cell >= end) ++unit;
-    }
+    } while (more);
   }
 };
 

@@ -1,6 +1,7 @@
 // What a warp of decode attention knows of its unit: packed queries, positions, and where tiles of rows lie.
 #pragma once
 #include "attend/copy.cuh"
+#include "attend/work_list.cuh"
 #include "device/mma.cuh"
 
 namespace kvlar::attend {
@@ -10,6 +11,10 @@ struct SharedUnit {  // what all warps of a CTA know
   const char* keys[KVLAR_MAX_SEGMENTS];
   const char* values[KVLAR_MAX_SEGMENTS];
   const int32_t* tables[KVLAR_MAX_SEGMENTS];  // of pages; null without
+  Progress progress;
+
+  __device__ int first_tile() const { return unit.first_tile + progress.share.tile; }
+  __device__ int tile_end() const { return unit.first_tile + min(progress.share.tile_end, unit.tile_count); }
 };
 
 // NT: column tiles of 8.
@@ -27,8 +32,8 @@ template <int NT> struct Columns {
 
   __device__ bool column_at(int column, int& head, int& row) const {
     const int i = shared.unit.query_tile * kColumns + column;
-    row = i / int(p.group);
-    head = shared.unit.head * int(p.group) + i % int(p.group);
+    row = query_row_of(p, i);
+    head = (shared.unit.head - row) * int(p.group) + i;
     return i < int(p.group * p.query_rows);
   }
 

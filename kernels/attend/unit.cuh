@@ -28,6 +28,9 @@ __device__ inline int columns_in_use(const KvlarAttend& p, int query_tile) {
   return min(int(p.columns), int(p.group * p.query_rows) - query_tile * int(p.columns));
 }
 
+// The query row of packed column i; its head is i less that many groups. When decoding, nothing waits for a division.
+__device__ inline int query_row_of(const KvlarAttend& p, int i) { return p.query_rows == 1 ? 0 : i / int(p.group); }
+
 // Rows that a (sequence, head) holds in a segment.
 __device__ inline int held_rows(const KvlarAttend& p, int segment, int seq, int head) {
   const KvlarRows& r = p.segments[segment].rows;
@@ -71,23 +74,26 @@ __device__ inline int query_position(const KvlarAttend& p, const Unit& u, int s)
   return position;
 }
 
-__device__ inline int tiles_of(int rows, int tile_rows) { return (rows + tile_rows - 1) / tile_rows; }
+// Tiles' heights are powers of two.
+__device__ inline int tile_of(int row, int tile_rows) { return row >> (31 - __clz(tile_rows)); }
+__device__ inline int tiles_of(int rows, int tile_rows) { return tile_of(rows + tile_rows - 1, tile_rows); }
 
 // The tile that holds row `row` of all rows; past the end: the number of tiles.
 __device__ inline int tile_of_row(const KvlarAttend& p, const Unit& u, int row) {
   int tiles = 0;
   FOR_EACH_SEGMENT(p, s) {
     const int height = int(p.segments[s].tile_rows), r = max(0, min(row - u.first_row[s], u.length[s]));
-    tiles += row - u.first_row[s] < u.length[s] ? r / height : u.tiles[s];
+    tiles += row - u.first_row[s] < u.length[s] ? tile_of(r, height) : u.tiles[s];
   }
   return tiles;
 }
 
 // Fills in everything of unit `index`. One thread does it; all loads of a kind are independent.
 __device__ inline void load_unit(const KvlarAttend& p, int index, Unit& u) {
-  u.query_tile = index % int(p.query_tiles);
-  u.head = index / int(p.query_tiles) % int(p.kv_heads);
-  u.seq = index / int(p.query_tiles * p.kv_heads);
+  const int head = p.query_tiles == 1 ? index : index / int(p.query_tiles);  // counted over all sequences
+  u.query_tile = index - head * int(p.query_tiles);
+  u.seq = head / int(p.kv_heads);
+  u.head = head - u.seq * int(p.kv_heads);
   int total = 0;
   bool by_index = true;  // is a row's position its index?
   FOR_EACH_SEGMENT(p, s) {
@@ -100,7 +106,7 @@ __device__ inline void load_unit(const KvlarAttend& p, int index, Unit& u) {
   int first = u.query_tile * int(p.columns), last = first + columns_in_use(p, u.query_tile) - 1;
   u.lowest_query = INT32_MAX;
   u.highest_query = INT32_MIN;
-  for (int s = first / int(p.group); s <= last / int(p.group); ++s) {
+  for (int s = query_row_of(p, first), end = query_row_of(p, last); s <= end; ++s) {
     int position = query_position(p, u, s);
     u.lowest_query = min(u.lowest_query, position);
     u.highest_query = max(u.highest_query, position);

@@ -26,11 +26,9 @@ namespace kvlar::attend_lowrank {
 
 // Where a CTA is in its share; in shared memory, since registers are scarce.
 struct Progress {
-  int cell, cell_end;  // next of the work list
-  int index, unit;     // of the next cell, and at hand
-  attend::Share share;
+  attend::Progress at;
   int phase;
-  Tiles tiles;         // of that phase
+  Tiles tiles;  // of that phase
 };
 
 template <class T, int NT, int V, int kLatent> struct Cta {
@@ -66,7 +64,7 @@ template <class T, int NT, int V, int kLatent> struct Cta {
     }
   }
 
-  __device__ int slot() const { return attend::slot_of_split(progress.share, progress.share.split); }
+  __device__ int slot() const { return attend::slot_of_split(progress.at.share, progress.at.share.split); }
 
   // One phase's tiles, to the partial result.
   __device__ void run_phase() const {
@@ -99,31 +97,18 @@ template <class T, int NT, int V, int kLatent> struct Cta {
 
   // ---- one CTA's share of the work list
 
-  __device__ void begin() const {  // one thread
-    const int32_t* record = attend::cta_records(p) + 4 * int(blockIdx.x);
-    progress.cell = __ldg(record);
-    progress.cell_end = __ldg(record + 1);
-    progress.index = __ldg(record + 2);
-  }
-
-  __device__ void load_next() const {  // one warp
-    const int index = progress.index, cell = progress.cell, cell_end = progress.cell_end;
-    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1);
-    const int start = __ldg(attend::cell_starts(p) + index), end = __ldg(attend::cell_starts(p) + index + 1);
-    load_unit(lowrank, index, unit, t);
-    __syncwarp();  // all know what is at hand
-    if (t != 0) return;
-    progress.share = attend::share_of(p, cells, ctas, int(blockIdx.x), cell, cell_end, start, end, unit.tile_count);
-    progress.unit = index;
-    progress.cell = cell + progress.share.cells;
-    if (progress.cell >= end) progress.index = index + 1;
+  // The unit that has `cell`, and the CTA's share of it: two warps, if there are, wait for them at the same time.
+  __device__ void load_shared(int cell, int index) const {
+    if (t == threads() - 32) progress.at = attend::progress_at(p, cell, index);
+    if (t < 32) load_unit(lowrank, index, unit, t);
   }
 
   __device__ void begin_phase(int phase) const {  // one thread
     const int first = phase == 0 ? 0 : unit.exact_tiles + (phase - 1) * unit.latent_tiles;
     const int count = phase == 0 ? unit.exact_tiles : unit.latent_tiles;
     progress.phase = phase;
-    progress.tiles = {max(0, min(progress.share.tile - first, count)), max(0, min(progress.share.tile_end - first, count))};
+    const attend::Share& share = progress.at.share;
+    progress.tiles = {max(0, min(share.tile - first, count)), max(0, min(share.tile_end - first, count))};
   }
 
   __device__ void run_unit() const {
@@ -137,29 +122,33 @@ template <class T, int NT, int V, int kLatent> struct Cta {
       if (t == 0) begin_phase(progress.phase + 1);
       __syncthreads();
     }
-    if (ptx::arrive_last(p.counters + progress.unit, uint32_t(progress.share.splits))) {
-      merge.merge_splits(progress.share);
+    const attend::Share share = progress.at.share;
+    if (ptx::arrive_last(p.counters + progress.at.unit, uint32_t(share.splits))) {
+      merge.merge_splits(share);
       __syncthreads();
       merge.expand();
     }
   }
 
   __device__ void run() const {
+    const int32_t* record = attend::cta_records(p) + 4 * int(blockIdx.x);
     const int ctas = __ldg(p.work + 1);
-    if (t == 0) begin();
+    int cell = __ldg(record), index = __ldg(record + 2);
     if (int(blockIdx.x) >= ctas) return;  // the whole CTA, before any barrier
-    __syncwarp();
-    // A warp finds out what there is to do while the others, if there are any, work out the turns.
+    load_shared(cell, index);
+    // A warp is waiting for the unit: the others, if there are any, work out the turns.
     const int idle = warps() > 1 ? 32 : 0;
     if (t >= idle)
       fill_turns(lowrank.rope, reinterpret_cast<float4*>(memory + lowrank.shared.turns), int(lowrank.padded_dim) / 32, t - idle, threads() - idle);
     bool more = true;
     while (more) {
-      if (t < 32) load_next();
       __syncthreads();
       if (unit.columns > 0) run_unit();  // else: the query tile lies beyond its set's heads
-      more = progress.cell < progress.cell_end;
+      cell = progress.at.next_cell;
+      index = progress.at.next_unit;
+      more = cell < progress.at.cell_end;
       __syncthreads();  // shared memory is free again
+      if (more) load_shared(cell, index);
     }
   }
 };

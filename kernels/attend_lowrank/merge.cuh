@@ -7,6 +7,7 @@
 // What the last CTA does is waited for by the whole launch, so that its loads wait together, not one after the other: 33 splits of
 // 8 columns and 256 values are 135 KB where a split has rows of one phase, 2100 cycles of an SM's 64 B a cycle from the L2.
 #pragma once
+#include "attend/split_states.cuh"
 #include "attend/work_list.cuh"
 #include "attend_lowrank/values.cuh"
 
@@ -135,27 +136,17 @@ template <class T, int NT, int V, bool kInt8> struct Merge {
     return sum == 0.f ? 0.f : scale / sum;
   }
 
-  // A warp a column, a lane a state.
-  __device__ void merge_states(const attend::Share& share) const {
-    const int t = thread(), lane = t & 31, each = phases(), states = share.splits * each;
+  // A warp a column.
+  __device__ void merge_columns(const attend::Share& share) const {
+    const int t = thread(), each = phases();
 #pragma unroll 1
     for (int column = t / 32; column < unit.columns; column += warps()) {
-      float top = attend::kFloor, sum = 0.f;
-#pragma unroll 4
-      for (int i = lane; i < states; i += 32) {
-        const float2 state = __ldcg(partial_state(attend::slot_of_split(share, i / each), column, i % each));
-        const float raised = fmaxf(top, state.x);
-        sum *= ptx::ex2_approx(top - raised);
-        if (i % each < 2) sum = fmaf(ptx::ex2_approx(state.x - raised), state.y, sum);  // further slices see the same rows again
-        top = raised;
-      }
-      const float own = top;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-      sum *= ptx::ex2_approx(own - top);
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane == 0) *merged_state(column) = make_float2(top, normalize(column, top, sum));
+      const float2 merged = attend::merge_states(share.splits * each, [&](int i) {
+        float2 state = __ldcg(partial_state(attend::slot_of_split(share, i / each), column, i % each));
+        if (i % each > 1) state.y = 0.f;  // further slices see the same rows again
+        return state;
+      });
+      if (t % 32 == 0) *merged_state(column) = make_float2(merged.x, normalize(column, merged.x, merged.y));
     }
   }
 
@@ -171,7 +162,7 @@ template <class T, int NT, int V, bool kInt8> struct Merge {
 
   // All partial results of the unit into shared memory, unnormalized.
   __device__ void merge_splits(const attend::Share& share) const {
-    merge_states(share);
+    merge_columns(share);
     const int dv = value_dim(), quads = width() / 4, slice_width = ptx::unknown(int(lowrank.slice_width));
 #pragma unroll 1
     for (int first = 0; first < share.splits; first += kSplitsAtOnce) {

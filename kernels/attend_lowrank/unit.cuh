@@ -96,9 +96,9 @@ struct Place {
 
   __device__ Place(const KvlarAttendLowrank& lowrank, int index) {
     const KvlarAttend& p = lowrank.attend;
-    const int tile = index % int(p.query_tiles);
-    set = index / int(p.query_tiles) % int(lowrank.set_count);
-    seq = index / int(p.query_tiles * lowrank.set_count);
+    const int all = p.query_tiles == 1 ? index : index / int(p.query_tiles), tile = index - all * int(p.query_tiles);
+    seq = all / int(lowrank.set_count);
+    set = all - seq * int(lowrank.set_count);
     const int32_t* entry = lowrank.sets + 4 * set;
     key_group = __ldg(entry);
     value_group = __ldg(entry + 1);
@@ -133,8 +133,8 @@ struct Visible {
     if (at.columns == 0) return;
     bool by_index = true;  // is a row's position its index?
     FOR_EACH_SEGMENT(p, s) by_index = by_index && !p.segments[s].rows.positions;
-    const int first_row = at.first_column / int(p.group);
-    const int last_row = at.heads > 1 ? int(p.query_rows) - 1 : (at.first_column + at.columns - 1) / int(p.group);
+    const int first_row = attend::query_row_of(p, at.first_column);
+    const int last_row = at.heads > 1 ? int(p.query_rows) - 1 : attend::query_row_of(p, at.first_column + at.columns - 1);
 #pragma unroll 1
     for (int h = 0; h < at.heads; ++h) {
       const HeadRows rows(p, at.seq, __ldg(at.head + h));
@@ -244,7 +244,7 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
   const int head = __shfl_sync(0xffffffffu, own_head, h);
   if (lane < kMaxColumns) {
     const bool in_use = lane < at.columns;
-    const int packed = at.first_column + lane - h * a_head, row = packed / int(p.group);
+    const int packed = at.first_column + lane - h * a_head, row = attend::query_row_of(p, packed);
     u.column_head[lane] = h;
     u.column_row[lane] = in_use ? row : 0;
     u.column_query_head[lane] = in_use ? head * int(p.group) + packed - row * int(p.group) : 0;

@@ -23,18 +23,7 @@ constexpr int kThreads = 1024;
 struct Shared {
   uint64_t rests[kThreads];
   int warp_sums[kThreads / 32];
-  int number;
 };
-
-// A sum of all threads, to all.
-__device__ inline int block_sum(Shared& shared, int own) {
-  const int before = block_exclusive_sum<kThreads>(own, shared.warp_sums);
-  if (threadIdx.x == kThreads - 1) shared.number = before + own;
-  __syncthreads();
-  const int sum = shared.number;
-  __syncthreads();
-  return sum;
-}
 
 // Rows that a set's scores are of.
 __device__ inline int rows_of(const KvlarBudget& p, int set) {
@@ -50,7 +39,7 @@ __device__ inline int round_to_sum(Shared& shared, uint64_t above, uint64_t belo
   const int whole = active ? int(above / below) : 0;
   const uint64_t rest = above % below;
   shared.rests[own] = rest;
-  const int left = total - block_sum(shared, whole);  // a barrier, too
+  const int left = total - block_sum<kThreads>(whole, shared.warp_sums);  // a barrier, too
   int rank = 0;
   for (int other = 0; other < count; ++other) {
     const uint64_t x = shared.rests[other];
@@ -65,7 +54,7 @@ __device__ inline int dynamic(Shared& shared, const KvlarBudget& p, int set, int
   int count = 0;
   if (layer < seen)
     for (int h = 0; h < int(p.heads); ++h) count += __ldg(p.counts + (int64_t(set) * seen + layer) * p.heads + h);
-  const int sum = block_sum(shared, count), total = min(int(p.base), rows) * int(p.layers);  // more than all rows is all of them
+  const int sum = block_sum<kThreads>(count, shared.warp_sums), total = min(int(p.base), rows) * int(p.layers);  // more than all rows is all of them
   const int share = sum > 0 ? round_to_sum(shared, uint64_t(count) * uint64_t(total), uint64_t(sum), seen, total) : 0;
   if (layer >= seen) return most;
   return min(share, layer < int(p.known) ? p.budgets[int64_t(set) * p.layers + layer] : most);

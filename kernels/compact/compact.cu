@@ -43,14 +43,7 @@ __device__ inline int count_kept(const KvlarCompact& p, const Owner& o, Shared& 
   int own = 0;
   for (int first = 0; first < o.length; first += kTile)
     own += __popc(judge_tile(p, o, shared, first, min(first + kTile, o.length), true));
-  own = __reduce_add_sync(0xffffffffu, own);
-  if (threadIdx.x % 32 == 0) shared.warp_sums[threadIdx.x / 32] = own;
-  __syncthreads();
-  int all = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) all += shared.warp_sums[w];
-  __syncthreads();
-  return all;
+  return block_sum<kThreads>(own, shared.warp_sums);
 }
 
 __device__ inline int any_order(const KvlarCompact& p, const Owner& o, Shared& shared) {

@@ -127,12 +127,6 @@ template <int LUT> PTX_FN uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 // ---- synchronization
-PTX_FN uint32_t ld_acquire(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-PTX_FN void st_release(uint32_t* p, uint32_t v) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 PTX_FN uint32_t add_acq_rel(uint32_t* p, uint32_t v) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
@@ -149,15 +143,16 @@ namespace ptx {
 
 // The one way for CTAs to wait for each other, without waiting: true in the CTA that is the last of `expected` to
 // arrive at `counter`. Everything that the others wrote to global memory before arriving is visible to it (read
-// it with __ldcg). All threads of the CTA call it; the last one leaves the counter at 0.
+// it with __ldcg). All threads of the CTA call it; the last one leaves the counter at 0, for the next launch.
+//
+// One thread releases what all have written before the barrier, and acquires for all that wait at the next one: causality goes
+// through barriers (PTX ISA, memory consistency model). Fences of all threads would cost their time twice more.
 __device__ inline bool arrive_last(uint32_t* counter, uint32_t expected) {
   __shared__ bool last;
-  __threadfence();  // each thread's writes, before the barrier that hands them to thread 0
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
     last = add_acq_rel(counter, 1) == expected - 1;
-    if (last) st_release(counter, 0);
-    __threadfence();
+    if (last) __stcg(counter, 0u);
   }
   __syncthreads();
   return last;

@@ -22,7 +22,6 @@
 // lookups cost: they bound pq).
 #pragma once
 #include "attend/columns.cuh"
-#include "attend/work_list.cuh"
 #include "device/order.cuh"
 #include "scan/cut.cuh"
 #include "scan/log_sum.cuh"
@@ -76,7 +75,10 @@ template <class Warp> struct Cta {
 
   __device__ float2* partial(int slot, int column) const { return reinterpret_cast<float2*>(p.partials) + slot * kColumns + column; }
 
-  __device__ void load_shared(int index) const {
+  // The unit that has `cell`, and the CTA's share of it: two threads of different warps wait for them at the same time.
+  __device__ void load_shared(int cell, int index) const {
+    static_assert(kWarps > 1, "two warps");
+    if (t == 32) shared.unit.progress = attend::progress_at(p, cell, index);
     if (t == 0) {
       attend::Unit& unit = shared.unit.unit;
       load_unit(p, index, unit);
@@ -160,14 +162,13 @@ template <class Warp> struct Cta {
   __device__ void run() const {
     const int cta = int(blockIdx.x);
     const int32_t* record = attend::cta_records(p) + 4 * cta;
-    const int cells = __ldg(p.work), ctas = __ldg(p.work + 1), cell_end = __ldg(record + 1);
+    const int ctas = __ldg(p.work + 1);
     int cell = __ldg(record), unit = __ldg(record + 2), staged_head = -1;
     if (cta >= ctas) return;  // the whole CTA, before any barrier
-    while (cell < cell_end) {
-      const int start = __ldg(attend::cell_starts(p) + unit), end = __ldg(attend::cell_starts(p) + unit + 1);
-      load_shared(unit);
+    bool more;
+    do {
+      load_shared(cell, unit);
       __syncthreads();
-      const attend::Share share = attend::share_of(p, cells, ctas, cta, cell, cell_end, start, end, shared.unit.unit.tile_count);
       const Outputs out(scan, shared.unit.unit, raw, kColumns);
       if (out.bins)
         for (int i = t; i < KVLAR_SCORE_BINS; i += kThreads) out.bins[i] = 0;
@@ -178,14 +179,15 @@ template <class Warp> struct Cta {
         if (warp.stage(shared.unit.unit.head != staged_head)) staged_head = shared.unit.unit.head;
         warp.start();
         __syncthreads();  // what `prepare` wrote becomes rings, and `stage` is done
-        take_tiles(warp, kWarps, share.tile, share.tile_end);
+        take_tiles(warp, kWarps, shared.unit.first_tile(), shared.unit.tile_end());
         if (out.sums) warp.store_sums();
       }
+      const attend::Share share = shared.unit.progress.share;
       fill(out, share);
       __syncthreads();
       merge_warps(out, share);
       bool last = share.splits == 1;
-      if (!last && (out.sums || out.bins) && ptx::arrive_last(p.counters + unit, uint32_t(share.splits))) {
+      if (!last && (out.sums || out.bins) && ptx::arrive_last(p.counters + shared.unit.progress.unit, uint32_t(share.splits))) {
         merge_splits(out, share);
         last = true;
       }
@@ -193,10 +195,11 @@ template <class Warp> struct Cta {
         __syncthreads();  // merged counts
         select(out);
       }
+      cell = shared.unit.progress.next_cell;
+      unit = shared.unit.progress.next_unit;
+      more = cell < shared.unit.progress.cell_end;
       __syncthreads();  // unit, states and bins are free again
-      cell += share.cells;
-      if (cell >= end) ++unit;
-    }
+    } while (more);
   }
 };
 

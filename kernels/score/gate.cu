@@ -1,5 +1,5 @@
-// score_gate: scores of tokens from their hidden states; see gate.cuh.
-#include "score/gate.cuh"
+// score_gate: scores of tokens from their hidden states; see gate.cuh and gate_few.cuh.
+#include "score/gate_few.cuh"
 
 #define KVLAR_SCORE_GATE_ENTRY(name, tiling, ctas, body)                                                                         \
   extern "C" __global__ void __launch_bounds__(kvlar::gate::tiling::kThreads, ctas) name(const __grid_constant__ KvlarScoreGate p) { \

@@ -123,8 +123,7 @@ __device__ inline int write_selected(Shared& shared, const KvlarTopk& p, const F
     if (mask && i < end) mask[i] = in;
     own += __popc(__ballot_sync(0xffffffffu, in));
   });
-  int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);
-  before = __shfl_sync(0xffffffffu, before, 0);
+  int before = sum_of_warps_before<kThreads>(own, shared.warp_sums);
   if (threadIdx.x == kThreads - 32) shared.number = before + own;
   if (p.selected) {
     int32_t* out = p.selected + int64_t(row) * p.k;

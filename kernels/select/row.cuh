@@ -11,8 +11,7 @@ __device__ inline int find_tie(Shared& shared, const Free& free, uint32_t key, i
   const int first = free.first + warp * share, end = min(free.end, first + share);
   int own = 0;
   for_share(free, first, end, [&](int i, float x) { own += __popc(__ballot_sync(0xffffffffu, i < end && ordered_key(x) == key)); });
-  int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);
-  before = __shfl_sync(0xffffffffu, before, 0);
+  int before = sum_of_warps_before<kThreads>(own, shared.warp_sums);
   if (before < need && need <= before + own) {  // one warp
     for_share(free, first, end, [&](int i, float x) {
       const uint32_t ties = __ballot_sync(0xffffffffu, i < end && ordered_key(x) == key);

@@ -83,8 +83,7 @@ __device__ inline void hand_on(Shared& shared, const KvlarTopk& p, const Free& f
     mine |= uint32_t(in) << j;
     own += __popc(__ballot_sync(0xffffffffu, in));
   }
-  int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);
-  before = __shfl_sync(0xffffffffu, before, 0);
+  const int before = sum_of_warps_before<kThreads>(own, shared.warp_sums);
   if (threadIdx.x == kThreads - 32 && before + own > 0) shared.number = int(atomicAdd(p.found + part.set, uint32_t(before + own)));
   __syncthreads();
   if (own == 0) return;

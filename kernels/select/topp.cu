@@ -29,32 +29,6 @@ struct SharedMass {
   uint32_t bin;
 };
 
-// Sum of the masses of the threads before this one.
-__device__ inline uint64_t mass_before(SharedMass& shared, uint64_t own) {
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  unsigned long long sum = own;
-  for (int step = 1; step < 32; step *= 2) {
-    const unsigned long long other = __shfl_up_sync(0xffffffffu, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) shared.warp_masses[warp] = sum;
-  __syncthreads();
-  uint64_t before = 0;
-#pragma unroll 8  // by 32 some registers are spilled on sm_120
-  for (int w = 0; w < kWarps; ++w) before += w < warp ? shared.warp_masses[w] : 0;
-  __syncthreads();
-  return before + sum - own;
-}
-
-__device__ inline uint64_t mass_of_all(SharedMass& shared, uint64_t own) {
-  const uint64_t before = mass_before(shared, own);
-  if (threadIdx.x == kThreads - 1) shared.sum = before + own;
-  __syncthreads();
-  const uint64_t sum = shared.sum;
-  __syncthreads();
-  return sum;
-}
-
 // The largest logit; NaN counts as none.
 __device__ inline float largest(SharedMass& shared, const Free& free) {
   float top = -INFINITY;
@@ -72,7 +46,9 @@ __device__ inline float largest(SharedMass& shared, const Free& free) {
   for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
   if (threadIdx.x % 32 == 0) shared.warp_tops[threadIdx.x / 32] = top;
   __syncthreads();
-  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.warp_tops[w]);
+  top = shared.warp_tops[threadIdx.x % kWarps];
+#pragma unroll
+  for (int step = 1; step < kWarps; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
   return top;
 }
 
@@ -126,7 +102,7 @@ __device__ inline uint64_t mass_of_bin(const SharedMass& shared, int bin) { retu
 __device__ inline void find_mass_bin(SharedMass& shared, uint64_t need) {
   const int top = kBins - 1 - 2 * int(threadIdx.x);
   const uint64_t high = mass_of_bin(shared, top), low = mass_of_bin(shared, top - 1);
-  const uint64_t before = mass_before(shared, high + low);
+  const uint64_t before = block_exclusive_sum<kThreads>((unsigned long long)(high + low), shared.warp_masses);
   if (before < need && need <= before + high + low) {
     const bool in_high = need <= before + high;
     shared.bin = uint32_t(in_high ? top : top - 1);
@@ -167,12 +143,7 @@ __device__ inline uint64_t cut_of_mass(SharedMass& shared, const Free& free, con
 __device__ inline int count_of(Shared& shared, const Free& free, uint64_t cut) {
   int own = 0;
   for_scores(free.scores, free.first, free.end, [&](int i, float x) { own += ranked(ordered_key(x), uint32_t(i)) >= cut; });
-  const int before = block_exclusive_sum<kThreads>(own, shared.warp_sums);
-  if (threadIdx.x == kThreads - 1) shared.number = before + own;
-  __syncthreads();
-  const int count = shared.number;
-  __syncthreads();
-  return count;
+  return block_sum<kThreads>(own, shared.warp_sums);
 }
 
 // What of `whole` has to be kept.
@@ -200,24 +171,25 @@ __device__ inline uint64_t find_mass_cut(SharedMass& shared, const KvlarTopp& p,
 }  // namespace kvlar::select
 
 extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topp(const __grid_constant__ KvlarTopp p) {
+  using namespace kvlar;
   using namespace kvlar::select;
   __shared__ SharedMass shared;
   const int row = int(blockIdx.x);
   const Free free(p.rows, row);
   const Mass mass{largest(shared, free), __uint_as_float((127 + p.weight_log2) << 23)};
   clear_masses(shared);
-  uint64_t forced = 0, others = 0;
+  unsigned long long forced = 0, others = 0;
   for_scores(free.scores, 0, free.length, [&](int i, float x) {
     const uint64_t own = mass.of(x);
     if (i < free.first || i >= free.end) {
       forced += own;
     } else if (own > 0) {
       others += own;
-      add_mass(shared, p.in_bins ? mass.step_bin(x) : kvlar::score_bin(x), own);
+      add_mass(shared, p.in_bins ? mass.step_bin(x) : score_bin(x), own);
     }
   });
-  forced = mass_of_all(shared, forced);
-  const uint64_t whole = forced + mass_of_all(shared, others);
+  forced = block_sum<kThreads>(forced, shared.warp_masses);
+  const uint64_t whole = forced + block_sum<kThreads>(others, shared.warp_masses);
   uint64_t cut = find_mass_cut(shared, p, free, mass, forced, whole);
   // Not fewer than k_min, not more than k_max; no row without mass.
   const int count = count_of(shared.select, free, cut), always = free.length - free.count();
@@ -228,11 +200,11 @@ extern "C" __global__ void __launch_bounds__(1024, 1) kvlar_topp(const __grid_co
   if (threadIdx.x == 0 && p.rows.cuts) p.rows.cuts[row] = cut;
   put_selected(shared.select, p.rows, free, row, cut);
   if (!p.mass) return;
-  uint64_t kept = 0;
+  unsigned long long kept = 0;
   for_scores(free.scores, 0, free.length, [&](int i, float x) {
     if (free.selected(i, x, cut)) kept += mass.of(x);
   });
-  kept = mass_of_all(shared, kept);
+  kept = block_sum<kThreads>(kept, shared.warp_masses);
   if (threadIdx.x == 0) p.mass[row] = whole > 0 ? float(double(kept) / double(whole)) : 0.f;
 }
 GPU_EXPORT(kvlar_topp)

@@ -155,8 +155,6 @@ template <int LUT> PTX_FN uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return r;
 }
 
-PTX_FN uint32_t ld_acquire(const uint32_t* p) { simt::yield(); return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-PTX_FN void st_release(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); simt::maybe_yield(); }
 PTX_FN uint32_t add_acq_rel(uint32_t* p, uint32_t v) { simt::maybe_yield(); return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
 PTX_FN void bar_sync(int id, int threads) { simt::block_barrier(id, threads); }
 PTX_FN void bar_arrive(int id, int threads) { simt::block_barrier(id, threads, false); }

@@ -40,7 +40,7 @@ const BUGS: &[Bug] = &[
     ),
     bug("the next barrier", PTX, "bar.arrive %0, %1;\" ::\"r\"(id)", "bar.arrive %0, %1;\" ::\"r\"(id + 1)"),
     bug("arrivals not counted", PTX, "\"=r\"(old) : \"l\"(p), \"r\"(v)", "\"=r\"(old) : \"l\"(p), \"r\"(v - v)"),
-    bug("counters left as they are", PTX, "st.release.gpu.global.u32 [%0], %1;", ""),
+    bug("counters left as they are", PTX, "if (last) __stcg(counter, 0u);", ""),
     // By nvcc's own choice it would be, if it took the words for constant.
     bug("a read-only load of what others wrote", "conformance/synchronization.cu", "own += __ldcg(", "own += __ldg("),
     bug("a load by L1 of what others wrote", "conformance/synchronization.cu", "__ldcg(words + 64 * c + t)", "words[64 * c + t]"),

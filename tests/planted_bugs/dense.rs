@@ -12,6 +12,8 @@ use kvlar_tests::pages::Layout;
 
 pub const SUITE: Suite = Suite { name: "dense", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
+const STATES: &str = "attend/split_states.cuh";
+
 const BUGS: &[Bug] = &[
     bug(
         "dropped barrier before the rings become scratch",
@@ -22,14 +24,14 @@ const BUGS: &[Bug] = &[
     bug(
         "dropped barrier after the unit is loaded",
         "attend/attend.cuh",
-        "load_shared(unit);\n      __syncthreads();",
-        "load_shared(unit);",
+        "load_shared(cell, unit);\n      __syncthreads();",
+        "load_shared(cell, unit);",
     ),
     bug(
         "wrong GQA map",
         "attend/columns.cuh",
-        "head = shared.unit.head * int(p.group) + i % int(p.group);",
-        "head = i % int(p.group) * int(p.kv_heads) + shared.unit.head;",
+        "head = (shared.unit.head - row) * int(p.group) + i;",
+        "head = (i - row * int(p.group)) * int(p.kv_heads) + shared.unit.head;",
     ),
     bug(
         "swapped RoPE halves",
@@ -54,7 +56,7 @@ const BUGS: &[Bug] = &[
         "from[j] = __ldcg(partial_state(slot_of_split(share, max(0, share.splits - 1 - first - j)), column));",
     ),
     bug("partial results share a slot", "attend/work_list.cuh", "(first_cell(cells, ctas, first) < unit_start ? 1 : 0)", "0"),
-    bug("counter not left at zero", "device/ptx.cuh", "if (last) st_release(counter, 0);", ""),
+    bug("counter not left at zero", "device/ptx.cuh", "if (last) __stcg(counter, 0u);", ""),
     bug("lse in the wrong base", "attend/attend.cuh", "(top + __log2f(sum)) * kLn2", "top * kLn2 + __log2f(sum)"),
     bug("window off by one", "attend/columns.cuh", "query - position >= p.window)", "query - position > p.window)"),
     bug("causal mask off by one", "attend/columns.cuh", "position > query ||", "position >= query ||"),
@@ -130,21 +132,30 @@ const BUGS: &[Bug] = &[
         "if (first + j < share.splits) add_scaled(x, ptx",
         "add_scaled(x, ptx",
     ),
+    bug("states of splits beyond the first 32", STATES, "first < count; first += 32", "first < min(count, 32); first += 32"),
+    bug("states of the first 32 splits again", STATES, "if (first > 0) own = state_of(first + lane);", ""),
+    bug("the last split's state again", STATES, "i < count ? load(i) : make_float2(kFloor, 0.f)", "load(min(i, count - 1))"),
+    bug("the top of one split", STATES, "step < 32; step *= 2) top = fmaxf", "step < 1; step *= 2) top = fmaxf"),
+    bug("splits' sums not rescaled", STATES, "ptx::ex2_approx(own.x - top);", "1.f;"),
+    bug("the sum of one split", STATES, "i < eight + 8; ++i)", "i < eight + 1; ++i)"),
+    bug("eight splits of each 32", STATES, "eight < min(32, count - first)", "eight < 1"),
+    bug("the first query row for all", "attend/unit.cuh", "p.query_rows == 1 ? 0", "true ? 0"),
+    bug("the first query tile for all", "attend/unit.cuh", "p.query_tiles == 1 ? index :", "true ? index :"),
+    bug("a tile too high", "attend/unit.cuh", "row >> (31 - __clz(tile_rows))", "row >> (32 - __clz(tile_rows))"),
     bug(
-        "states of splits beyond the first 32",
-        "attend/attend.cuh",
-        "s < share.splits; s += 32",
-        "s < min(share.splits, 32); s += 32",
+        "the next unit before the last cell of this one",
+        "attend/work_list.cuh",
+        "at.next_unit = unit + (at.next_cell >= unit_end);",
+        "at.next_unit = unit + 1;",
     ),
-    bug("the top of one split", "attend/attend.cuh", "step < 32; step *= 2) top = fmaxf", "step < 1; step *= 2) top = fmaxf"),
-    bug("the sum of one split", "attend/attend.cuh", "step < 32; step *= 2) sum += ", "step < 1; step *= 2) sum += "),
-    bug("splits' sums not rescaled", "attend/attend.cuh", "sum *= ptx::ex2_approx(own - top);", ""),
+    bug("cells of the unit behind", "attend/work_list.cuh", "min(at.cell_end, unit_end)", "at.cell_end"),
     bug(
-        "sums not rescaled to a lane's raised top",
+        "dropped barrier before the next unit",
         "attend/attend.cuh",
-        "fmaf(sum, ptx::ex2_approx(top - raised), state.y",
-        "fmaf(sum, 1.f, state.y",
+        "__syncthreads();  // scratch and unit are free again",
+        "// scratch and unit are free again",
     ),
+    bug("one split's sum in all", STATES, "own.y, i), sum)", "own.y, 0), sum)"),
     bug(
         "states of the first column",
         "attend/attend.cuh",
@@ -154,8 +165,8 @@ const BUGS: &[Bug] = &[
     bug(
         "dropped barrier behind the states of columns",
         "attend/attend.cuh",
-        "merge_states(merged, share, columns);\n    __syncthreads();",
-        "merge_states(merged, share, columns);",
+        "merge_columns(merged, share, columns);\n    __syncthreads();",
+        "merge_columns(merged, share, columns);",
     ),
 ];
 
@@ -165,6 +176,8 @@ const SOURCE: &str = r#"
 #include "attend/warp.cuh"
 KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_d64_n8, kvlar::attend::WarpAttend<64, 1, __nv_bfloat16>)
 GPU_EXPORT(kvlar_attend_bf16_d64_n8)
+KVLAR_ATTEND_ENTRY(kvlar_attend_bf16_d64_n16, kvlar::attend::WarpAttend<64, 2, __nv_bfloat16>)
+GPU_EXPORT(kvlar_attend_bf16_d64_n16)
 #include "attend/schedule.cu"
 #include "append/append.cu"
 #include "encode/encode.cu"
@@ -185,6 +198,7 @@ fn short_suites(lab: &Lab) {
         base(&[500, 20, 0]).with(|c| c.sinks = true),
         base(&[3000]).with(|c| (c.q_size, c.query_rows) = (40.0, 3)),
         base(&[50, 30]).with(|c| c.softcap = 5.0),
+        base(&[40, 70]).with(|c| c.query_rows = 10), // two query tiles
         base(&[400, 90]).with(|c| c.schedule = Schedule::Own).with(|c| c.segments[0].capacity = 700),
         // 34 splits.
         AttendCase::new(Dtype::Bf16, (2, 1), 8, &[17_000])

@@ -8,6 +8,7 @@ use kvlar_tests::score_gate::{GateCase, GateTensors};
 pub const SUITE: Suite = Suite { name: "score_gate", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const GATE: &str = "score/gate.cuh";
+const FEW: &str = "score/gate_few.cuh";
 
 const BUGS: &[Bug] = &[
     bug("rows of the capacity", GATE, "(p.counts ? __ldg(p.counts + seq) : int(p.rows))", "int(p.rows)"),
@@ -72,24 +73,24 @@ const BUGS: &[Bug] = &[
     ),
     bug("sums of the launch before", GATE, "shared.sums[h][i] = 0.f;", "shared.sums[h][i] += 0.f;"),
     bug("passes beyond the last query", GATE, "min(kQueries, int(p.group) - pass * kQueries)", "kQueries"),
-    bug("dims of one warp alone", GATE, "for (int w = 0; w < Few::kSumWarps; ++w)", "for (int w = 0; w < 1; ++w)"),
-    bug("partial sums of one split", GATE, "first + j < splits ? __ldcg", "first + j < 1 ? __ldcg"),
+    bug("dims of one warp alone", FEW, "for (int w = 0; w < Few::kSumWarps; ++w)", "for (int w = 0; w < 1; ++w)"),
+    bug("partial sums of one split", FEW, "first + j < splits ? __ldcg", "first + j < 1 ? __ldcg"),
     bug(
         "passes in each other's partial sums",
-        GATE,
+        FEW,
         "(int64_t(unit) * passes + pass) * splits",
         "int64_t(unit) * passes * splits",
     ),
-    bug("splits that overlap", GATE, "last = min(stages, first + each);", "last = min(stages, first + each + 1);"),
+    bug("splits that overlap", FEW, "last = min(stages, first + each);", "last = min(stages, first + each + 1);"),
     bug(
         "dropped barrier after warps' sums",
-        GATE,
+        FEW,
         "Kept(ring, at.sum).put(z, rows_of(shared));\n    }\n    __syncthreads();",
         "Kept(ring, at.sum).put(z, rows_of(shared));\n    }",
     ),
-    bug("dropped barrier after queries' weights", GATE, "__syncthreads();\n  if (warp != 0 ||", "if (warp != 0 ||"),
-    bug("sixteen rows for all", GATE, "(rows >> 16 * m & 0xffffu) == 0", "(rows & 0xffffu) == 0"),
-    bug("the first query in all", GATE, "get(z, m, warp + 1, rows)", "get(z, m, 1, rows)"),
+    bug("dropped barrier after queries' weights", FEW, "__syncthreads();\n  if (warp != 0 ||", "if (warp != 0 ||"),
+    bug("sixteen rows for all", FEW, "(rows >> 16 * m & 0xffffu) == 0", "(rows & 0xffffu) == 0"),
+    bug("the first query in all", FEW, "get(z, m, warp + 1, rows)", "get(z, m, 1, rows)"),
 ];
 
 const SOURCE: &str = "#include \"score/gate.cu\"\n";

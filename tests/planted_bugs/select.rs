@@ -7,15 +7,26 @@ use kvlar_tests::select::TopkCase;
 
 pub const SUITE: Suite = Suite { name: "select", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
+const SUMS: &str = "device/scan.cuh";
+
 const BUGS: &[Bug] = &[
     bug("ties go to the higher index", "select/order.cuh", "uint32_t(~index)", "index"),
     bug("a tie too many", "select/row.cuh", "(ties >> lane & 1) && rank == need", "(ties >> lane & 1) && rank == need + 1"),
     bug("ties counted from the wrong lane", "select/row.cuh", "(2u << lane) - 1", "(1u << lane) - 1"),
+    bug("sums of this warp, too", SUMS, "lane < warp ? warp_sums[lane]", "lane <= warp ? warp_sums[lane]"),
+    bug("sums of first lanes", SUMS, "if (lane == 31) warp_sums[warp]", "if (lane == 0) warp_sums[warp]"),
+    bug("lanes' sums of half of the warp", SUMS, "step *= 2) {\n", "step *= 4) {\n"),
+    bug(
+        "dropped barrier before the sums of warps",
+        SUMS,
+        "= value;\n  __syncthreads();\n  const T before",
+        "= value;\n  const T before",
+    ),
     bug(
         "ties of earlier warps forgotten",
         "select/row.cuh",
-        "int before = block_exclusive_sum<kThreads>(lane == 0 ? own : 0, shared.warp_sums);",
-        "int before = 0 * block_exclusive_sum<kThreads>(own, shared.warp_sums);",
+        "int before = sum_of_warps_before<kThreads>(own, shared.warp_sums);",
+        "int before = 0 * sum_of_warps_before<kThreads>(own, shared.warp_sums);",
     ),
     bug("bins of the digit before", "select/order.cuh", "shared.bins[i] = 0;", "shared.bins[i] &= 1;"),
     bug("digits of keys that differ above them", "select/row.cuh", "key >> known == prefix >> known", "true"),

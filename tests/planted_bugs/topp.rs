@@ -6,10 +6,21 @@ use kvlar_tests::topp::ToppCase;
 
 pub const SUITE: Suite = Suite { name: "topp", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
+const SUMS: &str = "device/scan.cuh";
+
 const BUGS: &[Bug] = &[
-    bug("masses of earlier warps forgotten", "select/topp.cu", "before += w < warp ? shared.warp_masses[w] : 0;", "before += 0;"),
-    bug("masses of lanes counted twice", "select/topp.cu", "return before + sum - own;", "return before + sum;"),
-    bug("the largest of a warp", "select/topp.cu", "for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.warp_tops[w]);", ""),
+    bug("masses of earlier warps forgotten", SUMS, "lane < warp ? warp_sums[lane] : T(0)", "T(0)"),
+    bug("masses of lanes counted twice", SUMS, "+ sum - value;", "+ sum;"),
+    bug("masses of half of the lanes", SUMS, "step *= 2) x += ", "step *= 4) x += "),
+    bug("masses of half of the warps", SUMS, "lane < kThreads / 32 ? warp_sums", "lane < kThreads / 64 ? warp_sums"),
+    bug(
+        "dropped barrier before the masses of warps",
+        SUMS,
+        "= value;\n  __syncthreads();\n  const T sum",
+        "= value;\n  const T sum",
+    ),
+    bug("the largest of a warp", "select/topp.cu", "top = shared.warp_tops[threadIdx.x % kWarps];", ""),
+    bug("the largest of half of the warps", "select/topp.cu", "step < kWarps; step *= 2", "step < kWarps / 2; step *= 2"),
     bug(
         "NaN has mass",
         "select/topp.cu",
@@ -47,8 +58,8 @@ const BUGS: &[Bug] = &[
     bug(
         "a share of the others alone",
         "select/topp.cu",
-        "const uint64_t whole = forced + mass_of_all",
-        "const uint64_t whole = 0 * forced + mass_of_all",
+        "const uint64_t whole = forced + block_sum",
+        "const uint64_t whole = 0 * forced + block_sum",
     ),
     bug("the share is of one", "select/topp.cu", "__dmul_rn(top_p, double(whole))", "top_p * 0x1p40"),
     bug("k_min of free rows", "select/topp.cu", "k_min - always", "k_min"),

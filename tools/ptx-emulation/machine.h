@@ -191,12 +191,6 @@ PTX_ATOM(atom_shared_max, shared(address, sizeof(T), sizeof(T)), x > y ? x : y)
 template <class T, class D, class A> PTX_FN void atom_acq_rel_gpu_global_add(uint64_t address, D& d, A a) {
   set<T>(d, ptx::add_acq_rel(reinterpret_cast<T*>(elsewhere(written(address, sizeof(T)), sizeof(T))), as<T>(a)));
 }
-template <class T, class D> PTX_FN void ld_acquire_gpu_global(uint64_t a, D& d) {
-  set<T>(d, ptx::ld_acquire(reinterpret_cast<T*>(elsewhere(a, sizeof(T)))));
-}
-template <class T, class V> PTX_FN void st_release_gpu_global(uint64_t a, V v) {
-  ptx::st_release(reinterpret_cast<T*>(elsewhere(written(a, sizeof(T)), sizeof(T))), as<T>(v));
-}
 SIMT_INLINE void membar_gl() { __threadfence(); }
 SIMT_INLINE void membar_cta() { __threadfence_block(); }
 SIMT_INLINE void fence_mbarrier_init_release_cluster() {}
