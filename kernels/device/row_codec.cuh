@@ -40,6 +40,17 @@ __device__ inline int checked_page(const KvlarRows& rows, uint32_t page_count, i
 
 // ---- dense rows of any activation type
 
+__device__ inline void unpack_dense(float (&x)[kLaneDims], uint4 w, uint32_t dtype) {
+  const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = dtype == KVLAR_DTYPE_F16 ? ptx::unpack_f16(words[i])
+                                                : make_float2(__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u));
+    x[2 * i] = two.x;
+    x[2 * i + 1] = two.y;
+  }
+}
+
 __device__ inline void load_dense(float (&x)[kLaneDims], const void* row, uint32_t dtype, int dim, int lane) {
   const int first = kLaneDims * lane;
 #pragma unroll
@@ -50,15 +61,7 @@ __device__ inline void load_dense(float (&x)[kLaneDims], const void* row, uint32
     const float4 a = __ldg(p), b = __ldg(p + 1);
     x[0] = a.x; x[1] = a.y; x[2] = a.z; x[3] = a.w; x[4] = b.x; x[5] = b.y; x[6] = b.z; x[7] = b.w;
   } else {
-    const uint4 w = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(row) + first));
-    const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 two = dtype == KVLAR_DTYPE_F16 ? ptx::unpack_f16(words[i])
-                                                  : make_float2(__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u));
-      x[2 * i] = two.x;
-      x[2 * i + 1] = two.y;
-    }
+    unpack_dense(x, __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(row) + first)), dtype);
   }
 }
 

@@ -78,15 +78,24 @@ const BUGS: &[Bug] = &[
         "x[i] == x[i] ? fminf(low[i], x[i]) : -INFINITY;",
         "fminf(low[i], x[i]);",
     ),
-    bug("new rows encoded before they are rounded", "append/groups.cu", "    round_as_stored(x, p.exact.dtype);\n", ""),
-    bug("pages of earlier rows taken from the first", "append/groups.cu", "row - at.source_first, page", "row, page"),
+    bug("new rows encoded before they are rounded", "append/packed_rows.cuh", "    round_as_stored(x, p.exact.dtype);\n", ""),
+    bug("pages of earlier rows taken from the first", "append/packed_rows.cuh", "? row - at.source_first : -1", "? row : -1"),
     bug(
         "a step's last group left out",
         "append/groups.cu",
         "(pack + 1) * int(p.pack_rows) > packing.w",
         "(pack + 1) * int(p.pack_rows) >= packing.w",
     ),
-    bug("dropped barrier between keys and values", "append/groups.cu", "__syncthreads();  // the scratch is free again", ""),
+    bug("the first eight rows of a warp again", "append/packed_rows.cuh", "(kStagedRows * eight + i)", "i"),
+    bug("rows of another eight", "append/packed_rows.cuh", "held != number / kStagedRows", "held < 0"),
+    bug(
+        "every row from the first page",
+        "append/packed_rows.cuh",
+        "__shfl_sync(0xffffffffu, page, i)",
+        "__shfl_sync(0xffffffffu, page, 0)",
+    ),
+    bug("rows not waited for", "append/packed_rows.cuh", "ptx::cp_async_wait<0>();", "ptx::cp_async_wait<1>();"),
+    bug("keys alone", "append/groups.cu", "(blockIdx.x - p.row_ctas) % 2", "(blockIdx.x - p.row_ctas) % 2 * 0"),
     bug("a row's scales instead of its group's", "device/row_codec.cuh", "uint64_t(row / group)", "uint64_t(row)"),
 ];
 
@@ -134,6 +143,9 @@ fn short_suites(lab: &Lab) {
             run.check(lab);
         }
     }
+    // Rows of several pages, more than a warp stages at a time.
+    let many = GroupsRun::new(grouped(Codec::Int4Channel, 64), Codec::Int8.into(), &[[50, 63], [14, 1]]);
+    GroupsRun { pack_rows: 64, ..many }.check(lab);
     for (codec, group) in [(Codec::Int4Channel, 16), (Codec::Int2Channel, 32)] {
         let case = EncodeCase {
             stored: grouped(codec, group).into(),

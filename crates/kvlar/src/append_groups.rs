@@ -85,7 +85,7 @@ impl AppendGroupsShape {
             }
         }
         let rows = a.seqs * a.kv_heads * a.new_rows;
-        let packs = (a.seqs * a.kv_heads).saturating_mul(self.max_packs);
+        let packs = (2 * a.seqs * a.kv_heads).saturating_mul(self.max_packs); // keys and values
         if rows.div_ceil(4).saturating_add(packs) > i32::MAX as usize {
             return invalid("max_packs", format!("{} are too many for one launch", self.max_packs));
         }
