@@ -17,6 +17,8 @@
 
 #define KVLAR_ABI_VERSION 1
 #define KVLAR_MAX_SEGMENTS 4
+#define KVLAR_WORK_RECORD 27          // int32s a CTA of a work list (attend/work_list.cuh); one a unit has four less
+#define KVLAR_LOWRANK_WORK_RECORD 20  // likewise, of attend_lowrank
 #define KVLAR_SCORE_BINS 2048  // of a histogram of scores: the top 11 bits of their order, see device/order.cuh
 
 // Bits of the status word: what a kernel had to clamp.

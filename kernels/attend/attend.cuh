@@ -28,9 +28,10 @@ template <class Warp> struct Cta {
   SharedUnit& shared;
   unsigned char* const raw;
   const int t;
+  const WorkList<Unit> list;
 
   __device__ Cta(const KvlarAttend& params, SharedUnit& unit, unsigned char* memory)
-      : p(params), shared(unit), raw(memory), t(int(threadIdx.x)) {}
+      : p(params), shared(unit), raw(memory), t(int(threadIdx.x)), list(params) {}
 
   __device__ float* scratch(int warp, int column) const {
     return reinterpret_cast<float*>(raw) + (warp * kColumns + column) * kScratchRow;
@@ -43,21 +44,6 @@ template <class Warp> struct Cta {
   }
   __device__ float* partial_state(int slot, int column) const {
     return p.partials + int64_t(p.slots) * kColumns * p.value_dim + (int64_t(slot) * kColumns + column) * 2;
-  }
-
-  // The unit that has `cell`, and the CTA's share of it: two threads of different warps wait for them at the same time.
-  __device__ void load_shared(int cell, int unit) const {
-    static_assert(kWarps > 1, "two warps");
-    if (t == 32) shared.progress = progress_at(p, cell, unit);
-    if (t == 0) {
-      load_unit(p, unit, shared.unit);
-      FOR_EACH_SEGMENT(p, s) {
-        const KvlarPool &k = p.segments[s].keys, &v = p.segments[s].values;
-        shared.keys[s] = static_cast<const char*>(k.data) + shared.unit.seq * k.seq_stride + shared.unit.head * k.head_stride;
-        shared.values[s] = static_cast<const char*>(v.data) + shared.unit.seq * v.seq_stride + shared.unit.head * v.head_stride;
-        shared.tables[s] = table_of(p.segments[s].rows, shared.unit.seq, shared.unit.head);
-      }
-    }
   }
 
   // Sums of the lane's rows become sums of the warp's.
@@ -92,8 +78,8 @@ template <class Warp> struct Cta {
 
   // The factor that turns a merged, unnormalized output into the result, and the column's lse.
   __device__ float normalize(int column, float top, float sum, bool first_thread) const {
-    const int i = shared.unit.query_tile * kColumns + column;
-    const int row = query_row_of(p, i), head = (shared.unit.head - row) * int(p.group) + i;
+    const int i = shared.unit().query_tile * kColumns + column;
+    const int row = query_row_of(p, i), head = (shared.unit().head - row) * int(p.group) + i;
     float scale = 1.f;
     if (p.sink_logits) {  // one more logit in the denominator
       const float sink = __ldg(p.sink_logits + head) * kLog2E, raised = fmaxf(top, sink);
@@ -102,15 +88,15 @@ template <class Warp> struct Cta {
       top = raised;
     }
     if (first_thread && p.lse)
-      p.lse[(int64_t(shared.unit.seq) * p.kv_heads * p.group + head) * p.query_rows + row] =
+      p.lse[(int64_t(shared.unit().seq) * p.kv_heads * p.group + head) * p.query_rows + row] =
           sum == 0.f ? -INFINITY : (top + __log2f(sum)) * kLn2;
     return sum == 0.f ? 0.f : scale / sum;
   }
 
   __device__ void write_out(int column, int dim, float4 x, float factor) const {
-    const int i = shared.unit.query_tile * kColumns + column;
-    const int row = query_row_of(p, i), head = (shared.unit.head - row) * int(p.group) + i;
-    const int64_t at = shared.unit.seq * p.out_seq_stride + head * p.out_head_stride + row * p.out_row_stride + dim;
+    const int i = shared.unit().query_tile * kColumns + column;
+    const int row = query_row_of(p, i), head = (shared.unit().head - row) * int(p.group) + i;
+    const int64_t at = shared.unit().seq * p.out_seq_stride + head * p.out_head_stride + row * p.out_row_stride + dim;
     x.x *= factor; x.y *= factor; x.z *= factor; x.w *= factor;
     if (p.out_dtype == KVLAR_DTYPE_F32) *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = x;
     else if (p.out_dtype == KVLAR_DTYPE_F16) *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + at) = make_uint2(ptx::pack_f16(x.x, x.y), ptx::pack_f16(x.z, x.w));
@@ -124,7 +110,7 @@ template <class Warp> struct Cta {
 
   // Merges the warps' states; the whole unit becomes the result, a part of it a partial result.
   __device__ void merge_warps(const Share& share) const {
-    const int quads = int(p.value_dim) / 4, columns = columns_in_use(p, shared.unit.query_tile);
+    const int quads = int(p.value_dim) / 4, columns = columns_in_use(p, shared.unit().query_tile);
     for (int i = t; i < columns * quads; i += kThreads) {
       const int column = i / quads, dim = i % quads * 4;
       float top = kFloor, sum = 0.f;
@@ -140,7 +126,7 @@ template <class Warp> struct Cta {
       if (share.splits == 1) {
         write_out(column, dim, x, normalize(column, top, sum, dim == 0));
       } else {
-        const int slot = slot_of_split(share, share.split);
+        const int slot = list.slot_of_split(share, share.split);
         __stcg(reinterpret_cast<float4*>(partial(slot, column) + dim), x);
         if (dim == 0) __stcg(reinterpret_cast<float2*>(partial_state(slot, column)), make_float2(top, sum));
       }
@@ -150,7 +136,7 @@ template <class Warp> struct Cta {
   // The last CTA of a unit merges its partial results, in a fixed order. All wait for it: its loads wait together.
   __device__ void merge_splits(const Share& share) const {
     constexpr int kAtOnce = 8;
-    const int quads = int(p.value_dim) / 4, columns = columns_in_use(p, shared.unit.query_tile);
+    const int quads = int(p.value_dim) / 4, columns = columns_in_use(p, shared.unit().query_tile);
     float2* const merged = reinterpret_cast<float2*>(raw);  // a column's top, and the factor of its result
     merge_columns(merged, share, columns);
     __syncthreads();
@@ -164,7 +150,7 @@ template <class Warp> struct Cta {
         float4 part[kAtOnce];
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          const int slot = slot_of_split(share, min(first + j, share.splits - 1));
+          const int slot = list.slot_of_split(share, min(first + j, share.splits - 1));
           from[j] = __ldcg(partial_state(slot, column));
           part[j] = __ldcg(reinterpret_cast<const float4*>(partial(slot, column) + dim));
         }
@@ -180,46 +166,33 @@ template <class Warp> struct Cta {
   __device__ void merge_columns(float2* merged, const Share& share, int columns) const {
     for (int column = t / 32; column < columns; column += kWarps) {
       const float2 state = merge_states(share.splits, [&](int s) {
-        return __ldcg(reinterpret_cast<const float2*>(partial_state(slot_of_split(share, s), column)));
+        return __ldcg(reinterpret_cast<const float2*>(partial_state(list.slot_of_split(share, s), column)));
       });
       if (t % 32 == 0) merged[column] = make_float2(state.x, normalize(column, state.x, state.y, true));
     }
   }
 
   __device__ void run() const {
-    const int cta = int(blockIdx.x);
-    const int32_t* record = cta_records(p) + 4 * cta;
-    const int ctas = __ldg(p.work + 1);
-    int cell = __ldg(record), unit = __ldg(record + 2);
-    if (cta >= ctas) return;  // the whole CTA, before any barrier
-    bool more;
-    do {
-      load_shared(cell, unit);
-      __syncthreads();
+    shared.begin(p, t);
+    __syncthreads();
+    bool more = shared.work.cell < shared.work.cell_end;
+    while (more) {
       {
         Warp warp(p, shared, raw);
-        if constexpr (Warp::kPrepares) {  // queries, in what will be the rings
-          warp.prepare(reinterpret_cast<float*>(raw));
-          __syncthreads();
-          warp.start(reinterpret_cast<const float*>(raw));
-          __syncthreads();
-        } else {
-          warp.start();
-        }
-        warp.take(shared.first_tile(), shared.tile_end());
+        warp.start();
+        const Share share = list.share(shared.work);
+        warp.take(shared.first_tile(share), shared.tile_end(share));
         warp.finish();
         __syncthreads();  // all rings are drained: their memory becomes scratch
         store_warp(warp.state, warp.at);
       }
       __syncthreads();
-      const Share share = shared.progress.share;
+      const Share share = list.share(shared.work);
       merge_warps(share);
-      if (share.splits > 1 && ptx::arrive_last(p.counters + shared.progress.unit, uint32_t(share.splits))) merge_splits(share);
-      cell = shared.progress.next_cell;
-      unit = shared.progress.next_unit;
-      more = cell < shared.progress.cell_end;
-      __syncthreads();  // scratch and unit are free again
-    } while (more);
+      if (share.splits > 1 && ptx::arrive_last(p.counters + shared.work.index, uint32_t(share.splits))) merge_splits(share);
+      more = shared.next(p, t);
+      __syncthreads();  // scratch is free, and the unit known
+    }
   }
 };
 

@@ -6,15 +6,42 @@
 
 namespace kvlar::attend {
 
-struct SharedUnit {  // what all warps of a CTA know
-  Unit unit;
+// What all warps of a CTA know.
+struct SharedUnit {
+  CtaRecord<Unit> work;
   const char* keys[KVLAR_MAX_SEGMENTS];
   const char* values[KVLAR_MAX_SEGMENTS];
   const int32_t* tables[KVLAR_MAX_SEGMENTS];  // of pages; null without
-  Progress progress;
 
-  __device__ int first_tile() const { return unit.first_tile + progress.share.tile; }
-  __device__ int tile_end() const { return unit.first_tile + min(progress.share.tile_end, unit.tile_count); }
+  __device__ const Unit& unit() const { return work.of.unit; }
+  // Of the CTA's share: into all of the unit's tiles.
+  __device__ int first_tile(const Share& share) const { return unit().first_tile + share.tile; }
+  __device__ int tile_end(const Share& share) const { return unit().first_tile + min(share.tile_end, unit().tile_count); }
+
+  // The CTA's first unit, as of the next barrier.
+  __device__ void begin(const KvlarAttend& p, int t) {
+    begin_work(p, work, t);
+    find_rows(p, t);
+  }
+  // The one that follows, if one does.
+  __device__ bool next(const KvlarAttend& p, int t) {
+    const bool more = next_work(p, work, t);
+    if (more) find_rows(p, t);
+    return more;
+  }
+
+ private:
+  // A lane a segment, of the warp that has read the unit.
+  __device__ void find_rows(const KvlarAttend& p, int t) {
+    static_assert(WorkList<Unit>::kCtaWords <= 32, "a warp reads all of a record");
+    if (t >= 32) return;
+    __syncwarp();
+    if (t >= int(p.segment_count)) return;
+    const KvlarSegment& s = p.segments[t];
+    keys[t] = static_cast<const char*>(s.keys.data) + unit().seq * s.keys.seq_stride + unit().head * s.keys.head_stride;
+    values[t] = static_cast<const char*>(s.values.data) + unit().seq * s.values.seq_stride + unit().head * s.values.head_stride;
+    tables[t] = table_of(s.rows, unit().seq, unit().head);
+  }
 };
 
 // NT: column tiles of 8.
@@ -31,9 +58,9 @@ template <int NT> struct Columns {
       : p(params), shared(unit), lane(int(threadIdx.x) & 31), warp(int(threadIdx.x) >> 5) {}
 
   __device__ bool column_at(int column, int& head, int& row) const {
-    const int i = shared.unit.query_tile * kColumns + column;
+    const int i = shared.unit().query_tile * kColumns + column;
     row = query_row_of(p, i);
-    head = (shared.unit.head - row) * int(p.group) + i;
+    head = (shared.unit().head - row) * int(p.group) + i;
     return i < int(p.group * p.query_rows);
   }
 
@@ -44,7 +71,7 @@ template <int NT> struct Columns {
     return query_row(head, row);
   }
   __device__ const uint16_t* query_row(int head, int row) const {
-    return static_cast<const uint16_t*>(p.q) + shared.unit.seq * p.q_seq_stride + head * p.q_head_stride + row * p.q_row_stride;
+    return static_cast<const uint16_t*>(p.q) + shared.unit().seq * p.q_seq_stride + head * p.q_head_stride + row * p.q_row_stride;
   }
 
   __device__ static uint32_t two_dims(const uint16_t* row, int dim, int head_dim) {
@@ -69,8 +96,13 @@ template <int NT> struct Columns {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         int head, s;
-        q_position[n][e] = column_at(8 * n + 2 * at.c + e, head, s) ? query_position(p, shared.unit, s) : kMaskedColumn;
+        q_position[n][e] = column_at(8 * n + 2 * at.c + e, head, s) ? query_position(s) : kMaskedColumn;
       }
+  }
+
+  // When decoding, that of all columns: nothing waits for it.
+  __device__ int query_position(int row) const {
+    return p.query_rows == 1 ? shared.unit().lowest_query : attend::query_position(p, shared.unit(), row);
   }
 
   // Is row r (of the tile) beyond the end or hidden from column (n, e)?
@@ -81,14 +113,14 @@ template <int NT> struct Columns {
 
   // Do all queries see `count` rows from row `first` of all rows on, of which the tile has `valid`?
   __device__ bool all_visible(const TilePlace& rows, int first, int count) const {
-    const Unit& u = shared.unit;
+    const Unit& u = shared.unit();
     return rows.valid >= count && !p.segments[rows.segment].rows.positions && first + count - 1 <= u.lowest_query &&
            (p.window == 0 || u.highest_query - first < p.window);
   }
 
   // Where a tile lies; its pages are looked up by `find`. `height_of(segment)`: rows of a tile.
   template <class Height> __device__ __forceinline__ void place(int tile, TilePlace& rows, Height height_of) const {
-    const Unit& u = shared.unit;
+    const Unit& u = shared.unit();
     rows.segment = 0;
     for (int tiles; rows.segment + 1 < int(p.segment_count) && tile >= (tiles = u.tiles[rows.segment]); ++rows.segment) tile -= tiles;
     const int height = height_of(rows.segment);
@@ -119,14 +151,15 @@ template <int NT> struct Columns {
   template <int kRows> __device__ __forceinline__ void copy_positions(const TileRows& rows, ptx::smem to) const {
     const KvlarRows& r = p.segments[rows.segment].rows;
     if (!r.positions) return;
-    const Unit& u = shared.unit;
+    const Unit& u = shared.unit();
     const int32_t* base = r.positions + u.seq * r.position_seq_stride + u.head * r.position_head_stride;
     copy_words<kRows>(lane, to, reinterpret_cast<const char*>(base), int64_t(4) << r.page_rows_log2, 4, rows, (1 << r.page_rows_log2) - 1);
   }
 };
 
 // Tiles first + warp, first + warp + warps, ... below end, through a private ring of p.stages stages: all but one are
-// on their way while one is computed on. `Taker` finds, issues and consumes tiles.
+// on their way while one is computed on. `Taker` finds, issues and consumes tiles. One that prepares its queries does so while
+// the first tiles are on their way, with barriers, in what will be the last stages: once, also in a warp that has no tile.
 template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, int warps, int first, int end) {
   const int stages = int(taker.p.stages), own = first + taker.warp;
   int issued = own, to = 0, stage = 0;
@@ -134,7 +167,9 @@ template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, 
   if (issued < end) taker.find(issued, next);
   // The rounds before the first start their copies and have nothing to consume: copies are a lot of code, once.
 #pragma unroll 1
-  for (int tile = own - (stages - 1) * warps; tile < end; tile += warps) {
+  for (int tile = own - (stages - 1) * warps; tile < end || (Taker::kPrepares && tile <= own); tile += warps) {
+    if constexpr (Taker::kPrepares)
+      if (tile == own) taker.prepare();
     if (stages == 3) ptx::cp_async_wait<1>(); else ptx::cp_async_wait<0>();
     __syncwarp();  // every lane's copies of this stage have landed, and every lane is done with the one before
     if (issued < end) {
@@ -144,7 +179,7 @@ template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, 
     }
     ptx::cp_async_commit();
     to = to + 1 == stages ? 0 : to + 1;
-    if (tile < own) continue;
+    if (tile < own || (Taker::kPrepares && tile >= end)) continue;
     TilePlace rows{};
     taker.place_tile(tile, rows);
     taker.consume(rows, stage);

@@ -69,7 +69,7 @@ template <int D, int NT, class T> struct WarpAttend : Columns<NT> {
     float s[kBlocks][NT][4] = {};
     DenseTile<D, NT, T>::scores(s, tile_s, q);
     to_logits(s, p);
-    const int first = shared.unit.first_row[rows.segment] + rows.row;
+    const int first = shared.unit().first_row[rows.segment] + rows.row;
     if (!Base::all_visible(rows, first, 16 * kBlocks) || (kSome && ~shown << (32 - Tiles::kRows) != 0)) {
       const bool stored = p.segments[rows.segment].rows.positions != nullptr;
 #pragma unroll

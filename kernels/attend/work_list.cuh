@@ -1,81 +1,98 @@
-// The work list: which CTA takes which tiles. Built on the device from the lengths, once a step, and
-// shared by all layers whose lengths agree.
+// The work list: which CTA takes which tiles, and what it has to know of them. Built on the device from the lengths, once a
+// step, and shared by all layers whose lengths (and positions) agree.
 //
 // Tiles are grouped into cells that are never split: one tile each (`balanced`: every CTA gets the same
 // number of tiles, and may span several units), or a fixed number of tiles counted from the unit's start
 // (`own`: how a unit is cut depends on its own rows alone, so its result does not depend on its batch).
 // A unit without tiles keeps one empty cell, so that its output is written.
 //
-// Memory, in int32: [0] cells, [1] CTAs with work, [2..8) zero, then cell_start[units + 1], then four a
-// CTA: first cell, one past its last cell, unit of the first cell, 0.
+// Memory: a CtaRecord a CTA, then a UnitRecord a unit. A CTA's holds a copy of its first unit's: before its rows it waits for
+// one load, instead of a chain of them (cell, unit, lengths, pages, positions).
 #pragma once
 #include "attend/unit.cuh"
 
 namespace kvlar::attend {
 
-constexpr int kHeader = 8;
+// How a unit is divided.
+struct Splits {
+  int first_cell, end_cell;
+  int slot;   // where its first partial result is stored
+  int count;  // partial results
+};
 
-__device__ inline int32_t* cell_starts(const KvlarAttend& p) { return p.work + kHeader; }
-__device__ inline int32_t* cta_records(const KvlarAttend& p) { return p.work + kHeader + p.units + 1; }
+template <class Unit> struct UnitRecord {
+  Splits splits;
+  Unit unit;
+};
 
-__device__ inline int cells_of(const KvlarAttend& p, int tiles) {
-  int height = p.own_cell_tiles ? int(p.own_cell_tiles) : 1;
-  return max(1, (tiles + height - 1) / height);
-}
+// Where a CTA is: in the list at its first unit, in shared memory from then on.
+template <class Unit> struct CtaRecord {
+  int cell, cell_end;  // its next cell, and where its share ends: not beyond it, if it has none
+  int index;           // of the unit that has the cell
+  int reserved;
+  UnitRecord<Unit> of;
+};
 
-// CTA c takes cells [first_cell(c), first_cell(c + 1)).
-__device__ inline int first_cell(int cells, int ctas, int c) { return int(int64_t(c) * cells / ctas); }
-// The CTA that takes `cell`.
-__device__ inline int cta_of_cell(int cells, int ctas, int cell) { return int((int64_t(cell + 1) * ctas - 1) / cells); }
-
-// One CTA's share of one unit.
+// The CTA's share of the unit at hand.
 struct Share {
-  int tile, tile_end;   // counted from the unit's first tile; the end may lie beyond its last
-  int split, splits;    // which of the unit's partial results this is
-  int slot, next_slot;  // where split 0 and split 1 are stored; later ones follow at `slot_step`
-  int slot_step;
+  int tile, tile_end;  // counted from the unit's first tile; the end may lie beyond its last
+  int split, splits;   // which of the unit's partial results this is
+  int slot;            // of the first of them
 };
 
-// Where a CTA is in its cells. In shared memory, since registers are scarce in loops over rows.
-struct Progress {
-  int unit;                            // at hand
-  Share share;                         // of it
-  int next_unit, next_cell, cell_end;  // what follows, unless the next cell is the end
-};
+template <class Unit> struct WorkList {
+  static constexpr int kCtaWords = sizeof(CtaRecord<Unit>) / 4, kUnitWords = sizeof(UnitRecord<Unit>) / 4;  // read by the word
 
-// Of the unit that has `cell`, the CTA's next. One thread does it.
-__device__ inline Progress progress_at(const KvlarAttend& p, int cell, int unit) {
-  const int cta = int(blockIdx.x), cells = __ldg(p.work), ctas = __ldg(p.work + 1);
-  const int unit_start = __ldg(cell_starts(p) + unit), unit_end = __ldg(cell_starts(p) + unit + 1);
-  Progress at;
-  at.unit = unit;
-  at.cell_end = __ldg(cta_records(p) + 4 * cta + 1);
-  at.next_cell = p.own_cell_tiles ? cell + 1 : min(at.cell_end, unit_end);
-  at.next_unit = unit + (at.next_cell >= unit_end);
-  Share& s = at.share;
-  if (p.own_cell_tiles) {
-    s.split = cell - unit_start;
-    s.splits = unit_end - unit_start;
-    s.tile = s.split * int(p.own_cell_tiles);
-    s.tile_end = s.tile + int(p.own_cell_tiles);
-    s.slot = unit_start;
-    s.next_slot = unit_start + 1;
-    s.slot_step = 1;
-  } else {
-    const int first = cta_of_cell(cells, ctas, unit_start);
-    s.split = cta - first;
-    s.splits = cta_of_cell(cells, ctas, unit_end - 1) - first + 1;
-    s.tile = cell - unit_start;
-    s.tile_end = at.next_cell - unit_start;
-    // A CTA holds at most two partial results: of the unit it starts in the middle of, and of its last.
-    s.slot = 2 * first + (first_cell(cells, ctas, first) < unit_start ? 1 : 0);
-    s.next_slot = 2 * (first + 1);
-    s.slot_step = 2;
+  const KvlarAttend& p;
+
+  __device__ explicit WorkList(const KvlarAttend& params) : p(params) {}
+  __device__ CtaRecord<Unit>* cta(int i) const { return reinterpret_cast<CtaRecord<Unit>*>(p.work) + i; }
+  __device__ UnitRecord<Unit>* unit(int i) const { return reinterpret_cast<UnitRecord<Unit>*>(cta(int(p.ctas))) + i; }
+
+  __device__ int cells_of(int tiles) const {
+    const int height = p.own_cell_tiles ? int(p.own_cell_tiles) : 1;
+    return max(1, (tiles + height - 1) / height);
   }
-  return at;
+
+  __device__ Share share(const CtaRecord<Unit>& at) const {
+    const Splits& unit = at.of.splits;
+    const int cell = at.cell - unit.first_cell, height = int(p.own_cell_tiles);
+    Share s;
+    s.splits = unit.count;
+    s.slot = unit.slot;
+    s.split = height ? cell : int(blockIdx.x) - (unit.slot >> 1);
+    s.tile = height ? cell * height : cell;
+    s.tile_end = height ? s.tile + height : next_cell(at) - unit.first_cell;
+    return s;
+  }
+  __device__ int slot_of_split(const Share& s, int split) const {
+    if (p.own_cell_tiles) return s.slot + split;
+    return split == 0 ? s.slot : (s.slot & ~1) + 2 * split;
+  }
+
+  __device__ int next_cell(const CtaRecord<Unit>& at) const { return p.own_cell_tiles ? at.cell + 1 : min(at.cell_end, at.of.splits.end_cell); }
+};
+
+// What a CTA begins with, into shared memory, as of the next barrier. All threads do it.
+template <class Unit> __device__ inline void begin_work(const KvlarAttend& p, CtaRecord<Unit>& at, int t) {
+  const int32_t* const from = reinterpret_cast<const int32_t*>(WorkList<Unit>(p).cta(int(blockIdx.x)));
+  for (int i = t; i < WorkList<Unit>::kCtaWords; i += int(blockDim.x)) reinterpret_cast<int32_t*>(&at)[i] = __ldg(from + i);
 }
-__device__ inline int slot_of_split(const Share& s, int split) {
-  return split == 0 ? s.slot : s.next_slot + (split - 1) * s.slot_step;
+
+// What follows, likewise, with a barrier first: the unit at hand is done with. False if nothing follows.
+template <class Unit> __device__ inline bool next_work(const KvlarAttend& p, CtaRecord<Unit>& at, int t) {
+  const WorkList<Unit> list(p);
+  const int cell = list.next_cell(at), index = at.index + (cell >= at.of.splits.end_cell);
+  const bool more = cell < at.cell_end;
+  __syncthreads();
+  if (!more) return false;
+  if (t == 0) {
+    at.cell = cell;
+    at.index = index;
+  }
+  const int32_t* const from = reinterpret_cast<const int32_t*>(list.unit(index));
+  for (int i = t; i < WorkList<Unit>::kUnitWords; i += int(blockDim.x)) reinterpret_cast<int32_t*>(&at.of)[i] = __ldg(from + i);
+  return true;
 }
 
 }  // namespace kvlar::attend

@@ -44,7 +44,7 @@ template <int D, int NT, class T> struct WarpCut : attend::WarpAttend<D, NT, T> 
       : Base(params, unit, raw), selection(reinterpret_cast<const KvlarAttendCut&>(params)),
         scores(selection.scores + head_index() * selection.score_stride), cut(__ldg(selection.cuts + head_index())) {}
 
-  __device__ int64_t head_index() const { return int64_t(shared.unit.seq) * p.kv_heads + shared.unit.head; }
+  __device__ int64_t head_index() const { return int64_t(shared.unit().seq) * p.kv_heads + shared.unit().head; }
 
   // ---- which rows
 
@@ -63,7 +63,7 @@ template <int D, int NT, class T> struct WarpCut : attend::WarpAttend<D, NT, T> 
     for (int seen = 0, tile = first; seen < 32 && tile < end; tile = first + seen * kWarps) {
       TilePlace from{};
       Base::place_tile(tile, from);
-      const int length = shared.unit.length[from.segment];
+      const int length = shared.unit().length[from.segment];
       const bool scored = from.segment == int(selection.segment);
       // Rows of the segment that are there, of this tile and those after it; a lane's first, as if all tiles were the segment's.
       const int rows = min(length - from.row, (end - tile) * kRows);

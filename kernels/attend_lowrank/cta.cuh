@@ -26,7 +26,7 @@ namespace kvlar::attend_lowrank {
 
 // Where a CTA is in its share; in shared memory, since registers are scarce.
 struct Progress {
-  attend::Progress at;
+  Work work;
   int phase;
   Tiles tiles;  // of that phase
 };
@@ -64,7 +64,11 @@ template <class T, int NT, int V, int kLatent> struct Cta {
     }
   }
 
-  __device__ int slot() const { return attend::slot_of_split(progress.at.share, progress.at.share.split); }
+  __device__ attend::WorkList<Visible> list() const { return attend::WorkList<Visible>(p); }
+  __device__ int slot() const {
+    const attend::Share share = list().share(progress.work);
+    return list().slot_of_split(share, share.split);
+  }
 
   // One phase's tiles, to the partial result.
   __device__ void run_phase() const {
@@ -97,17 +101,19 @@ template <class T, int NT, int V, int kLatent> struct Cta {
 
   // ---- one CTA's share of the work list
 
-  // The unit that has `cell`, and the CTA's share of it: two warps, if there are, wait for them at the same time.
-  __device__ void load_shared(int cell, int index) const {
-    if (t == threads() - 32) progress.at = attend::progress_at(p, cell, index);
-    if (t < 32) load_unit(lowrank, index, unit, t);
+  // The unit of the record that has just been read, by the warp that did.
+  __device__ void load_shared() const {
+    static_assert(attend::WorkList<Visible>::kCtaWords <= 32, "a warp reads all of a record");
+    if (t >= 32) return;
+    __syncwarp();
+    load_unit(lowrank, progress.work, unit, t);
   }
 
   __device__ void begin_phase(int phase) const {  // one thread
     const int first = phase == 0 ? 0 : unit.exact_tiles + (phase - 1) * unit.latent_tiles;
     const int count = phase == 0 ? unit.exact_tiles : unit.latent_tiles;
     progress.phase = phase;
-    const attend::Share& share = progress.at.share;
+    const attend::Share share = list().share(progress.work);
     progress.tiles = {max(0, min(share.tile - first, count)), max(0, min(share.tile_end - first, count))};
   }
 
@@ -122,8 +128,8 @@ template <class T, int NT, int V, int kLatent> struct Cta {
       if (t == 0) begin_phase(progress.phase + 1);
       __syncthreads();
     }
-    const attend::Share share = progress.at.share;
-    if (ptx::arrive_last(p.counters + progress.at.unit, uint32_t(share.splits))) {
+    const attend::Share share = list().share(progress.work);
+    if (ptx::arrive_last(p.counters + progress.work.index, uint32_t(share.splits))) {
       merge.merge_splits(share);
       __syncthreads();
       merge.expand();
@@ -131,24 +137,19 @@ template <class T, int NT, int V, int kLatent> struct Cta {
   }
 
   __device__ void run() const {
-    const int32_t* record = attend::cta_records(p) + 4 * int(blockIdx.x);
-    const int ctas = __ldg(p.work + 1);
-    int cell = __ldg(record), index = __ldg(record + 2);
-    if (int(blockIdx.x) >= ctas) return;  // the whole CTA, before any barrier
-    load_shared(cell, index);
+    attend::begin_work(p, progress.work, t);
+    load_shared();
     // A warp is waiting for the unit: the others, if there are any, work out the turns.
     const int idle = warps() > 1 ? 32 : 0;
     if (t >= idle)
       fill_turns(lowrank.rope, reinterpret_cast<float4*>(memory + lowrank.shared.turns), int(lowrank.padded_dim) / 32, t - idle, threads() - idle);
-    bool more = true;
+    __syncthreads();
+    bool more = progress.work.cell < progress.work.cell_end;
     while (more) {
-      __syncthreads();
       if (unit.columns > 0) run_unit();  // else: the query tile lies beyond its set's heads
-      cell = progress.at.next_cell;
-      index = progress.at.next_unit;
-      more = cell < progress.at.cell_end;
-      __syncthreads();  // shared memory is free again
-      if (more) load_shared(cell, index);
+      more = attend::next_work(p, progress.work, t);
+      if (more) load_shared();
+      __syncthreads();  // shared memory is free, and the unit known
     }
   }
 };

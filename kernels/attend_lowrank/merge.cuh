@@ -24,6 +24,7 @@ template <class T, int NT, int V, bool kInt8> struct Merge {
 
   __device__ Merge(const KvlarAttendLowrank& params, const Unit& u, unsigned char* memory)
       : lowrank(params), p(params.attend), unit(u), shared(memory) {}
+  __device__ attend::WorkList<Visible> list() const { return attend::WorkList<Visible>(p); }
   __device__ float* rings() const { return reinterpret_cast<float*>(shared + lowrank.shared.warps); }  // while none is used
   // What follows from these (quotients above all) is worked out where it is asked for, instead of held in registers through the
   // loops over rows.
@@ -142,7 +143,7 @@ template <class T, int NT, int V, bool kInt8> struct Merge {
 #pragma unroll 1
     for (int column = t / 32; column < unit.columns; column += warps()) {
       const float2 merged = attend::merge_states(share.splits * each, [&](int i) {
-        float2 state = __ldcg(partial_state(attend::slot_of_split(share, i / each), column, i % each));
+        float2 state = __ldcg(partial_state(list().slot_of_split(share, i / each), column, i % each));
         if (i % each > 1) state.y = 0.f;  // further slices see the same rows again
         return state;
       });
@@ -155,7 +156,7 @@ template <class T, int NT, int V, bool kInt8> struct Merge {
     for (int i = thread(); i < phases() * kSplitsAtOnce * kColumns; i += threads()) {
       const int column = i % kColumns, split = first + i / kColumns % kSplitsAtOnce, phase = i / (kColumns * kSplitsAtOnce);
       if (column >= unit.columns || split >= share.splits) continue;
-      const float top = __ldcg(partial_state(attend::slot_of_split(share, split), column, phase)).x;
+      const float top = __ldcg(partial_state(list().slot_of_split(share, split), column, phase)).x;
       factors()[i] = top > attend::kFloor ? ptx::ex2_approx(top - merged_state(column)->x) : -1.f;
     }
   }
@@ -185,7 +186,7 @@ template <class T, int NT, int V, bool kInt8> struct Merge {
           for (int j = 0; j < kLoadsAtOnce; ++j) {
             f[j] = s + j < count ? factor[(s + j) * kColumns] : -1.f;
             part[j] = make_float4(0.f, 0.f, 0.f, 0.f);  // else its registers were taken from the loops over rows on
-            if (f[j] >= 0.f) part[j] = __ldcg(reinterpret_cast<const float4*>(partial(attend::slot_of_split(share, first + s + j), column) + dim));
+            if (f[j] >= 0.f) part[j] = __ldcg(reinterpret_cast<const float4*>(partial(list().slot_of_split(share, first + s + j), column) + dim));
           }
 #pragma unroll
           for (int j = 0; j < kLoadsAtOnce; ++j)

@@ -120,12 +120,14 @@ struct Place {
   }
 };
 
-// Tiles that some query of a unit can see.
+// Tiles that some query of a unit can see: what the work list says of it. Not which heads it has, as layers that share a list
+// may differ in that.
 struct Visible {
   int lowest_query, highest_query;
+  int exact, latent;  // tiles in all: of one head, of the set
   int first[KVLAR_MAX_SEGMENTS], tiles[KVLAR_MAX_SEGMENTS];
-  int exact, latent;  // in all: of one head, of the set
 
+  Visible() = default;  // in shared memory
   __device__ Visible(const KvlarAttend& p, const Place& at)
       : lowest_query(INT32_MAX), highest_query(INT32_MIN), exact(0), latent(0) {
 #pragma unroll
@@ -177,41 +179,21 @@ struct Visible {
   __device__ int count(const KvlarAttendLowrank& lowrank, const Place& at) const {
     return exact * at.heads + latent * int(lowrank.slices);
   }
-
-  __device__ void store(int32_t* record) const {
-    record[0] = lowest_query;
-    record[1] = highest_query;
-    record[2] = exact;
-    record[3] = latent;
-#pragma unroll
-    for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {
-      record[4 + s] = first[s];
-      record[4 + KVLAR_MAX_SEGMENTS + s] = tiles[s];
-    }
-  }
 };
+using Work = attend::CtaRecord<Visible>;
 
-// What the schedule found out about a unit: behind the work list.
-constexpr int kUnitRecord = 4 + 2 * KVLAR_MAX_SEGMENTS;
-__device__ inline int32_t* unit_record(const KvlarAttend& p, int index) {
-  return attend::cta_records(p) + 4 * p.ctas + kUnitRecord * index;
-}
-
-// Fills in everything of unit `index`. A warp does it, a lane a number of the record, then a head, then a column: the whole CTA
-// waits, for one load after the other where it must be, for each kind of them once.
-__device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, Unit& u, int lane) {
-  static_assert(kUnitRecord <= 32 && kMaxHeads <= 32 && kMaxColumns <= 32, "a lane each");
+// Fills in everything of the unit at hand. A warp does it, a lane a head, then a column: the whole CTA waits, for one load after
+// the other where it must be, for each kind of them once.
+__device__ inline void load_unit(const KvlarAttendLowrank& lowrank, const Work& work, Unit& u, int lane) {
+  static_assert(kMaxHeads <= 32 && kMaxColumns <= 32, "a lane each");
   const KvlarAttend& p = lowrank.attend;
-  const Place at(lowrank, index);
-  const int number = lane < kUnitRecord ? __ldg(unit_record(p, index) + lane) : 0;
+  const Visible& visible = work.of.unit;
+  const Place at(lowrank, work.index);
   const int own_head = at.heads > 0 ? __ldg(at.head + min(lane, at.heads - 1)) : 0;  // further lanes repeat the last head
   const HeadRows rows(p, at.seq, own_head);
-  const int exact = __shfl_sync(0xffffffffu, number, 2) * at.heads, latent = __shfl_sync(0xffffffffu, number, 3);
-  const int lowest = __shfl_sync(0xffffffffu, number, 0), highest = __shfl_sync(0xffffffffu, number, 1);
 #pragma unroll
   for (int s = 0; s < KVLAR_MAX_SEGMENTS; ++s) {
     const int shortest = __reduce_min_sync(0xffffffffu, rows.length[s]), longest = __reduce_max_sync(0xffffffffu, rows.length[s]);
-    const int first_tile = __shfl_sync(0xffffffffu, number, 4 + s), tiles = __shfl_sync(0xffffffffu, number, 4 + KVLAR_MAX_SEGMENTS + s);
     // The heads of a set turn a tile together.
     const bool together = rows.first[s] == __shfl_sync(0xffffffffu, rows.first[s], 0);
     if (s < int(p.segment_count) && is_latent(p, s) && !p.segments[s].rows.positions && !together) attend::report(p, KVLAR_STATUS_BAD_LENGTH);
@@ -220,8 +202,8 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
       u.first_row[s][lane] = rows.first[s];
     }
     if (lane == 0) {
-      u.first_tile[s] = first_tile;
-      u.tiles[s] = tiles;
+      u.first_tile[s] = visible.first[s];
+      u.tiles[s] = visible.tiles[s];
       u.shortest[s] = shortest;
       u.longest[s] = longest;
     }
@@ -233,11 +215,11 @@ __device__ inline void load_unit(const KvlarAttendLowrank& lowrank, int index, U
     u.value_group = at.value_group;
     u.heads = at.heads;
     u.columns = at.columns;
-    u.lowest_query = lowest;
-    u.highest_query = highest;
-    u.exact_tiles = exact;
-    u.latent_tiles = latent;
-    u.tile_count = exact + latent * int(lowrank.slices);
+    u.lowest_query = visible.lowest_query;
+    u.highest_query = visible.highest_query;
+    u.exact_tiles = visible.exact * at.heads;
+    u.latent_tiles = visible.latent;
+    u.tile_count = visible.count(lowrank, at);
   }
   const int a_head = at.heads > 1 ? columns_a_head(p) : at.columns, h = lane < at.columns ? lane / a_head : 0;
   const HeadRows of_column = rows.of_lane(h);

@@ -21,7 +21,7 @@ namespace kvlar::attend_quantized {
 // kKeys, kValues: as WarpQuantized's.
 template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRows<D, 1> {
   using Base = WarpRows<D, 1>;
-  using Base::at, Base::lane, Base::p, Base::ring, Base::shared, Base::state;
+  using Base::at, Base::lane, Base::p, Base::shared, Base::stage_at, Base::state;
   using Values = GroupedValues<D>;
   static constexpr int kWarps = Base::kWarps, kChunks = D / 4;  // 16-byte chunks of a group's scales and zeros
 
@@ -32,14 +32,15 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
   __device__ __forceinline__ uint32_t key_codec() const { return kKeys < 0 ? p.key_codec : uint32_t(kKeys); }
   __device__ __forceinline__ uint32_t value_codec() const { return kValues < 0 ? p.value_codec : uint32_t(kValues); }
 
-  __device__ void prepare(float* scratch) const {
-    if (key_codec() == KVLAR_CODEC_INT4_CHANNEL) coded.prepare(scratch, *this, ChannelKeys<D, 4>{});
-    else coded.prepare(scratch, *this, ChannelKeys<D, 2>{});
+  __device__ void prepare() {
+    Base::prepare_queries(coded, [&](float* scratch) {
+      if (key_codec() == KVLAR_CODEC_INT4_CHANNEL) coded.prepare(scratch, *this, ChannelKeys<D, 4>{});
+      else coded.prepare(scratch, *this, ChannelKeys<D, 2>{});
+    });
   }
 
-  __device__ void start(const float* scratch) {
+  __device__ void start() {
     Base::load_positions();
-    coded.load_fragments(scratch);
     state.clear();
   }
 
@@ -53,7 +54,7 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
   }
   __device__ __forceinline__ void issue(const LaneRows& rows, int stage) const {
     const KvlarSegment& s = p.segments[rows.segment];
-    const ptx::smem to = ptx::to_smem(ring + stage * p.stage_bytes);
+    const ptx::smem to = ptx::to_smem(stage_at(stage));
     with_lane(lane, s.tile_rows, [&](auto mine) {
       const BlockPage keys = Base::page_at(mine, rows, s, false), values = Base::page_at(mine, rows, s, true);
       Base::copy_side(mine, rows, s, false, key_codec(), keys, to);
@@ -90,7 +91,7 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
 
   __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
     const KvlarSegment& segment = p.segments[rows.segment];
-    const unsigned char* tile = ring + stage * p.stage_bytes;
+    const unsigned char* tile = stage_at(stage);
     if (kKeys < 0 && !Base::holds_codes(segment)) {
       Base::consume_dense(tile, segment, rows);
       return;
@@ -111,7 +112,7 @@ template <int D, int kKeys = -1, int kValues = -1> struct WarpChannels : WarpRow
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[b][0][e] *= coded.scale[0][e % 2] * scale;
     attend::soft_cap_logits(s, p);
-    const int first = shared.unit.first_row[rows.segment] + rows.row;
+    const int first = shared.unit().first_row[rows.segment] + rows.row;
     TilePlace part = rows;
     part.valid = rows.valid - row;
     const bool whole = Base::all_visible(part, first + row, 32);

@@ -17,14 +17,26 @@ template <int D, int NT> struct WarpRows : attend::Columns<NT> {
   static constexpr int kDim = D, kTiles = NT, kWarps = attend::warps_of(D), kThreads = 32 * kWarps, kSteps = D / 16;
   static constexpr int kDenseRows = attend::Tiling<D>::kRows, kDenseBlocks = kDenseRows / 16;
   static constexpr int kLeastShared = kWarps * 8 * NT * (D + 6) * 4;  // the merge needs it, the launcher allocates it
-  static_assert(Queries<D, NT>::kScratchFloats * 4 <= kLeastShared, "queries are prepared there");
   static constexpr bool kPrepares = true;
+  static constexpr int kLeastStage = 32 * D;  // bytes: 64 rows of 2 bits
+  static_assert(Queries<D, NT>::kScratchFloats * 4 <= kWarps * kLeastStage, "queries are prepared in the last stages");
 
-  unsigned char* const ring;
+  unsigned char* const memory;  // the CTA's: [stage][warp]
   attend::ColumnState<D, NT> state;
 
   __device__ WarpRows(const KvlarAttend& params, attend::SharedUnit& unit, unsigned char* raw)
-      : Base(params, unit), ring(raw + (threadIdx.x / 32) * params.stages * params.stage_bytes) {}
+      : Base(params, unit), memory(raw) {}
+
+  __device__ __forceinline__ unsigned char* stage_at(int stage) const { return memory + (stage * kWarps + Base::warp) * p.stage_bytes; }
+
+  // Queries, for fragments: `prepare(scratch)` by all warps, which is what the last stages are until then.
+  template <class Prepare> __device__ __forceinline__ void prepare_queries(Queries<D, NT>& coded, Prepare prepare) const {
+    float* const scratch = reinterpret_cast<float*>(memory + (p.stages - 1) * kWarps * p.stage_bytes);
+    prepare(scratch);
+    __syncthreads();
+    coded.load_fragments(scratch);
+    __syncthreads();
+  }
 
   // ---- rows
 
@@ -82,7 +94,7 @@ template <int D, int NT> struct WarpRows : attend::Columns<NT> {
   __device__ __forceinline__ void copy_positions(BlockLane<kLanes> mine, const Rows& rows, const KvlarSegment& s, ptx::smem to) const {
     const KvlarRows& r = s.rows;
     if (!r.positions) return;
-    const attend::Unit& u = shared.unit;
+    const attend::Unit& u = shared.unit();
     const int32_t* base = r.positions + u.seq * r.position_seq_stride + u.head * r.position_head_stride;
     const BlockPage page(reinterpret_cast<const char*>(base), int64_t(4) << r.page_rows_log2, rows, mine.first, int(r.page_rows_log2));
     copy_words(mine, to + s.stage_positions, page.at(4), 4, rows.valid);
@@ -114,7 +126,7 @@ template <int D, int NT> struct WarpRows : attend::Columns<NT> {
         }
       }
     attend::to_logits(s, p);
-    const int first = shared.unit.first_row[rows.segment] + rows.row;
+    const int first = shared.unit().first_row[rows.segment] + rows.row;
     if (!Base::all_visible(rows, first, kDenseRows)) hide(s, tile + segment.stage_positions, segment, rows, 0, first);
     uint32_t weights[kDenseBlocks][NT][2];
     attend::weigh<T>(weights, state, s);

@@ -32,7 +32,7 @@ namespace kvlar::attend_quantized {
 // then there are no other rows.
 template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized : WarpRows<D, NT> {
   using Base = WarpRows<D, NT>;
-  using Base::at, Base::lane, Base::p, Base::ring, Base::shared, Base::state;
+  using Base::at, Base::lane, Base::p, Base::shared, Base::stage_at, Base::state;
   static constexpr int kWarps = Base::kWarps, kSteps = Base::kSteps;
 
   Queries<D, NT> coded;
@@ -45,11 +45,12 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
   __device__ __forceinline__ uint32_t key_codec() const { return kKeys < 0 ? p.key_codec : uint32_t(kKeys); }
   __device__ __forceinline__ uint32_t value_codec() const { return kValues < 0 ? p.value_codec : uint32_t(kValues); }
 
-  __device__ void prepare(float* scratch) const { coded.prepare_for(key_codec(), scratch, *this); }
+  __device__ void prepare() {
+    Base::prepare_queries(coded, [&](float* scratch) { coded.prepare_for(key_codec(), scratch, *this); });
+  }
 
-  __device__ void start(const float* scratch) {
+  __device__ void start() {
     Base::load_positions();
-    coded.load_fragments(scratch);
     state.clear();
     in_codes = false;
 #pragma unroll
@@ -62,7 +63,7 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
 
   __device__ __forceinline__ void issue(const LaneRows& rows, int stage) const {
     const KvlarSegment& s = p.segments[rows.segment];
-    const ptx::smem to = ptx::to_smem(ring + stage * p.stage_bytes);
+    const ptx::smem to = ptx::to_smem(stage_at(stage));
     with_lane(lane, s.tile_rows, [&](auto mine) {
       copy_side(mine, rows, s, false, to, to + s.stage_key_params);
       copy_side(mine, rows, s, true, to + s.stage_values, to + s.stage_value_params);
@@ -85,7 +86,7 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
 
   __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
     const KvlarSegment& segment = p.segments[rows.segment];
-    const unsigned char* tile = ring + stage * p.stage_bytes;
+    const unsigned char* tile = stage_at(stage);
     if (kKeys < 0 && !Base::holds_codes(segment)) {
       settle();
       Base::consume_dense(tile, segment, rows);
@@ -101,7 +102,7 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
     float s[2][NT][4];
     score(s, tile, segment, row);
     attend::soft_cap_logits(s, p);
-    const int first = shared.unit.first_row[rows.segment] + rows.row;
+    const int first = shared.unit().first_row[rows.segment] + rows.row;
     TilePlace part = rows;
     part.valid = rows.valid - row;
     const bool whole = Base::all_visible(part, first + row, 32);
@@ -120,7 +121,7 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
     clear(s);
     if (key_codec() == KVLAR_CODEC_FP8) {
       KeyScores<D, NT>::fp8(s, tile, row, coded.b);
-      const float head_scale = 256.f * scale * (segment.key_format.tables ? __ldg(segment.key_format.tables + shared.unit.head) : 1.f);
+      const float head_scale = 256.f * scale * (segment.key_format.tables ? __ldg(segment.key_format.tables + shared.unit().head) : 1.f);
 #pragma unroll
       for (int b = 0; b < 2; ++b)
 #pragma unroll
@@ -160,7 +161,7 @@ template <int D, int NT, int kKeys = -1, int kValues = -1> struct WarpQuantized 
   __device__ __forceinline__ void load_value_params(float (&scale)[2][2], float (&offset)[2][2], const unsigned char* tile,
                                                     const KvlarSegment& segment, int row) const {
     const bool fp8 = value_codec() == KVLAR_CODEC_FP8;
-    const float head_scale = fp8 && segment.value_format.tables ? __ldg(segment.value_format.tables + shared.unit.head) : 1.f;
+    const float head_scale = fp8 && segment.value_format.tables ? __ldg(segment.value_format.tables + shared.unit().head) : 1.f;
 #pragma unroll
     for (int b = 0; b < 2; ++b)
 #pragma unroll

@@ -20,6 +20,7 @@ struct WarpRows : attend::Columns<1> {
   using Rows = attend_quantized::LaneRows;
   using BlockPage = attend_quantized::BlockPage;
   using Mine = attend_quantized::BlockLane<16>;  // of 32 rows
+  static constexpr bool kPrepares = true;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 32;
 
   const KvlarScan& scan;
@@ -30,9 +31,12 @@ struct WarpRows : attend::Columns<1> {
   const KvlarSegment& segment;
   LogSum sums[kColumns];
 
-  __device__ WarpRows(const KvlarScan& params, SharedScan& shared, unsigned char* memory, const Outputs& outputs)
+  __device__ WarpRows(const KvlarScan& params, SharedScan& shared, unsigned char* memory, const Outputs& outputs, int&)
       : Columns<1>(params.attend, shared.unit), scan(params), all(shared), out(outputs), raw(memory),
-        queries(reinterpret_cast<float*>(memory + params.shared_queries)), segment(params.attend.segments[0]) {}
+        queries(reinterpret_cast<float*>(memory + params.shared_queries)), segment(params.attend.segments[0]) {
+#pragma unroll
+    for (int h = 0; h < kColumns; ++h) sums[h] = LogSum::empty();
+  }
 
   // `rotated`: as keys are before they are decoded to the end.
   __device__ void load_queries(bool rotated) const {
@@ -44,11 +48,6 @@ struct WarpRows : attend::Columns<1> {
 #pragma unroll
       for (int i = 0; i < kLaneDims; ++i) queries[column * kMaxDim + kLaneDims * lane + i] = x[i] * p.scale;
     }
-  }
-
-  __device__ void start() {
-#pragma unroll
-    for (int h = 0; h < kColumns; ++h) sums[h] = LogSum::empty();
   }
 
   __device__ __forceinline__ void place_tile(int tile, TilePlace& rows) const {
@@ -87,17 +86,21 @@ struct WarpRows : attend::Columns<1> {
 };
 
 struct WarpTables : WarpRows {
-  unsigned char* const ring;
+  using WarpRows::WarpRows;
 
-  __device__ WarpTables(const KvlarScan& params, SharedScan& shared, unsigned char* memory, const Outputs& outputs)
-      : WarpRows(params, shared, memory, outputs), ring(memory + warp * p.stages * p.stage_bytes) {}
+  __device__ __forceinline__ unsigned char* stage_at(int stage) const { return raw + (stage * kWarps + warp) * p.stage_bytes; }
 
-  __device__ void prepare() const { load_queries(segment.key_format.hadamard != 0); }
+  __device__ void prepare() const {
+    load_queries(segment.key_format.hadamard != 0);
+    __syncthreads();
+    make_tables();
+    __syncthreads();
+  }
 
-  // Tables [sub-vector][centroid][table_heads]; they depend on the queries, so that they are made for each unit.
-  __device__ bool stage(bool) const {
+  // [sub-vector][centroid][table_heads]; they depend on the queries, so that they are made for each unit.
+  __device__ void make_tables() const {
     const int heads = int(scan.table_heads), width = int(segment.key_format.group), count = int(segment.key_format.centroids);
-    const float* codebooks = codebooks_of(segment.key_format, shared.unit.head, int(p.head_dim));
+    const float* codebooks = codebooks_of(segment.key_format, shared.unit().head, int(p.head_dim));
     float* tables = reinterpret_cast<float*>(raw + scan.shared_tables);
     for (int i = int(threadIdx.x); i < count * (int(p.head_dim) / width); i += kThreads) {
       const float* q = queries + i / count * width;
@@ -107,7 +110,6 @@ struct WarpTables : WarpRows {
         tables[i * heads + h] = sum;
       }
     }
-    return false;
   }
 
   __device__ __forceinline__ void issue(const Rows& rows, int stage) const {
@@ -115,11 +117,11 @@ struct WarpTables : WarpRows {
     const int chunks = pq_row_bytes(int(p.head_dim) / int(segment.key_format.group)) / 16;
     const Mine mine(lane);
     const BlockPage page(shared.keys[0], pool.page_stride, rows, mine.first, int(segment.rows.page_rows_log2));
-    copy_part(mine, ptx::to_smem(ring + stage * p.stage_bytes), page.at(pool.row_stride), pool.row_stride, rows.valid, int(scan.code_log), chunks);
+    copy_part(mine, ptx::to_smem(stage_at(stage)), page.at(pool.row_stride), pool.row_stride, rows.valid, int(scan.code_log), chunks);
   }
 
   __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
-    const unsigned char* tile = ring + stage * p.stage_bytes;
+    const unsigned char* tile = stage_at(stage);
     float x[kColumns] = {};
     switch (scan.table_heads) {
       case 1: add_entries<1>(x, tile); break;
@@ -166,8 +168,10 @@ struct WarpTables : WarpRows {
 struct WarpDecoded : WarpRows {
   using WarpRows::WarpRows;
 
-  __device__ void prepare() const { load_queries(false); }
-  __device__ bool stage(bool) const { return false; }
+  __device__ void prepare() const {
+    load_queries(false);
+    __syncthreads();
+  }
   __device__ __forceinline__ void issue(const Rows&, int) const {}
 
   __device__ __forceinline__ void consume(const TilePlace& tile, int) {
@@ -177,9 +181,9 @@ struct WarpDecoded : WarpRows {
 #pragma unroll 1
     for (int r = 0; r < rows.valid; ++r) {
       const int page = __shfl_sync(0xffffffffu, rows.page, 16 * (r / 16)), in_page = (rows.row + r) & ((1 << segment.rows.page_rows_log2) - 1);
-      const RowPlace place = place_row(segment.keys, segment.key_format, shared.unit.seq, shared.unit.head, page, in_page);
+      const RowPlace place = place_row(segment.keys, segment.key_format, shared.unit().seq, shared.unit().head, page, in_page);
       float key[kLaneDims];
-      load_row(key, place, segment.key_format, shared.unit.head, int(p.head_dim), lane);
+      load_row(key, place, segment.key_format, shared.unit().head, int(p.head_dim), lane);
 #pragma unroll
       for (int h = 0; h < kColumns; ++h) {
         if (h >= out.heads) continue;

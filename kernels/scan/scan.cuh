@@ -69,29 +69,17 @@ template <class Warp> struct Cta {
   SharedScan& shared;
   unsigned char* const raw;
   const int t;
+  const attend::WorkList<attend::Unit> list;
 
   __device__ Cta(const KvlarScan& params, SharedScan& memory, unsigned char* dynamic)
-      : scan(params), p(params.attend), shared(memory), raw(dynamic), t(int(threadIdx.x)) {}
+      : scan(params), p(params.attend), shared(memory), raw(dynamic), t(int(threadIdx.x)), list(params.attend) {}
 
   __device__ float2* partial(int slot, int column) const { return reinterpret_cast<float2*>(p.partials) + slot * kColumns + column; }
-
-  // The unit that has `cell`, and the CTA's share of it: two threads of different warps wait for them at the same time.
-  __device__ void load_shared(int cell, int index) const {
-    static_assert(kWarps > 1, "two warps");
-    if (t == 32) shared.unit.progress = attend::progress_at(p, cell, index);
-    if (t == 0) {
-      attend::Unit& unit = shared.unit.unit;
-      load_unit(p, index, unit);
-      const KvlarPool& k = p.segments[0].keys;
-      shared.unit.keys[0] = static_cast<const char*>(k.data) + unit.seq * k.seq_stride + unit.head * k.head_stride;
-      shared.unit.tables[0] = attend::table_of(p.segments[0].rows, unit.seq, unit.head);
-    }
-  }
 
   // This split's part of the rows that there are none of.
   __device__ void fill(const Outputs& out, const attend::Share& share) const {
     if (!scan.fill) return;
-    const int length = shared.unit.unit.length[0], rest = max(0, int(scan.row_count) - length);
+    const int length = shared.unit.unit().length[0], rest = max(0, int(scan.row_count) - length);
     const int first = length + int(int64_t(rest) * share.split / share.splits);
     const int last = length + int(int64_t(rest) * (share.split + 1) / share.splits);
     for (int row = first + t; row < last; row += kThreads) {
@@ -102,7 +90,7 @@ template <class Warp> struct Cta {
   }
 
   __device__ void put_lse(int column, LogSum state) const {
-    const attend::Unit& unit = shared.unit.unit;
+    const attend::Unit& unit = shared.unit.unit();
     p.lse[(int64_t(unit.seq) * p.kv_heads + unit.head) * p.group + unit.query_tile * kColumns + column] = state.value();
   }
 
@@ -113,10 +101,10 @@ template <class Warp> struct Cta {
 #pragma unroll
       for (int w = 1; w < kWarps; ++w) state = LogSum::merge(state, shared.states[w][t]);
       if (share.splits == 1) put_lse(t, state);
-      else __stcg(partial(slot_of_split(share, share.split), t), make_float2(state.top, state.sum));
+      else __stcg(partial(list.slot_of_split(share, share.split), t), make_float2(state.top, state.sum));
     }
     if (!out.bins) return;
-    const int64_t head = int64_t(shared.unit.unit.seq) * p.kv_heads + shared.unit.unit.head;
+    const int64_t head = int64_t(shared.unit.unit().seq) * p.kv_heads + shared.unit.unit().head;
     if (share.splits > 1) {
       add_counts(out.bins, scan.counts + head * KVLAR_SCORE_BINS);
     } else if (scan.histogram) {
@@ -131,7 +119,7 @@ template <class Warp> struct Cta {
       LogSum state = LogSum::empty();
 #pragma unroll 2
       for (int s = lane; s < share.splits; s += 32) {
-        const float2 part = __ldcg(partial(slot_of_split(share, s), column));
+        const float2 part = __ldcg(partial(list.slot_of_split(share, s), column));
         state = LogSum::merge(state, {part.x, part.y});
       }
 #pragma unroll
@@ -139,7 +127,7 @@ template <class Warp> struct Cta {
       if (lane == 0) put_lse(column, state);
     }
     if (!out.bins) return;
-    const int64_t head = int64_t(shared.unit.unit.seq) * p.kv_heads + shared.unit.unit.head;
+    const int64_t head = int64_t(shared.unit.unit().seq) * p.kv_heads + shared.unit.unit().head;
     uint32_t* const histogram = scan.histogram ? scan.histogram + head * KVLAR_SCORE_BINS : nullptr;
     take_counts(scan.counts + head * KVLAR_SCORE_BINS, [&](int i, uint32_t count) {
       if (histogram) histogram[i] = count;
@@ -150,7 +138,7 @@ template <class Warp> struct Cta {
   // The cut of a kv head whose scores are all written and counted.
   __device__ void select(const Outputs& out) const {
     const KvlarTopk& s = scan.select;
-    const attend::Unit& unit = shared.unit.unit;
+    const attend::Unit& unit = shared.unit.unit();
     const int64_t head = int64_t(unit.seq) * p.kv_heads + unit.head;
     const int k = s.ks ? min(int(__ldg(s.ks + head * s.k_stride)), int(s.k)) : int(s.k);
     // Lists take the place of the rings.
@@ -160,34 +148,26 @@ template <class Warp> struct Cta {
   }
 
   __device__ void run() const {
-    const int cta = int(blockIdx.x);
-    const int32_t* record = attend::cta_records(p) + 4 * cta;
-    const int ctas = __ldg(p.work + 1);
-    int cell = __ldg(record), unit = __ldg(record + 2), staged_head = -1;
-    if (cta >= ctas) return;  // the whole CTA, before any barrier
-    bool more;
-    do {
-      load_shared(cell, unit);
-      __syncthreads();
-      const Outputs out(scan, shared.unit.unit, raw, kColumns);
+    int staged_head = -1;
+    shared.unit.begin(p, t);
+    __syncthreads();
+    bool more = shared.unit.work.cell < shared.unit.work.cell_end;
+    while (more) {
+      const Outputs out(scan, shared.unit.unit(), raw, kColumns);
       if (out.bins)
         for (int i = t; i < KVLAR_SCORE_BINS; i += kThreads) out.bins[i] = 0;
       {
-        Warp warp(scan, shared, raw, out);
-        warp.prepare();
-        __syncthreads();
-        if (warp.stage(shared.unit.unit.head != staged_head)) staged_head = shared.unit.unit.head;
-        warp.start();
-        __syncthreads();  // what `prepare` wrote becomes rings, and `stage` is done
-        take_tiles(warp, kWarps, shared.unit.first_tile(), shared.unit.tile_end());
+        Warp warp(scan, shared, raw, out, staged_head);
+        const attend::Share share = list.share(shared.unit.work);
+        take_tiles(warp, kWarps, shared.unit.first_tile(share), shared.unit.tile_end(share));
         if (out.sums) warp.store_sums();
       }
-      const attend::Share share = shared.unit.progress.share;
+      const attend::Share share = list.share(shared.unit.work);
       fill(out, share);
       __syncthreads();
       merge_warps(out, share);
       bool last = share.splits == 1;
-      if (!last && (out.sums || out.bins) && ptx::arrive_last(p.counters + shared.unit.progress.unit, uint32_t(share.splits))) {
+      if (!last && (out.sums || out.bins) && ptx::arrive_last(p.counters + shared.unit.work.index, uint32_t(share.splits))) {
         merge_splits(out, share);
         last = true;
       }
@@ -195,11 +175,9 @@ template <class Warp> struct Cta {
         __syncthreads();  // merged counts
         select(out);
       }
-      cell = shared.unit.progress.next_cell;
-      unit = shared.unit.progress.next_unit;
-      more = cell < shared.unit.progress.cell_end;
-      __syncthreads();  // unit, states and bins are free again
-    } while (more);
+      more = shared.unit.next(p, t);
+      __syncthreads();  // states and bins are free, and the unit known
+    }
   }
 };
 

@@ -17,44 +17,44 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
   using Keys = attend_quantized::KeyScores<D, NT>;
   using Layout = attend::DenseLayout<D>;
   using Rows = attend_quantized::LaneRows;
+  static constexpr bool kPrepares = true;
   static constexpr int kWarps = attend::warps_of(D), kThreads = 32 * kWarps, kSteps = D / 16, kDenseRows = 32;
 
   const KvlarScan& scan;
   SharedScan& all;
   const Outputs& out;
   unsigned char* const raw;
-  unsigned char* const ring;
+  int& staged_head;  // whose centroids lie in shared memory
   const KvlarSegment& segment;
   attend_quantized::Queries<D, NT> coded;
   LogSum sums[NT][2];  // of the lane's columns, over its own rows
 
-  __device__ WarpScan(const KvlarScan& params, SharedScan& shared, unsigned char* memory, const Outputs& outputs)
-      : Base(params.attend, shared.unit), scan(params), all(shared), out(outputs), raw(memory),
-        ring(memory + (threadIdx.x / 32) * params.attend.stages * params.attend.stage_bytes), segment(params.attend.segments[0]) {}
+  __device__ WarpScan(const KvlarScan& params, SharedScan& shared, unsigned char* memory, const Outputs& outputs, int& head)
+      : Base(params.attend, shared.unit), scan(params), all(shared), out(outputs), raw(memory), staged_head(head), segment(params.attend.segments[0]) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) sums[n][0] = sums[n][1] = LogSum::empty();
+  }
 
   __device__ bool is_dense() const { return p.key_codec <= KVLAR_CODEC_F16; }
   __device__ bool is_pq() const { return p.key_codec == KVLAR_CODEC_PQ; }
 
-  // Queries, in what will be the rings.
-  __device__ void prepare() const {
-    float* const scratch = reinterpret_cast<float*>(raw);
+  __device__ __forceinline__ unsigned char* stage_at(int stage) const { return raw + (stage * kWarps + Base::warp) * p.stage_bytes; }
+
+  // Queries (in what will be the last stages), and centroids of the unit's head, unless they are there.
+  __device__ void prepare() {
+    float* const scratch = reinterpret_cast<float*>(raw + (p.stages - 1) * kWarps * p.stage_bytes);
+    const int head = Base::shared.unit().head;
+    if (is_pq() && head != staged_head) {
+      const float scale = stage_centroids(raw + scan.shared_tables, segment.key_format, head, int(p.head_dim), kThreads);
+      if (threadIdx.x == 0) all.centroid_scale = scale;
+      staged_head = head;
+    }
     if (is_pq()) coded.prepare(scratch, *this, CentroidKeys{int(segment.key_format.group)});
     else if (!is_dense()) coded.prepare_for(p.key_codec, scratch, *this);
-  }
-
-  // Centroids of the unit's head, unless they are there.
-  __device__ bool stage(bool another_head) const {
-    if (!is_pq() || !another_head) return false;
-    const float scale = stage_centroids(raw + scan.shared_tables, segment.key_format, Base::shared.unit.head, int(p.head_dim), kThreads);
-    if (threadIdx.x == 0) all.centroid_scale = scale;
-    return true;
-  }
-
-  __device__ void start() {
+    __syncthreads();
     if (is_dense()) Base::load_queries(coded.b);
-    else coded.load_fragments(reinterpret_cast<const float*>(raw));
-#pragma unroll
-    for (int n = 0; n < NT; ++n) sums[n][0] = sums[n][1] = LogSum::empty();
+    else coded.load_fragments(scratch);
+    __syncthreads();
   }
 
   // ---- rows
@@ -68,7 +68,7 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
   }
 
   __device__ __forceinline__ void issue(const Rows& rows, int stage) const {
-    const ptx::smem to = ptx::to_smem(ring + stage * p.stage_bytes);
+    const ptx::smem to = ptx::to_smem(stage_at(stage));
     if (segment.tile_rows == 64) issue_as(attend_quantized::BlockLane<8>(lane), rows, to);
     else issue_as(attend_quantized::BlockLane<16>(lane), rows, to);
   }
@@ -106,7 +106,7 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
   // ---- one tile
 
   __device__ __forceinline__ void consume(const TilePlace& rows, int stage) {
-    const unsigned char* tile = ring + stage * p.stage_bytes;
+    const unsigned char* tile = stage_at(stage);
 #pragma unroll 1
     for (int row = 0; row < rows.valid; row += 32) {
       float s[2][NT][4];
@@ -138,7 +138,7 @@ template <int D, int NT> struct WarpScan : attend::Columns<NT> {
       Keys::int2(s, tile, row, coded.b);
     }
     float head_scale = p.scale;
-    if (p.key_codec == KVLAR_CODEC_FP8) head_scale *= 256.f * (segment.key_format.tables ? __ldg(segment.key_format.tables + Base::shared.unit.head) : 1.f);
+    if (p.key_codec == KVLAR_CODEC_FP8) head_scale *= 256.f * (segment.key_format.tables ? __ldg(segment.key_format.tables + Base::shared.unit().head) : 1.f);
     if (is_pq()) head_scale *= all.centroid_scale;
 #pragma unroll
     for (int b = 0; b < 2; ++b)

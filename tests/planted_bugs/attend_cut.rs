@@ -27,7 +27,7 @@ const BUGS: &[Bug] = &[
         "recent rows of the first segment's length",
         FILE,
         "selected(row, length, score[i])",
-        "selected(row, shared.unit.length[0], score[i])",
+        "selected(row, shared.unit().length[0], score[i])",
     ),
     bug(
         "scores of the first head",
@@ -35,7 +35,12 @@ const BUGS: &[Bug] = &[
         "scores(selection.scores + head_index() * selection.score_stride)",
         "scores(selection.scores)",
     ),
-    bug("the cut of another sequence", FILE, "__ldg(selection.cuts + head_index())", "__ldg(selection.cuts + shared.unit.head)"),
+    bug(
+        "the cut of another sequence",
+        FILE,
+        "__ldg(selection.cuts + head_index())",
+        "__ldg(selection.cuts + shared.unit().head)",
+    ),
     bug("scores of any segment", FILE, "there & (!scored | selected", "there & (selected"),
     bug("rows beyond the end", FILE, "min(length - from.row, (end - tile) * kRows)", "(end - tile) * kRows"),
     bug(

@@ -13,6 +13,7 @@ use kvlar_tests::pages::Layout;
 pub const SUITE: Suite = Suite { name: "dense", by: Compiler::Host, source: SOURCE, bugs: BUGS, run: short_suites };
 
 const STATES: &str = "attend/split_states.cuh";
+const COLUMNS: &str = "attend/columns.cuh";
 
 const BUGS: &[Bug] = &[
     bug(
@@ -24,14 +25,14 @@ const BUGS: &[Bug] = &[
     bug(
         "dropped barrier after the unit is loaded",
         "attend/attend.cuh",
-        "load_shared(cell, unit);\n      __syncthreads();",
-        "load_shared(cell, unit);",
+        "shared.begin(p, t);\n    __syncthreads();",
+        "shared.begin(p, t);",
     ),
     bug(
         "wrong GQA map",
         "attend/columns.cuh",
-        "head = (shared.unit.head - row) * int(p.group) + i;",
-        "head = (i - row * int(p.group)) * int(p.kv_heads) + shared.unit.head;",
+        "head = (shared.unit().head - row) * int(p.group) + i;",
+        "head = (i - row * int(p.group)) * int(p.kv_heads) + shared.unit().head;",
     ),
     bug(
         "swapped RoPE halves",
@@ -53,9 +54,9 @@ const BUGS: &[Bug] = &[
         "splits merged with another split's state",
         "attend/attend.cuh",
         "from[j] = __ldcg(partial_state(slot, column));",
-        "from[j] = __ldcg(partial_state(slot_of_split(share, max(0, share.splits - 1 - first - j)), column));",
+        "from[j] = __ldcg(partial_state(list.slot_of_split(share, max(0, share.splits - 1 - first - j)), column));",
     ),
-    bug("partial results share a slot", "attend/work_list.cuh", "(first_cell(cells, ctas, first) < unit_start ? 1 : 0)", "0"),
+    bug("partial results share a slot", "attend/schedule.cuh", "(first_cell(first) < unit.first_cell ? 1 : 0)", "0"),
     bug("counter not left at zero", "device/ptx.cuh", "if (last) __stcg(counter, 0u);", ""),
     bug("lse in the wrong base", "attend/attend.cuh", "(top + __log2f(sum)) * kLn2", "top * kLn2 + __log2f(sum)"),
     bug("window off by one", "attend/columns.cuh", "query - position >= p.window)", "query - position > p.window)"),
@@ -145,15 +146,45 @@ const BUGS: &[Bug] = &[
     bug(
         "the next unit before the last cell of this one",
         "attend/work_list.cuh",
-        "at.next_unit = unit + (at.next_cell >= unit_end);",
-        "at.next_unit = unit + 1;",
+        "index = at.index + (cell >= at.of.splits.end_cell);",
+        "index = at.index + (cell >= at.of.splits.end_cell - 1);",
     ),
-    bug("cells of the unit behind", "attend/work_list.cuh", "min(at.cell_end, unit_end)", "at.cell_end"),
+    bug("cells of the unit behind", "attend/work_list.cuh", "min(at.cell_end, at.of.splits.end_cell)", "at.cell_end"),
+    bug("a CTA begins a unit too early", "attend/schedule.cuh", "record.index = low;", "record.index = max(low - 1, 0);"),
+    bug("a CTA's first split is the unit's", "attend/work_list.cuh", "int(blockIdx.x) - (unit.slot >> 1)", "0"),
+    bug("a slot too far", "attend/work_list.cuh", "(s.slot & ~1) + 2 * split", "s.slot + 2 * split"),
+    bug("no partial results counted", "attend/schedule.cuh", "cta_of_cell(unit.end_cell - 1) - first + 1", "1"),
+    bug(
+        "CTAs without work take a unit",
+        "attend/schedule.cuh",
+        "busy ? all.first_cell(c + 1) : 0",
+        "busy ? all.first_cell(c + 1) : 1",
+    ),
+    bug(
+        "the last split is the whole unit's",
+        "attend/schedule.cuh",
+        "splits.count = splits.end_cell - splits.first_cell",
+        "splits.count = 1",
+    ),
+    bug("the only query sees all rows", COLUMNS, "? shared.unit().lowest_query", "? kMaskedColumn"),
+    bug(
+        "records not awaited by the lanes that find rows",
+        COLUMNS,
+        "    if (t >= 32) return;\n    __syncwarp();",
+        "    if (t >= 32) return;",
+    ),
+    bug("rows of the first segment", COLUMNS, "const KvlarSegment& s = p.segments[t];", "const KvlarSegment& s = p.segments[0];"),
+    bug(
+        "dropped barrier before the next unit is read",
+        "attend/work_list.cuh",
+        "__syncthreads();\n  if (!more) return false;",
+        "if (!more) return false;",
+    ),
     bug(
         "dropped barrier before the next unit",
         "attend/attend.cuh",
-        "__syncthreads();  // scratch and unit are free again",
-        "// scratch and unit are free again",
+        "__syncthreads();  // scratch is free, and the unit known",
+        "// scratch is free, and the unit known",
     ),
     bug("one split's sum in all", STATES, "own.y, i), sum)", "own.y, 0), sum)"),
     bug(
@@ -196,6 +227,7 @@ fn short_suites(lab: &Lab) {
             (c.segments[0].positions, c.segments[0].layout) = (true, Layout::PerHead(16));
         }),
         base(&[500, 20, 0]).with(|c| c.sinks = true),
+        base(&[40]).with(|c| c.window = 20),
         base(&[3000]).with(|c| (c.q_size, c.query_rows) = (40.0, 3)),
         base(&[50, 30]).with(|c| c.softcap = 5.0),
         base(&[40, 70]).with(|c| c.query_rows = 10), // two query tiles
@@ -216,14 +248,18 @@ fn short_suites(lab: &Lab) {
     for case in &cases {
         check(lab, case).unwrap_or_else(|e| panic!("{e}"));
     }
-    // Twice through one workspace: counters must be as they were.
-    let data = AttendData::new(&base(&[600, 50]));
-    let mut run = AttendRun::new(lab, &data);
-    run.enqueue();
-    let first = run.result();
-    run.poison();
-    run.enqueue();
-    assert_eq!(first, run.result(), "two runs differ");
+    // Twice through one workspace: counters must be as they were. Also with more CTAs than tiles.
+    let few = |rows| AttendCase::new(Dtype::Bf16, (2, 1), 64, &[rows]).with(|c| c.segments[0].capacity = 900);
+    for case in [base(&[600, 50]), few(70), few(130)] {
+        let data = AttendData::new(&case);
+        let mut run = AttendRun::new(lab, &data);
+        run.enqueue();
+        let first = run.result();
+        assert!(run.counters().iter().all(|&x| x == 0), "counters");
+        run.poison();
+        run.enqueue();
+        assert_eq!(first, run.result(), "two runs differ");
+    }
     for codec in [Codec::Bf16, Codec::Int8] {
         AppendCase { slots: Some(vec![39, -1, 0, 17, 16, -1, -1, 31, 32, 3]), ..AppendCase::new(Dtype::Bf16, codec, 64) }
             .check(lab);

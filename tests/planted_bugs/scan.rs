@@ -44,8 +44,8 @@ const BUGS: &[Bug] = &[
     bug(
         "centroids kept for another head",
         "scan/warp.cuh",
-        "if (!is_pq() || !another_head) return false;",
-        "if (!is_pq() || !another_head || Base::shared.unit.head > 0) return false;",
+        "if (is_pq() && head != staged_head) {",
+        "if (is_pq() && head != staged_head && head == 0) {",
     ),
     bug(
         "tables of another head",
@@ -56,16 +56,24 @@ const BUGS: &[Bug] = &[
     bug("the first sub-vector's table for all", "scan/rows.cuh", "table += count * kHeads;", ""),
     bug(
         "dropped barrier between queries and tables",
-        "scan/scan.cuh",
-        "warp.prepare();\n        __syncthreads();",
-        "warp.prepare();",
+        "scan/rows.cuh",
+        "load_queries(segment.key_format.hadamard != 0);\n    __syncthreads();",
+        "load_queries(segment.key_format.hadamard != 0);",
+    ),
+    bug("dropped barrier between tables and rows", "scan/rows.cuh", "make_tables();\n    __syncthreads();", "make_tables();"),
+    bug(
+        "dropped barrier between queries and fragments",
+        "scan/warp.cuh",
+        "__syncthreads();\n    if (is_dense()) Base::load_queries",
+        "if (is_dense()) Base::load_queries",
     ),
     bug(
-        "dropped barrier between tables and rows",
-        "scan/scan.cuh",
-        "__syncthreads();  // what `prepare` wrote",
-        "// what `prepare` wrote",
+        "dropped barrier between fragments and the last stages",
+        "scan/warp.cuh",
+        "else coded.load_fragments(scratch);\n    __syncthreads();",
+        "else coded.load_fragments(scratch);",
     ),
+    bug("queries in the first stages", "scan/warp.cuh", "raw + (p.stages - 1) * kWarps * p.stage_bytes", "raw"),
     bug("bins not cleared between units", "scan/scan.cuh", "out.bins[i] = 0;\n      {", ";\n      {"),
     bug("counts left behind", "device/order.cuh", "counts[i] = 0;", ""),
     bug("-0 below 0", "device/order.cuh", "x == 0.f ? 0u : __float_as_uint(x)", "__float_as_uint(x)"),
@@ -267,6 +275,7 @@ fn short_suites(lab: &Lab) {
         case(Format::pq(32, 16), (1, 1), &[130, 40]).with(method(Reduction::MeanLogit)),
         case(decoded, (6, 2), &[70, 33]).with(|c| c.capacity = 100),
         case(decoded, (9, 1), &[33]),
+        case(Codec::Int8.into(), (6, 2), &[5000]), // many tiles a warp
         case(Format::pq(4, 200), (6, 2), &[70, 33]),
         // 34 splits.
         ScanCase::new(Codec::Bf16, (2, 1), 8, &[17_000]).with(|c| (c.schedule, c.layout) = (Schedule::Own, Layout::Contiguous)),

@@ -119,7 +119,7 @@ impl AttendCutPlan {
     /// # Safety
     /// `params` agrees with the plan ([`AttendCutPlan::bare_params`] fills in all that is not an address or a stride), its
     /// addresses are valid on the stream's device until the launch has run, and the work list was built by
-    /// [`AttendPlan::schedule_raw`] from the same lengths.
+    /// [`AttendPlan::schedule_raw`] from the same lengths and positions.
     pub unsafe fn launch_raw(&self, stream: &Stream, params: &abi::KvlarAttendCut) -> Result<()> {
         // SAFETY: the caller's promise.
         if self.attend.units == 0 { Ok(()) } else { unsafe { stream.enqueue(self.launch, params) } }

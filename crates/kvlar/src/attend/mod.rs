@@ -11,6 +11,7 @@ pub(crate) use plan::SCHEDULE;
 pub use plan::{AttendArgs, AttendPlan, Segment};
 pub use shape::{AttendShape, Schedule, SegmentShape};
 pub use work::WorkList;
+pub(crate) use work::work_list_bytes;
 
 /// Rows of a cache may lie in this many segments.
 pub const MAX_SEGMENTS: usize = crate::abi::KVLAR_MAX_SEGMENTS as usize;

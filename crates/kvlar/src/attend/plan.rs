@@ -1,7 +1,7 @@
 //! Plans and launches of attention.
 
 use super::tiling::Tiling;
-use super::work::{BuiltFor, PositionSources};
+use super::work::{BuiltFor, PositionSources, work_list_bytes};
 use super::{AttendShape, SegmentShape, WorkList};
 use crate::device::Launch;
 use crate::error::invalid;
@@ -92,7 +92,7 @@ impl AttendPlan {
 
     /// Bytes of a work list.
     pub fn work_list_bytes(&self) -> usize {
-        4 * (8 + self.units + 1 + 4 * self.launch.grid as usize)
+        work_list_bytes(abi::KVLAR_WORK_RECORD, self.launch.grid, self.units)
     }
 
     /// Memory for a work list of this plan.
@@ -154,7 +154,7 @@ impl AttendPlan {
     /// Those of the launch.
     ///
     /// # Safety
-    /// As for [`AttendPlan::schedule_raw`]; the work list was built by it from the same lengths.
+    /// As for [`AttendPlan::schedule_raw`]; the work list was built by it from the same lengths and positions.
     pub unsafe fn launch_raw(&self, stream: &Stream, params: &abi::KvlarAttend) -> Result<()> {
         // SAFETY: the caller's promise.
         if self.units == 0 { Ok(()) } else { unsafe { stream.enqueue(self.launch, params) } }

@@ -189,6 +189,20 @@ mod tests {
         assert_eq!(built, known);
     }
 
+    /// Where queries are prepared: `kLeastStage` of `kernels/attend_quantized/rows.cuh`.
+    #[test]
+    fn no_stage_of_codes_is_smaller_than_the_kernels_take_for_granted() {
+        for dim in [64, 128, 256] {
+            for codec in Codec::ALL.into_iter().filter(|c| c.dense().is_none() && *c != Codec::Pq) {
+                for rows in [Rows::TokenWise, Rows::ChannelWise { value_scales: dim / 32 }] {
+                    let tiling = Tiling { dim, columns: 8, rows };
+                    let segment = SegmentShape { keys: codec.into(), values: codec.into(), max_rows: 1 };
+                    assert!(tiling.stage(&segment).bytes >= 32 * dim, "{dim} {codec:?} {rows:?}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn shared_memory_matches_the_headers_figures() {
         let info = crate::Device::reference().info().clone();

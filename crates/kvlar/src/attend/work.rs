@@ -6,7 +6,7 @@ use crate::{Buffer, Device, Error, Result, ScanPlan};
 
 /// Which CTA takes which rows: built on the device by [`AttendPlan::schedule`] (or
 /// [`crate::LowrankPlan::schedule`], [`ScanPlan::schedule`]) once a step, and read by the launches of
-/// all layers whose rows have the same lengths.
+/// all layers whose rows have the same lengths and positions.
 #[derive(Debug)]
 pub struct WorkList {
     buffer: Buffer,
@@ -28,6 +28,11 @@ pub(super) enum BuiltFor {
 pub(crate) struct PositionSources {
     pub stored: u32,
     pub queries: bool,
+}
+
+/// Bytes of a list: a record a CTA, then one a unit, which is four words shorter.
+pub(crate) fn work_list_bytes(record: u32, ctas: u32, units: usize) -> usize {
+    4 * (record as usize * ctas as usize + (record as usize - 4) * units)
 }
 
 impl WorkList {

@@ -4,6 +4,7 @@ use super::layout::Layout;
 use super::sets::HeadSets;
 use super::shape::{Latents, LowrankShape, LowrankValues};
 use super::tiling::Tiling;
+use crate::attend::work_list_bytes;
 use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
@@ -79,9 +80,6 @@ pub struct LowrankArgs<'a> {
     pub sets: &'a HeadSets,
 }
 
-/// Integers that the schedule keeps of a unit: `kUnitRecord` of `kernels/attend_lowrank/unit.cuh`.
-const UNIT_RECORD: usize = 4 + 2 * crate::MAX_SEGMENTS;
-
 const SCHEDULE: Launch = Launch { entry: "kvlar_attend_lowrank_schedule", grid: 1, block: 1024, shared_bytes: 0 };
 
 impl LowrankPlan {
@@ -112,7 +110,7 @@ impl LowrankPlan {
 
     /// Bytes of a work list.
     pub fn work_list_bytes(&self) -> usize {
-        4 * (8 + self.units + 1 + 4 * self.launch.grid as usize + UNIT_RECORD * self.units)
+        work_list_bytes(abi::KVLAR_LOWRANK_WORK_RECORD, self.launch.grid, self.units)
     }
 
     /// Memory for a work list of this plan.
@@ -201,7 +199,7 @@ impl LowrankPlan {
     /// Those of the launch.
     ///
     /// # Safety
-    /// As for [`LowrankPlan::schedule_raw`]; the work list was built by it from the same lengths.
+    /// As for [`LowrankPlan::schedule_raw`]; the work list was built by it from the same lengths and positions.
     pub unsafe fn launch_raw(&self, stream: &Stream, params: &abi::KvlarAttendLowrank) -> Result<()> {
         // SAFETY: the caller's promise.
         if self.units == 0 { Ok(()) } else { unsafe { stream.enqueue(self.launch, params) } }

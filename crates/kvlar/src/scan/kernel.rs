@@ -91,9 +91,9 @@ impl Kernel {
         let params = if matches!(way, Way::Tiles(_)) && codec.reference().is_integer() { 4 * tile_rows } else { 0 };
         let stage_bytes = stage_params + params;
         let dim = if let Way::Tiles(dim) = way { dim } else { 0 };
-        // Queries are prepared where the rings will be (`Queries::kScratchFloats` in kernels/attend_quantized/queries.cuh).
+        // Queries are prepared where the last stages will be (`Queries::kScratchFloats` in kernels/attend_quantized/queries.cuh).
         let prepared = 4 * (columns * dim / 2 + 3 * columns + warps * dim);
-        let rings = (warps * stages * stage_bytes).max(prepared).next_multiple_of(16);
+        let rings = (warps * (stages - 1) * stage_bytes + (warps * stage_bytes).max(prepared)).next_multiple_of(16);
         let tables = rings + if s.histogram { 4 * super::SCORE_BINS } else { 0 };
         let width = s.keys.group_of(s.head_dim);
         let table_bytes = match way {

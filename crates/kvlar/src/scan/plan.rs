@@ -2,7 +2,7 @@
 
 use super::kernel::{Kernel, Way};
 use super::{SCORE_BINS, ScanShape};
-use crate::attend::SCHEDULE;
+use crate::attend::{SCHEDULE, work_list_bytes};
 use crate::device::Launch;
 use crate::error::invalid;
 use crate::paged::within;
@@ -107,7 +107,7 @@ impl ScanPlan {
 
     /// Bytes of a work list.
     pub fn work_list_bytes(&self) -> usize {
-        4 * (8 + self.units + 1 + 4 * self.grid as usize)
+        work_list_bytes(abi::KVLAR_WORK_RECORD, self.grid, self.units)
     }
 
     /// Memory for a work list of this plan.
