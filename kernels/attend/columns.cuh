@@ -159,19 +159,13 @@ template <int NT> struct Columns {
 
 // Tiles first + warp, first + warp + warps, ... below end, through a private ring of p.stages stages: all but one are
 // on their way while one is computed on. `Taker` finds, issues and consumes tiles. One that prepares its queries does so while
-// the first tiles are on their way, with barriers, in what will be the last stages: once, also in a warp that has no tile.
+// the first tiles are on their way, with barriers, in what will be the last stages.
 template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, int warps, int first, int end) {
   const int stages = int(taker.p.stages), own = first + taker.warp;
   int issued = own, to = 0, stage = 0;
   typename Taker::Rows next{};
   if (issued < end) taker.find(issued, next);
-  // The rounds before the first start their copies and have nothing to consume: copies are a lot of code, once.
-#pragma unroll 1
-  for (int tile = own - (stages - 1) * warps; tile < end || (Taker::kPrepares && tile <= own); tile += warps) {
-    if constexpr (Taker::kPrepares)
-      if (tile == own) taker.prepare();
-    if (stages == 3) ptx::cp_async_wait<1>(); else ptx::cp_async_wait<0>();
-    __syncwarp();  // every lane's copies of this stage have landed, and every lane is done with the one before
+  const auto issue = [&] {
     if (issued < end) {
       taker.issue(next, to);
       issued += warps;
@@ -179,7 +173,15 @@ template <class Taker> __device__ __forceinline__ void take_tiles(Taker& taker, 
     }
     ptx::cp_async_commit();
     to = to + 1 == stages ? 0 : to + 1;
-    if (tile < own || (Taker::kPrepares && tile >= end)) continue;
+  };
+#pragma unroll 1
+  for (int i = 1; i < stages; ++i) issue();
+  if constexpr (Taker::kPrepares) taker.prepare();
+#pragma unroll 1
+  for (int tile = own; tile < end; tile += warps) {
+    if (stages == 3) ptx::cp_async_wait<1>(); else ptx::cp_async_wait<0>();
+    __syncwarp();  // every lane's copies of this stage have landed, and every lane is done with the one before
+    issue();
     TilePlace rows{};
     taker.place_tile(tile, rows);
     taker.consume(rows, stage);

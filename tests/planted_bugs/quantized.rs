@@ -92,7 +92,12 @@ const BUGS: &[Bug] = &[
         "coded.load_fragments(scratch);",
     ),
     bug("queries in the first stages", "attend_quantized/rows.cuh", "memory + (p.stages - 1) * kWarps * p.stage_bytes", "memory"),
-    bug("warps without tiles prepare nothing", "attend/columns.cuh", "(Taker::kPrepares && tile <= own)", "false"),
+    bug(
+        "warps without tiles prepare nothing",
+        "attend/columns.cuh",
+        "(Taker::kPrepares) taker",
+        "(Taker::kPrepares) if (own < end) taker",
+    ),
     bug(
         "a stage is that of the neighbouring warp",
         "attend_quantized/rows.cuh",
