@@ -18,7 +18,8 @@ on_every_device!(
     lines_and_constants,
     heads_round_halves_to_even,
     random_budgets,
-    a_budget_in_little,
+    layers_in_little,
+    heads_in_little,
     budgets_are_what_topk_reads,
     replays_follow_scores_and_lengths,
 );
@@ -193,11 +194,14 @@ fn random_budgets(lab: &Lab) {
     }
 }
 
-/// The race detector's case, whose CTAs have 1024 threads each.
-fn a_budget_in_little(lab: &Lab) {
+/// The race detector's cases, whose CTAs have 1024 threads each.
+fn layers_in_little(lab: &Lab) {
     let mut case = LayersCase::new(DynamicKv, Scores::random(2, [1, 2, 1], 12), 3);
     case.shape.interval = 1;
     case.check(lab);
+}
+
+fn heads_in_little(lab: &Lab) {
     HeadsCase::new(Scores::random(2, [1, 1, 2], 12), 3, 0.5).check(lab);
 }
 

@@ -13,7 +13,8 @@ on_every_device!(
     keys_that_share_digits,
     odd_values,
     rows_that_are_always_kept,
-    a_row_and_a_set,
+    a_row_in_little,
+    a_set_in_little,
     k_is_read_from_the_device,
     rows_apart,
     random_rows,
@@ -95,11 +96,14 @@ fn rows_that_are_always_kept(lab: &Lab) {
     }
 }
 
-/// In little: the race detector's case, whose CTAs have 1024 threads each.
-fn a_row_and_a_set(lab: &Lab) {
+/// In little: the race detector's cases, whose CTAs have 1024 threads each.
+fn a_row_in_little(lab: &Lab) {
     let mut row = TopkCase::normal(1, 1, 70, 9).forced(2, 3);
     row.scores.iter_mut().for_each(|x| *x = x.round());
     row.check(lab);
+}
+
+fn a_set_in_little(lab: &Lab) {
     TopkCase::sets(2, (1, 2), 40, 11).check(lab);
 }
 
