@@ -32,11 +32,12 @@ pub fn proportional(importance: &[f64], full: &[usize], total: f64) -> Result<Ve
     order.sort_by(|a, b| remainder(*b).total_cmp(&remainder(*a)));
     let mut left = (total as usize).min(full.iter().sum()).saturating_sub(ranks.iter().sum());
     while left > 0 {
-        for i in &order {
-            if left > 0 && ranks[*i] < full[*i] {
-                ranks[*i] += 1;
-                left -= 1;
-            }
+        order.retain(|&i| ranks[i] < full[i]);
+        // As many whole passes at once as go before one of them is full; the last pass may end early.
+        let passes = order.iter().map(|&i| full[i] - ranks[i]).fold(left / order.len(), usize::min).max(1);
+        for &i in order.iter().take(left) {
+            ranks[i] += passes;
+            left -= passes;
         }
     }
     Ok(ranks)

@@ -27,6 +27,9 @@ fn shares_are_floored_and_leftovers_go_by_remainder() {
     assert_eq!(proportional(&[1.0, 1.0, 1.0, 1.0], &[9; 4], 6.0).unwrap(), [2, 2, 1, 1]);
     assert_eq!(proportional(&[0.0, 1.0], &[4, 4], 6.0).unwrap(), [2, 4]);
     assert_eq!(proportional(&[1.0, 2.0], &[4, 4], 100.0).unwrap(), [4, 4]);
+    // Many passes take no longer than one.
+    let most = (1 << 31) - 1;
+    assert_eq!(proportional(&[1.0, 0.0, 0.0], &[9, most, most], 2.0 * most as f64).unwrap(), [9, most - 4, most - 5]);
     for seed in 0..20 {
         let mut rng = Rng::new(seed);
         let importance: Vec<f64> = (0..7).map(|_| rng.uniform()).collect();

@@ -96,6 +96,14 @@ fn emulated_selections_are_those_of_the_reference() {
         assert_eq!(emulated.bytes("mask", &[3, 7, 100]), on_cpu.bytes("mask", &[3, 7, 100]), "{keep} {rule} {floor}");
         assert_eq!(emulated.ints("lengths", &[3, 7]), on_cpu.ints("lengths", &[3, 7]));
     }
+    // Rows are shorter than what would be kept of longer ones.
+    let short = rows.clone().key("k", "33").key("sink_rows", "4").key("recent_rows", "30").ints("lengths", &[3], &[20, 33, 0]);
+    let (on_cpu, emulated) = (reference("topk", &short), run("topk", kernels, &short, &[]));
+    assert_eq!(emulated.ints("rows", &[3, 33]), on_cpu.ints("rows", &[3, 33]));
+    assert_eq!(emulated.ints("counts", &[3]), [20, 33, 0]);
+    let none = rows.clone().key("k", "0").key("sink_rows", "1").ints("lengths", &[3], &[0; 3]);
+    assert_eq!(run("topk", kernels, &none, &[]).ints("counts", &[3]), [0; 3]);
+    run("topk", kernels, &short.key("k", "32"), &[]).fails(2, "k: 32 is less than the 33");
     run("topk", kernels, &rows.key("sink_rows", "91"), &[]).fails(2, "k: 90 is less than the 91");
 }
 

@@ -43,7 +43,7 @@ pub struct LayersInput<'a> {
 ///
 /// # Errors
 /// A tensor of the wrong size or too large to be ordered, a `base` above i32, an `r_max` that is not a finite number above 0,
-/// an `interval` or a `beta` of 0; whatever the method is.
+/// an `interval` of 0 or a `beta` outside 1..=2²⁰ (what kernels can count exactly); whatever the method is.
 pub fn budget_layers(i: &LayersInput<'_>) -> Result<Vec<i32>, ReferenceError> {
     check(i)?;
     let uniform = || vec![i.base.min(i.rows); i.layers];
@@ -61,10 +61,11 @@ fn check(i: &LayersInput<'_>) -> Result<(), ReferenceError> {
     if !(i.r_max > 0.0 && i.r_max.is_finite()) {
         return value("r_max", format!("{} is not a finite number above 0", i.r_max));
     }
-    for (name, x) in [("interval", i.interval), ("beta", i.beta)] {
-        if x == 0 {
-            return value(name, "0; it must be at least 1");
-        }
+    if i.interval == 0 {
+        return value("interval", "0; it must be at least 1");
+    }
+    if i.beta == 0 || i.beta > 1 << 20 {
+        return value("beta", format!("{} is outside 1..=1048576", i.beta));
     }
     Ok(())
 }

@@ -128,6 +128,7 @@ fn wrong_budgets_are_named() {
         says(LayersInput { r_max: f64::INFINITY, ..good }, "r_max: inf");
         says(LayersInput { interval: 0, ..good }, "interval: 0");
         says(LayersInput { beta: 0, ..good }, "beta: 0");
+        says(LayersInput { beta: (1 << 20) + 1, ..good }, "beta: 1048577");
     }
     let good = HeadsInput { heads: 6, rows: 4, scores: &x, base: 2, alpha: 0.5 };
     budget_heads(&good).unwrap();

@@ -178,6 +178,8 @@ fn the_fewest_of_a_mass_by_hand() {
     mask(ToppInput { k_min: 0, ..mass_of(&x, 0.0) }, &[0, 0, 0, 0]);
     mask(ToppInput { k_min: 3, ..mass_of(&x, 0.4) }, &[1, 1, 1, 0]);
     mask(ToppInput { k_max: 1, ..mass_of(&x, 0.9) }, &[0, 1, 0, 0]);
+    // The mass of nothing has no sign.
+    assert_eq!(topp(&ToppInput { k_max: 0, ..mass_of(&x, 0.9) }).unwrap().mass[0].to_bits(), 0);
     mask(ToppInput { k_min: 3, k_max: 2, ..mass_of(&x, 0.4) }, &[0, 1, 1, 0]);
     // Equal logits: shares are exact, a share of one half is reached by half of them.
     mask(mass_of(&[2.5; 8], 0.5), &[1, 1, 1, 1, 0, 0, 0, 0]);

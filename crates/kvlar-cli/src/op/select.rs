@@ -36,7 +36,8 @@ struct Selected {
     mask: Vec<u8>,
 }
 
-fn on_device(shape: TopkShape, scores: &[f32], lengths: Option<&[i32]>, backend: Backend) -> Result<Selected> {
+/// `stride`: from one row of scores to the next.
+fn on_device(shape: TopkShape, scores: &[f32], stride: usize, lengths: Option<&[i32]>, backend: Backend) -> Result<Selected> {
     let lab = Lab::open(backend, Dtype::Bf16)?;
     let plan = shape.plan(&lab.device)?;
     let (all, one) = (shape.batch * shape.members, shape.members == 1);
@@ -47,7 +48,7 @@ fn on_device(shape: TopkShape, scores: &[f32], lengths: Option<&[i32]>, backend:
     let mut workspace = Workspace::new(&lab.device, plan.workspace())?;
     let mut args = TopkArgs {
         scores: scores.view(),
-        score_stride: None,
+        score_stride: Some(stride),
         lengths: lengths.as_ref().map(|l| l.view()),
         length_rows: 1,
         histogram: None,
@@ -97,8 +98,10 @@ pub fn topk(case: &mut Case, backend: Backend) -> Result<Output> {
     let mut r = kvlar_reference::topk(&i)?; // on a device too: it says what is wrong with the input
     if backend != Backend::Reference {
         let Forced { sink_rows, recent_rows } = forced;
-        let shape = TopkShape { sink_rows, recent_rows, ..TopkShape::new(batch, rows, k) };
-        let selected = on_device(shape, &scores, lengths.as_deref(), backend)?;
+        // A plan asks of k what the longest row that may come asks: here it is known.
+        let longest = lengths.iter().flatten().max().map_or(rows, |&length| length as usize);
+        let shape = TopkShape { sink_rows, recent_rows, ..TopkShape::new(batch, longest, k) };
+        let selected = on_device(shape, &scores, rows, lengths.as_deref(), backend)?;
         (r.rows, r.counts) = (selected.rows, selected.counts);
     }
     Ok(Output::default().ints("rows", &[batch, k], &r.rows).ints("counts", &[batch], &r.counts))
@@ -147,7 +150,7 @@ pub fn threshold(case: &mut Case, backend: Backend) -> Result<Output> {
         let k = if strict { i.keep.max(1) } else { i.keep };
         let shape = TopkShape { members: layers * heads, strict, floor: i.floor, ..TopkShape::new(1, rows, k) };
         if !scores.values.is_empty() {
-            let selected = on_device(shape, &scores.values, None, backend)?;
+            let selected = on_device(shape, &scores.values, rows, None, backend)?;
             (r.mask, r.lengths) = (selected.mask, selected.counts);
         }
     }

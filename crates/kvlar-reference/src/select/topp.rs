@@ -93,7 +93,7 @@ fn fewest(i: &ToppInput<'_>, logits: &[f32]) -> (usize, f64) {
         }
     };
     let forced = |row: &usize| i.forced.keeps(*row, logits.len());
-    let forced_mass: f64 = (0..logits.len()).filter(forced).map(|row| weight(logits[row])).sum();
+    let forced_mass = (0..logits.len()).filter(forced).map(|row| weight(logits[row])).fold(0.0, |sum, x| sum + x); // of none: +0
     let free = (0..logits.len()).filter(|row| !forced(row)).map(|row| logits[row]);
     let mut best: Vec<f32> = free.filter(|&x| x > f32::NEG_INFINITY).collect();
     best.sort_by(|a, b| b.total_cmp(a));
